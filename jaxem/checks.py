@@ -1,0 +1,113 @@
+"""Refusing bad input, eagerly, by name: what was expected, what came, what to do.
+
+Values are looked at only when they are concrete; under jit only shapes and dtypes are.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether no leaf is being traced, so that values can be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of the choices."""
+    known = tuple(choices)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+
+
+def positive_integer(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be a Python integer, since it sets shapes; got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def array(name: str, value: Any) -> jax.Array:
+    """A real array; TypeError for anything that is not one."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        raise TypeError(
+            f"{name} must be a JAX or NumPy array; got {type(value).__name__}. Convert it first, "
+            "as in jax.numpy.asarray(...) or data_frame.to_numpy()"
+        )
+    dtype = value.dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real; got dtype {dtype}. Stack its real and imaginary parts as columns")
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == bool):
+        raise TypeError(f"{name} must be numeric; got dtype {dtype}")
+    return jnp.asarray(value)
+
+
+def matrix(name: str, value: Any) -> jax.Array:
+    """Floating-point rows (N, D), from (N, D) or (N,); whole numbers are converted."""
+    rows = array(name, value)
+    if rows.ndim == 1:
+        rows = rows[:, None]
+    if rows.ndim != 2:
+        raise ValueError(f"{name} must have shape (N, D), or (N,) for one column; got shape {value.shape}")
+    if 0 in rows.shape:
+        raise ValueError(f"{name} must have at least one row and one column; got shape {value.shape}")
+    return rows if jnp.issubdtype(rows.dtype, jnp.floating) else rows.astype(jnp.result_type(float))
+
+
+def finite_matrix(name: str, value: Any) -> None:
+    """Eager check of rows: numeric, (N, D) or (N,), finite; warns where whole numbers are converted."""
+    rows = matrix(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        warnings.warn(f"{name} has dtype {value.dtype} and is converted to {rows.dtype}", stacklevel=4)
+    if is_concrete(rows) and not bool(jnp.all(jnp.isfinite(rows))):
+        row, column = np.argwhere(~np.isfinite(np.asarray(rows)))[0]
+        raise ValueError(
+            f"{name} must be finite; got {rows[row, column]} in row {row}, column {column}. This model takes no "
+            "missing values: drop such rows, or fill them in"
+        )
+
+
+def row_weights(weights: Any, rows: int) -> None:
+    """Raise unless weights are None or N finite numbers >= 0, not all 0."""
+    if weights is None:
+        return
+    values = array("weights", weights)
+    if values.shape != (rows,):
+        raise ValueError(f"weights must have shape ({rows},), one a row of x; got {values.shape}")
+    if not is_concrete(values):
+        return
+    values = np.asarray(values)
+    if not np.all(np.isfinite(values)) or np.any(values < 0):
+        row = np.argwhere(~(np.isfinite(values) & (values >= 0)))[0, 0]
+        raise ValueError(f"weights must be finite and at least 0; got {values[row]} in row {row}")
+    if not np.any(values > 0):
+        raise ValueError("weights are all 0: no row is left to fit")
+
+
+def enough_rows(rows: int, weights: Any, num_components: int) -> None:
+    """Raise unless there are as many rows (of positive weight) as components."""
+    if weights is not None and is_concrete(weights):
+        rows = int(np.sum(np.asarray(weights) > 0))
+    if rows < num_components:
+        raise ValueError(
+            f"x must have at least as many rows as components; got {rows} rows for num_components="
+            f"{num_components}. Use fewer components"
+        )
+
+
+def random_key(key: Any) -> jax.Array:
+    """A usable random key, new-style or old-style; TypeError with the remedy otherwise."""
+    if isinstance(key, (jax.Array, np.ndarray)):
+        key = jnp.asarray(key)
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            if key.ndim == 0:
+                return key
+        elif key.dtype == jnp.uint32 and key.ndim == 1:
+            return jax.random.wrap_key_data(key)
+        raise TypeError(f"key must be one random key; got an array of shape {key.shape} and dtype {key.dtype}")
+    raise TypeError(f"key must be a random key, as in jax.random.key(0); got {type(key).__name__}")

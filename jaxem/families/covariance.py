@@ -1,0 +1,312 @@
+"""Shapes of a covariance matrix, and the bilinear algebra that is all a normal family needs of them.
+
+A shape says how a D x D covariance is stored: `Full` (..., D, D), `Diagonal` (..., D), `Spherical`
+(...). Second moments are stored the same way, as the part of sum r x xᵀ that the shape keeps.
+Letters: K components, D columns, N rows; P is the inverse covariance, W with P = WᵀW the whitener.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .. import numerics
+from ..record import record
+
+# Up to here the columns of a quadratic form are written out, so that it fuses with what follows.
+UNROLLED_COLUMNS = 4
+
+
+@record
+class Full:
+    """Any positive definite matrix: (..., D, D)."""
+
+    trailing = 2
+    name = "full"
+
+    def degrees(self, columns: int) -> int:
+        """Free numbers in one covariance."""
+        return columns * (columns + 1) // 2
+
+    def repeats(self, columns: int) -> int:
+        """Squared deviations that one row adds to one stored number."""
+        return 1
+
+    def prior_exponent(self, degrees_of_freedom: jax.Array, columns: int) -> jax.Array:
+        """Power of det(covariance)^(-1/2) in the prior's density."""
+        return degrees_of_freedom + columns + 1
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """Store a (..., D, D) matrix of second moments in this shape."""
+        return matrix
+
+    def cross(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """(abᵀ + baᵀ) / 2 of vectors (..., D), in this shape."""
+        outer = a[..., :, None] * b[..., None, :]
+        return 0.5 * (outer + jnp.swapaxes(outer, -1, -2))
+
+    def moments(self, responsibilities: jax.Array, deviations: jax.Array) -> jax.Array:
+        """sum_n r ddᵀ: (K, N), (K, D, N) -> (K, D, D)."""
+        weighted = responsibilities[:, None] * deviations
+        columns = deviations.shape[1]
+        if columns > UNROLLED_COLUMNS:
+            return numerics.product(weighted, deviations, "kin,kjn->kij")
+        entries = {
+            (i, j): jnp.sum(weighted[:, i] * deviations[:, j], axis=-1) for i in range(columns) for j in range(i + 1)
+        }
+        return _symmetric([[entries[max(i, j), min(i, j)] for j in range(columns)] for i in range(columns)])
+
+    def whitener(self, covariance: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+        """W (..., D, D) and log det(covariance) / 2 (...)."""
+        factor = numerics.cholesky(covariance)
+        logs = jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1))
+        return numerics.inverse_lower(factor), jnp.sum(logs, axis=-1)
+
+    def whiten(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
+        """W d: (K, D, D), (K, D, N) -> (K, D, N)."""
+        return numerics.product(whitener, deviations, "kij,kjn->kin")
+
+    def square(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
+        """dᵀ P d: (K, D, D), (K, D, N) -> (K, N)."""
+        columns = deviations.shape[1]
+        if columns > UNROLLED_COLUMNS:
+            return jnp.sum(jnp.square(self.whiten(whitener, deviations)), axis=1)
+        total = jnp.zeros_like(deviations[:, 0])
+        for i in range(columns):
+            residual = whitener[:, i, 0, None] * deviations[:, 0]
+            for j in range(1, i + 1):
+                residual = residual + whitener[:, i, j, None] * deviations[:, j]
+            total = total + residual * residual
+        return total
+
+    def features(self, centred: jax.Array) -> jax.Array:
+        """Monomials y_i y_j, i >= j: (D, N) -> (D(D+1)/2, N)."""
+        return jnp.concatenate([centred[i] * centred[: i + 1] for i in range(centred.shape[0])])
+
+    def from_features(self, sums: jax.Array, columns: int) -> jax.Array:
+        """Sums of the features (K, F) as second moments (K, D, D)."""
+        i, j = jnp.tril_indices(columns)
+        lower = jnp.zeros((sums.shape[0], columns, columns), sums.dtype).at[:, i, j].set(sums)
+        return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
+
+    def to_features(self, precision: jax.Array) -> jax.Array:
+        """Coefficients (K, F) of the features in -yᵀPy / 2."""
+        i, j = jnp.tril_indices(precision.shape[-1])
+        return jnp.where(i == j, -0.5, -1.0).astype(precision.dtype) * precision[:, i, j]
+
+    def precision(self, whitener: jax.Array) -> jax.Array:
+        """P = WᵀW."""
+        return numerics.product(whitener, whitener, "...ki,...kj->...ij")
+
+    def precision_times(self, precision: jax.Array, vectors: jax.Array) -> jax.Array:
+        """P v: (K, D, D), (K, D) -> (K, D)."""
+        return numerics.product(precision, vectors, "kij,kj->ki")
+
+    def trace(self, precision: jax.Array, moments: jax.Array) -> jax.Array:
+        """tr(P S): (...)."""
+        return jnp.sum(precision * moments, axis=(-1, -2))
+
+    def columns_of(self, moments: jax.Array, columns: int) -> jax.Array:
+        """Second moment of each column: (..., D)."""
+        return jnp.diagonal(moments, axis1=-2, axis2=-1)
+
+    def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Lift a covariance whose conditional variances fall below `lowest` (D,) or below rounding.
+
+        Returns the covariance, unchanged to the bit where nothing was lifted, and whether it was (...).
+        """
+        columns = covariance.shape[-1]
+        variances = self.columns_of(covariance, columns)
+        rounding = 4 * columns * jnp.finfo(covariance.dtype).eps
+        _, lift = numerics.floored_cholesky(covariance, jnp.maximum(lowest, rounding * variances))
+        return covariance + lift[..., :, None] * jnp.eye(columns, dtype=covariance.dtype), jnp.any(lift > 0, axis=-1)
+
+    def log_prior(self, covariance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
+        """Inverse-Wishart log-density, normalised (Gelman et al., Bayesian Data Analysis, appendix A)."""
+        columns = covariance.shape[-1]
+        whitener, half_logdet = self.whitener(covariance, columns)
+        half_logdet_scale = jnp.sum(jnp.log(jnp.diagonal(numerics.cholesky(scale), axis1=-2, axis2=-1)))
+        normaliser = (
+            degrees_of_freedom * half_logdet_scale
+            - degrees_of_freedom * columns / 2 * math.log(2)
+            - jax.scipy.special.multigammaln(degrees_of_freedom / 2, columns)
+        )
+        power = self.prior_exponent(degrees_of_freedom, columns)
+        return normaliser - power * half_logdet - 0.5 * self.trace(self.precision(whitener), scale)
+
+    def unconstrain(self, covariance: jax.Array) -> jax.Array:
+        return numerics.covariance_to_real(covariance)
+
+    def constrain(self, theta: jax.Array, columns: int) -> jax.Array:
+        return numerics.real_to_covariance(theta, columns)
+
+    def colour(self, covariance: jax.Array, noise: jax.Array) -> jax.Array:
+        """White noise (N, D) with these covariances (N, D, D) given to its rows."""
+        return numerics.product(jnp.linalg.cholesky(covariance), noise, "nij,nj->ni")
+
+    def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
+        """The covariance as (..., D, D)."""
+        return covariance
+
+
+def _symmetric(entries: list[list[jax.Array]]) -> jax.Array:
+    return jnp.stack([jnp.stack(row, axis=-1) for row in entries], axis=-2)
+
+
+def _log_inverse_gamma(variance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
+    """Inverse-gamma(nu/2, scale/2) log-density of a variance, normalised, elementwise."""
+    shape = degrees_of_freedom / 2
+    normaliser = shape * jnp.log(scale / 2) - jax.lax.lgamma(jnp.asarray(shape, variance.dtype))
+    return normaliser - (shape + 1) * jnp.log(variance) - scale / (2 * variance)
+
+
+@record
+class Diagonal:
+    """Independent columns: variances (..., D)."""
+
+    trailing = 1
+    name = "diag"
+
+    def degrees(self, columns: int) -> int:
+        return columns
+
+    def repeats(self, columns: int) -> int:
+        return 1
+
+    def prior_exponent(self, degrees_of_freedom: jax.Array, columns: int) -> jax.Array:
+        return degrees_of_freedom + 2
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+
+    def cross(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return a * b
+
+    def moments(self, responsibilities: jax.Array, deviations: jax.Array) -> jax.Array:
+        return jnp.sum(responsibilities[:, None] * jnp.square(deviations), axis=-1)
+
+    def whitener(self, covariance: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+        return 1 / jnp.sqrt(covariance), 0.5 * jnp.sum(jnp.log(covariance), axis=-1)
+
+    def whiten(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
+        return whitener[..., None] * deviations
+
+    def square(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(self.whiten(whitener, deviations)), axis=1)
+
+    def features(self, centred: jax.Array) -> jax.Array:
+        return jnp.square(centred)
+
+    def from_features(self, sums: jax.Array, columns: int) -> jax.Array:
+        return sums
+
+    def to_features(self, precision: jax.Array) -> jax.Array:
+        return -0.5 * precision
+
+    def precision(self, whitener: jax.Array) -> jax.Array:
+        return jnp.square(whitener)
+
+    def precision_times(self, precision: jax.Array, vectors: jax.Array) -> jax.Array:
+        return precision * vectors
+
+    def trace(self, precision: jax.Array, moments: jax.Array) -> jax.Array:
+        return jnp.sum(precision * moments, axis=-1)
+
+    def columns_of(self, moments: jax.Array, columns: int) -> jax.Array:
+        return moments
+
+    def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.maximum(covariance, lowest), jnp.any(covariance < lowest, axis=-1)
+
+    def log_prior(self, covariance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
+        return jnp.sum(_log_inverse_gamma(covariance, degrees_of_freedom, scale), axis=-1)
+
+    def unconstrain(self, covariance: jax.Array) -> jax.Array:
+        return jnp.log(covariance)
+
+    def constrain(self, theta: jax.Array, columns: int) -> jax.Array:
+        return jnp.exp(theta)
+
+    def colour(self, covariance: jax.Array, noise: jax.Array) -> jax.Array:
+        return jnp.sqrt(covariance) * noise
+
+    def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
+        return covariance[..., None] * jnp.eye(columns, dtype=covariance.dtype)
+
+
+@record
+class Spherical:
+    """One variance for all columns: (...)."""
+
+    trailing = 0
+    name = "spherical"
+
+    def degrees(self, columns: int) -> int:
+        return 1
+
+    def repeats(self, columns: int) -> int:
+        return columns
+
+    def prior_exponent(self, degrees_of_freedom: jax.Array, columns: int) -> jax.Array:
+        return degrees_of_freedom + 2
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        return jnp.trace(matrix, axis1=-2, axis2=-1)
+
+    def cross(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a * b, axis=-1)
+
+    def moments(self, responsibilities: jax.Array, deviations: jax.Array) -> jax.Array:
+        return jnp.sum(responsibilities * jnp.sum(jnp.square(deviations), axis=1), axis=-1)
+
+    def whitener(self, covariance: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
+        return 1 / jnp.sqrt(covariance), 0.5 * columns * jnp.log(covariance)
+
+    def whiten(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
+        return whitener[..., None, None] * deviations
+
+    def square(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
+        return jnp.square(whitener)[:, None] * jnp.sum(jnp.square(deviations), axis=1)
+
+    def features(self, centred: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(centred), axis=0, keepdims=True)
+
+    def from_features(self, sums: jax.Array, columns: int) -> jax.Array:
+        return sums[:, 0]
+
+    def to_features(self, precision: jax.Array) -> jax.Array:
+        return -0.5 * precision[:, None]
+
+    def precision(self, whitener: jax.Array) -> jax.Array:
+        return jnp.square(whitener)
+
+    def precision_times(self, precision: jax.Array, vectors: jax.Array) -> jax.Array:
+        return precision[..., None] * vectors
+
+    def trace(self, precision: jax.Array, moments: jax.Array) -> jax.Array:
+        return precision * moments
+
+    def columns_of(self, moments: jax.Array, columns: int) -> jax.Array:
+        return jnp.repeat(moments[..., None] / columns, columns, axis=-1)
+
+    def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
+        least = jnp.mean(lowest)
+        return jnp.maximum(covariance, least), covariance < least
+
+    def log_prior(self, covariance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
+        return _log_inverse_gamma(covariance, degrees_of_freedom, scale)
+
+    def unconstrain(self, covariance: jax.Array) -> jax.Array:
+        return jnp.log(covariance)
+
+    def constrain(self, theta: jax.Array, columns: int) -> jax.Array:
+        return jnp.exp(theta)
+
+    def colour(self, covariance: jax.Array, noise: jax.Array) -> jax.Array:
+        return jnp.sqrt(covariance)[..., None] * noise
+
+    def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
+        return covariance[..., None, None] * jnp.eye(columns, dtype=covariance.dtype)
+
+
+Shape = Full | Diagonal | Spherical

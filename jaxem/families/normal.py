@@ -1,0 +1,305 @@
+"""The multivariate normal distribution, K components at once, in every covariance shape."""
+
+import dataclasses
+import math
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+from .. import checks, numerics
+from ..record import record, static
+from . import covariance as shapes
+from .normal_prior import NormalInverseWishart
+
+# name -> (shape, one covariance for all components)
+_SHAPES: dict[str, tuple[shapes.Shape, bool]] = {
+    "full": (shapes.Full(), False),
+    "diag": (shapes.Diagonal(), False),
+    "tied": (shapes.Full(), True),
+    "spherical": (shapes.Spherical(), False),
+}
+_FORMS = ("auto", "whitened", "expanded")
+
+# Small enough to vanish beside any real count, large enough not to underflow when it multiplies a variance.
+_PSEUDO_COUNT = 1e-18
+
+
+@record
+class NormalParams:
+    """mean (K, D); covariance (K, D, D) full, (K, D) diag, (D, D) tied, (K,) spherical."""
+
+    mean: jax.Array
+    covariance: jax.Array
+
+
+@record
+class NormalStats:
+    """Moments about the components' current means c, additive over rows.
+
+    count (K,) = sum r; reference (K, D) = count c; first (K, D) = sum r (x - c); second, stored as
+    the covariance is, = sum r (x - c)(x - c)ᵀ.
+    """
+
+    count: jax.Array
+    reference: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+@record(kw_only=False)
+class Normal:
+    """Normal components: log p(x|k) = -(D log 2 pi + log det C_k + (x - m_k)ᵀ C_k⁻¹ (x - m_k)) / 2.
+
+    covariance: "full", "diag", "tied" (one full matrix for all components) or "spherical".
+    prior: a NormalInverseWishart; the M-step is then the posterior mode.
+    form: how quadratic forms and second moments are computed. "whitened" uses deviations from each
+    component's own mean, exact however tight the clusters are; "expanded" uses moments about one
+    common point, two matrix products in all, which loses (spread / width)² units of rounding;
+    "auto" (default) takes the expanded form while that loss is small, judged at every step.
+
+    Data are (N, D), or (N,) for one column. Raises ValueError for an unknown covariance or form.
+    Bishop, Pattern Recognition and Machine Learning, section 9.2.
+    """
+
+    covariance: str = static(default="full")
+    prior: NormalInverseWishart | None = dataclasses.field(default=None, kw_only=True)
+    form: str = static(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        checks.choice("covariance", self.covariance, _SHAPES)
+        checks.choice("form", self.form, _FORMS)
+
+    @property
+    def shape(self) -> shapes.Shape:
+        return _SHAPES[self.covariance][0]
+
+    @property
+    def tied(self) -> bool:
+        return _SHAPES[self.covariance][1]
+
+    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalParams:
+        """The data's mean and covariance, in every component."""
+        x = checks.matrix("x", x)
+        weights = jnp.ones(x.shape[0], x.dtype) if weights is None else weights.astype(x.dtype)
+        total = jnp.sum(weights)
+        mean = numerics.product(weights, x, "n,nd->d") / total
+        deviations = x - mean
+        matrix = numerics.product(weights[:, None] * deviations, deviations, "ni,nj->ij") / total
+        pooled = self.shape.from_matrix(matrix) / self.shape.repeats(x.shape[1])
+        pooled, _ = self.shape.floor(pooled, self._lowest(jnp.diagonal(matrix) + jnp.square(mean)))
+        return NormalParams(
+            mean=jnp.tile(mean, (num_components, 1)),
+            covariance=pooled if self.tied else jnp.tile(pooled, (num_components,) + (1,) * pooled.ndim),
+        )
+
+    def features(self, x: jax.Array) -> jax.Array:
+        return checks.matrix("x", x)
+
+    def log_prob(self, params: NormalParams, x: jax.Array) -> jax.Array:
+        """Log-density of every row under every component: (N, D) -> (K, N)."""
+        x = self._rows(params, x)
+        count, columns = params.mean.shape
+        shape = self.shape
+        whitener, half_logdet = shape.whitener(self._each(params), columns)
+        constant = -half_logdet - 0.5 * columns * math.log(2 * math.pi)
+        centre, centred = _centre(x)
+        offset = params.mean - centre
+
+        def whitened() -> jax.Array:
+            return constant[:, None] - 0.5 * shape.square(whitener, _deviations(params.mean, x))
+
+        def expanded() -> jax.Array:
+            precision = shape.precision(whitener)
+            linear = shape.precision_times(precision, offset)
+            base = constant - 0.5 * jnp.sum(linear * offset, axis=-1)
+            natural = jnp.concatenate([base[:, None], linear, shape.to_features(precision)], axis=1)
+            return numerics.product(natural, self._features(centred), "kf,fn->kn")
+
+        return self._choose(whitener, offset, whitened, expanded)
+
+    def stats(self, params: NormalParams, x: jax.Array, responsibilities: jax.Array) -> NormalStats:
+        """Expected sufficient statistics: x (N, D), responsibilities (K, N), row weights included.
+
+        A vanishing pseudo-count of the current parameters keeps a component without rows as it is.
+        """
+        x = self._rows(params, x)
+        columns = x.shape[1]
+        shape = self.shape
+        each = self._each(params)
+        whitener, _ = shape.whitener(each, columns)
+        centre, centred = _centre(x)
+        offset = params.mean - centre
+
+        def whitened() -> tuple[jax.Array, jax.Array, jax.Array]:
+            deviations = _deviations(params.mean, x)
+            count = jnp.sum(responsibilities, axis=-1)
+            if columns > shapes.UNROLLED_COLUMNS:
+                first = numerics.product(responsibilities, deviations, "kn,kdn->kd")
+            else:
+                first = jnp.sum(responsibilities[:, None] * deviations, axis=-1)
+            return count, first, shape.moments(responsibilities, deviations)
+
+        def expanded() -> tuple[jax.Array, jax.Array, jax.Array]:
+            sums = numerics.product(responsibilities, self._features(centred), "kn,fn->kf")
+            count, first = sums[:, 0], sums[:, 1 : 1 + columns]
+            second = shape.from_features(sums[:, 1 + columns :], columns)
+            moved = first - count[:, None] * offset
+            return count, moved, second - shape.cross(offset, first + moved)
+
+        count, first, second = self._choose(whitener, offset, whitened, expanded)
+        count = count + _PSEUDO_COUNT
+        second = second + _PSEUDO_COUNT * shape.repeats(columns) * each
+        return NormalStats(
+            count=count,
+            reference=count[:, None] * params.mean,
+            first=first,
+            second=jnp.sum(second, axis=0) if self.tied else second,
+        )
+
+    def m_step(self, stats: NormalStats) -> NormalParams:
+        """Weighted means and covariances; with a prior, the posterior mode."""
+        return self._estimate(stats)[0]
+
+    def degenerate(self, stats: NormalStats) -> jax.Array:
+        """Components (K,) that are empty, or whose covariance rests on its floor."""
+        empty = stats.count <= jnp.finfo(stats.count.dtype).eps * jnp.sum(stats.count)
+        return empty | self._estimate(stats)[1]
+
+    def q_function(self, params: NormalParams, stats: NormalStats) -> jax.Array:
+        """Expected complete-data log-likelihood of the observations; linear in stats of one reference."""
+        columns = params.mean.shape[-1]
+        moved = self.rebase(stats, params)
+        whitener, half_logdet = self.shape.whitener(params.covariance, columns)
+        precision = self.shape.precision(whitener)
+        count = jnp.sum(stats.count) if self.tied else stats.count
+        volume = count * (half_logdet + 0.5 * columns * math.log(2 * math.pi))
+        return -jnp.sum(volume + 0.5 * self.shape.trace(precision, moved.second))
+
+    def log_prior(self, params: NormalParams) -> jax.Array:
+        """Log-density of the prior, 0 without one."""
+        if self.prior is None:
+            return jnp.zeros((), params.mean.dtype)
+        return self.prior.log_prob(self.shape, params.mean, self._each(params), self.tied)
+
+    def rebase(self, stats: NormalStats, params: NormalParams) -> NormalStats:
+        """The same statistics about the means of `params`, exactly."""
+        delta = stats.reference / stats.count[:, None] - params.mean
+        first = stats.first + stats.count[:, None] * delta
+        change = self.shape.cross(delta, stats.first + first)
+        return NormalStats(
+            count=stats.count,
+            reference=stats.count[:, None] * params.mean,
+            first=first,
+            second=stats.second + (jnp.sum(change, axis=0) if self.tied else change),
+        )
+
+    def sample(self, key: jax.Array, params: NormalParams, labels: jax.Array) -> jax.Array:
+        """One row (N, D) from the component that each label (N,) names."""
+        columns = params.mean.shape[-1]
+        noise = jax.random.normal(key, (labels.shape[0], columns), params.mean.dtype)
+        return params.mean[labels] + self.shape.colour(self._each(params)[labels], noise)
+
+    def num_parameters(self, params: NormalParams) -> int:
+        """Free parameters of all components together."""
+        count, columns = params.mean.shape
+        return count * columns + (1 if self.tied else count) * self.shape.degrees(columns)
+
+    def floats_per_row(self, params: NormalParams) -> int:
+        """Temporaries of an E-step, in numbers a row."""
+        count, columns = params.mean.shape
+        if self.shape.name == "full" and columns > shapes.UNROLLED_COLUMNS:
+            return count * columns + self.shape.degrees(columns)
+        return 4 * count + columns
+
+    def unconstrain(self, params: NormalParams) -> NormalParams:
+        """Means as they are, covariances in log-Cholesky or log coordinates."""
+        return NormalParams(mean=params.mean, covariance=self.shape.unconstrain(params.covariance))
+
+    def constrain(self, theta: NormalParams) -> NormalParams:
+        """Inverse of `unconstrain`."""
+        columns = theta.mean.shape[-1]
+        return NormalParams(mean=theta.mean, covariance=self.shape.constrain(theta.covariance, columns))
+
+    def check(self, x: jax.Array) -> None:
+        """Raise for data that no normal component can have produced: eager only."""
+        checks.finite_matrix("x", x)
+
+    def coarse(self) -> "Normal":
+        """The cheapest form, for the bulk of many restarts."""
+        return dataclasses.replace(self, form="expanded")
+
+    def covariance_matrix(self, params: NormalParams) -> jax.Array:
+        """Every component's covariance as (K, D, D), whatever its shape."""
+        return self.shape.matrix(self._each(params), params.mean.shape[-1])
+
+    def _estimate(self, stats: NormalStats) -> tuple[NormalParams, jax.Array]:
+        """M-step, and which components (K,) needed the floor."""
+        shape, prior = self.shape, self.prior
+        columns = stats.first.shape[-1]
+        centre = stats.reference / stats.count[:, None]
+        repeats = shape.repeats(columns)
+
+        def pool(each: jax.Array) -> jax.Array:
+            return jnp.sum(each, axis=0) if self.tied else each
+
+        if prior is None:
+            shift = stats.first / stats.count[:, None]
+            scatter = stats.second - pool(shape.cross(shift, stats.first))
+            rows = repeats * pool(stats.count)
+        else:
+            towards = prior.mean - centre
+            count = stats.count + prior.shrinkage
+            shift = (stats.first + prior.shrinkage * towards) / count[:, None]
+            pull = prior.shrinkage * shape.cross(towards, towards) - count.reshape(
+                count.shape + (1,) * shape.trailing
+            ) * shape.cross(shift, shift)
+            scatter = stats.second + pool(pull) + prior.scale
+            rows = repeats * pool(stats.count + 1) + shape.prior_exponent(prior.degrees_of_freedom, columns)
+        estimate = scatter / jnp.reshape(rows, jnp.shape(rows) + (1,) * shape.trailing)
+        second = stats.second if self.tied else jnp.sum(stats.second, axis=0)
+        spread = shape.columns_of(second, columns) + jnp.sum((2 * stats.first + stats.reference) * centre, axis=0)
+        lifted, low = shape.floor(estimate, self._lowest(spread / jnp.sum(stats.count)))
+        return NormalParams(mean=centre + shift, covariance=lifted), jnp.broadcast_to(low, stats.count.shape)
+
+    def _lowest(self, mean_square: jax.Array) -> jax.Array:
+        """Variance (D,) below which the rounding of the data themselves hides the truth."""
+        eps = jnp.finfo(mean_square.dtype).eps
+        return jnp.where(mean_square > 0, eps**2 * mean_square, eps**2)
+
+    def _each(self, params: NormalParams) -> jax.Array:
+        """One covariance a component, tied ones repeated."""
+        if not self.tied:
+            return params.covariance
+        return jnp.broadcast_to(params.covariance, (params.mean.shape[0], *params.covariance.shape))
+
+    def _rows(self, params: NormalParams, x: jax.Array) -> jax.Array:
+        rows = checks.matrix("x", x)
+        if rows.shape[1] != params.mean.shape[-1]:
+            raise ValueError(
+                f"x must have {params.mean.shape[-1]} columns, as the parameters have; got shape {jnp.shape(x)}"
+            )
+        return rows
+
+    def _features(self, centred: jax.Array) -> jax.Array:
+        """1, y and the shape's monomials of y: (D, N) -> (F, N)."""
+        return jnp.concatenate([jnp.ones_like(centred[:1]), centred, self.shape.features(centred)])
+
+    def _choose(self, whitener: jax.Array, offset: jax.Array, whitened: Callable, expanded: Callable) -> jax.Array:
+        """The form asked for; under "auto", expanded while the means are near the centre, in widths."""
+        if self.form != "auto":
+            return whitened() if self.form == "whitened" else expanded()
+        widths = self.shape.whiten(whitener, offset[..., None])
+        eps = jnp.finfo(offset.dtype).eps
+        return jax.lax.cond(jnp.max(jnp.mean(jnp.square(widths), axis=1)) * eps**0.25 <= 1, expanded, whitened)
+
+
+def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean row (D,), and the rows about it, column-major (D, N)."""
+    centre = jnp.mean(x, axis=0)
+    return centre, (x - centre).T
+
+
+def _deviations(mean: jax.Array, x: jax.Array) -> jax.Array:
+    """x - mean of every component: (K, D), (N, D) -> (K, D, N)."""
+    return x.T[None] - mean[:, :, None]

@@ -1,0 +1,72 @@
+"""The conjugate prior of normal components, as pseudo-statistics.
+
+Fraley & Raftery (2007), Bayesian regularization for normal mixture estimation and model-based
+clustering, Journal of Classification 24, table 1: the modes for every covariance shape.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from .. import checks
+from ..record import record
+
+if TYPE_CHECKING:
+    from .covariance import Shape
+
+
+@record
+class NormalInverseWishart:
+    """mean | covariance ~ N(mean, covariance / shrinkage), covariance ~ inverse-Wishart(dof, scale).
+
+    mean (D,); shrinkage (kappa), a number of pseudo-rows, and degrees_of_freedom (nu), scalars;
+    scale (D, D) for full and tied covariances. For diagonal ones each variance is
+    inverse-gamma(nu/2, scale_j/2) with scale (D,), for spherical inverse-gamma(nu/2, scale/2) with
+    a scalar scale. Every field can be traced and vmapped.
+    """
+
+    mean: jax.Array
+    shrinkage: jax.Array | float
+    degrees_of_freedom: jax.Array | float
+    scale: jax.Array
+
+    def log_prob(self, shape: "Shape", mean: jax.Array, covariance: jax.Array, tied: bool) -> jax.Array:
+        """Log-density, summed over K components: mean (K, D), covariance in the shape's storage."""
+        columns = mean.shape[-1]
+        whitener, half_logdet = shape.whitener(covariance, columns)
+        deviation = mean - self.mean
+        square = shape.trace(shape.precision(whitener), shape.cross(deviation, deviation))
+        kappa = jnp.asarray(self.shrinkage, mean.dtype)
+        # A shrinkage of 0 is the flat prior on the means: improper, so it has no normaliser.
+        log_kappa = jnp.where(kappa > 0, jnp.log(jnp.where(kappa > 0, kappa, 1)), 0)
+        normaliser = 0.5 * columns * (log_kappa - math.log(2 * math.pi))
+        means = jnp.sum(normaliser - half_logdet - 0.5 * kappa * square)
+        degrees = jnp.asarray(self.degrees_of_freedom, mean.dtype)
+        covariances = shape.log_prior(covariance, degrees, jnp.asarray(self.scale, mean.dtype))
+        return means + (covariances[0] if tied else jnp.sum(covariances))
+
+
+def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -> NormalInverseWishart:
+    """Weakly informative prior scaled to the data (Fraley & Raftery 2007, section 3.3).
+
+    x (N, D) or (N,); mean = the data's mean, shrinkage = 0.01, degrees_of_freedom = D + 2,
+    scale = cov(x) / K^(2/D), of which "diag" keeps the diagonal and "spherical" its mean.
+    Raises ValueError for an unknown covariance or bad data.
+    """
+    checks.choice("covariance", covariance, ("full", "diag", "tied", "spherical"))
+    checks.positive_integer("num_components", num_components)
+    rows = checks.matrix("x", x)
+    columns = rows.shape[1]
+    mean = jnp.mean(rows, axis=0)
+    deviations = rows - mean
+    total = jnp.einsum("ni,nj->ij", deviations, deviations, precision=jax.lax.Precision.HIGHEST) / (
+        rows.shape[0] - 1
+    )
+    scale = total / num_components ** (2 / columns)
+    if covariance == "diag":
+        scale = jnp.diagonal(scale)
+    elif covariance == "spherical":
+        scale = jnp.mean(jnp.diagonal(scale))
+    return NormalInverseWishart(mean=mean, shrinkage=0.01, degrees_of_freedom=columns + 2.0, scale=scale)

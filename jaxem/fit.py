@@ -1,0 +1,318 @@
+"""Fitting: the loop over EM steps, when it stops, and what it reports."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import checks, tree
+from .em import EM
+from .protocols import Data, Params
+from .record import record
+from .status import EMError, Status
+
+# Steps of history kept when max_steps is traced, and the size that all shorter fits share one compilation at.
+HISTORY = 1000
+
+# Steps without visible progress after which a fit is at the resolution of its dtype.
+_PATIENCE = 4
+
+
+@record
+class Result:
+    """A fit. Under vmap every field has a leading axis.
+
+    params: the fitted parameters; objective: log-likelihood + log-prior of exactly these params;
+    loglik; num_steps: EM steps taken; status: a `Status` as an int32 array; history (max_steps + 1,):
+    objective after i steps, NaN past the end (the first 1001 only where max_steps is traced);
+    largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
+    """
+
+    params: Params
+    objective: jax.Array
+    loglik: jax.Array
+    num_steps: jax.Array
+    status: jax.Array
+    history: jax.Array
+    largest_decrease: jax.Array
+
+    @property
+    def converged(self) -> jax.Array:
+        """Whether what is left to gain is at most tol; False for every other ending."""
+        return self.status == Status.CONVERGED
+
+    def check(self) -> "Result":
+        """This result if all of it converged; else raises EMError with the remedy."""
+        if not checks.is_concrete(self.status):
+            raise TypeError("check() needs a finished fit: call it outside of jit, or look at .status inside")
+        statuses = np.atleast_1d(np.asarray(self.status))
+        failed = statuses[statuses != Status.CONVERGED]
+        if failed.size:
+            detail = f" ({failed.size} of {statuses.size} fits did not converge)" if statuses.size > 1 else ""
+            raise EMError(Status(int(np.bincount(failed - Status.RUNNING).argmax() + Status.RUNNING)), detail)
+        return self
+
+
+@record
+class Progress:
+    """A fit under way: the algorithm's state, and what the stopping rule remembers.
+
+    gain: last rise of what is watched; ratio: of the last two gains; record: the highest
+    objective that stood out of the rounding, and stalled: the steps since then.
+    """
+
+    state: Any
+    objective: jax.Array
+    gain: jax.Array
+    ratio: jax.Array
+    record: jax.Array
+    stalled: jax.Array
+    num_steps: jax.Array
+    status: jax.Array
+    largest_decrease: jax.Array
+
+
+def objective_of(model: Any, state: Any, dtype: Any) -> jax.Array:
+    """log-likelihood + log-prior at the state's parameters; NaN where the model tells no log-likelihood."""
+    if state.loglik is None:
+        return jnp.full((), jnp.nan, dtype)
+    prior = model.log_prior(state.params) if hasattr(model, "log_prior") else 0
+    return jnp.asarray(state.loglik + prior, dtype)
+
+
+def begin(
+    model: Any, algorithm: Any, params: Params, x: Data, weights: jax.Array | None, key: jax.Array | None
+) -> Progress:
+    """A fit before its first step; NONFINITE at once if the start is."""
+    dtype = tree.float_dtype(x)
+    state = algorithm.init(model, params, x, weights, key)
+    objective = objective_of(model, state, dtype)
+    sound = tree.all_finite(state.params) & (jnp.isfinite(objective) | (state.loglik is None))
+    unknown = jnp.full((), jnp.nan, dtype)
+    return Progress(
+        state=state,
+        objective=objective,
+        gain=unknown,
+        ratio=unknown,
+        record=objective,
+        stalled=jnp.zeros((), jnp.int32),
+        num_steps=jnp.zeros((), jnp.int32),
+        status=jnp.where(sound, Status.RUNNING, Status.NONFINITE).astype(jnp.int32),
+        largest_decrease=jnp.zeros((), dtype),
+    )
+
+
+def advance(
+    model: Any,
+    algorithm: Any,
+    fit: Progress,
+    x: Data,
+    weights: jax.Array | None,
+    tol: jax.Array | float,
+    max_steps: jax.Array | int,
+) -> Progress:
+    """One EM step of one fit, and whether it was the last; a fit that has ended stays as it is.
+
+    Stops when Aitken's estimate of what is left to gain, gain ratio / (1 - ratio), is at most
+    tol x total weight (McLachlan & Krishnan, The EM Algorithm and Extensions, section 4.9), or when
+    the objective has not risen above its own rounding for a few steps.
+    """
+    dtype = fit.objective.dtype
+    eps = jnp.finfo(dtype).eps
+    total = tree.total_weight(x, weights).astype(dtype)
+    state = algorithm.step(model, fit.state, x, weights)
+    objective = objective_of(model, state, dtype)
+    known = state.loglik is not None
+    num_steps = fit.num_steps + 1
+
+    if known:
+        gain = objective - fit.objective
+        resolution = 2 * eps * jnp.maximum(jnp.abs(objective), total)
+        allowed = tol * total
+        finite = jnp.isfinite(objective) & tree.all_finite(state.params)
+        fell = -gain > jnp.sqrt(eps) * jnp.maximum(jnp.abs(objective), total) if algorithm.monotone else False
+        progress = objective > fit.record + resolution
+        record = jnp.where(progress, objective, fit.record)
+    else:
+        # Without an objective the parameters themselves are watched: their moves shrink like its gains.
+        gain = _largest_move(fit.state.params, state.params, dtype)
+        resolution, allowed = 4 * eps, tol
+        finite, fell = tree.all_finite(state.params), False
+        progress = gain > resolution
+        record = fit.record
+
+    ratio = gain / fit.gain
+    stalled = jnp.where(progress, 0, fit.stalled + 1)
+    # The slower of the last two ratios: one lucky ratio must not stop a slow fit.
+    slow = jnp.maximum(ratio, fit.ratio)
+    left = jnp.where((slow >= 0) & (slow < 1), gain * slow / (1 - slow), jnp.inf)
+    settled = (gain > resolution) & (left <= jnp.maximum(allowed, resolution))
+    converged = (settled | (stalled >= _PATIENCE)) & (tol >= 0)
+
+    bad = ~finite | fell
+    status = jnp.where(
+        bad,
+        jnp.where(finite, Status.DECREASED, Status.NONFINITE),
+        jnp.where(
+            converged, Status.CONVERGED, jnp.where(num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
+        ),
+    ).astype(jnp.int32)
+    drop = jnp.maximum(-gain, 0) if known else jnp.zeros((), dtype)
+    after = Progress(
+        state=tree.where(bad, fit.state, state),
+        objective=jnp.where(bad, fit.objective, objective),
+        gain=gain,
+        ratio=ratio,
+        record=record,
+        stalled=stalled,
+        num_steps=jnp.where(bad, fit.num_steps, num_steps),
+        status=status,
+        largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, drop), fit.largest_decrease),
+    )
+    return tree.where(fit.status == Status.RUNNING, after, fit)
+
+
+def ending(model: Any, fit: Progress) -> jax.Array:
+    """The final status: a fit that rests on a dead or collapsed component is DEGENERATE, however it ended."""
+    status = jnp.where(fit.status == Status.RUNNING, Status.MAX_STEPS, fit.status)
+    if not hasattr(model, "degenerate"):
+        return status
+    collapsed = jnp.any(model.degenerate(fit.state.stats)) & (status != Status.NONFINITE)
+    return jnp.where(collapsed, Status.DEGENERATE, status).astype(jnp.int32)
+
+
+def like_step(model: Any, algorithm: Any, params: Params, x: Data, weights: jax.Array | None, key: Any) -> Params:
+    """The start, in the dtypes that a step returns; ValueError where a step changes its structure or shapes."""
+
+    def step(params: Params) -> Params:
+        return algorithm.step(model, algorithm.init(model, params, x, weights, key), x, weights).params
+
+    after = jax.eval_shape(step, params)
+    # A start in another precision than the data's takes the data's.
+    if jax.tree.structure(after) != jax.tree.structure(params):
+        raise ValueError(
+            f"m_step must return the structure that params have; got {jax.tree.structure(after)} "
+            f"for {jax.tree.structure(params)}"
+        )
+    for path, (new, old) in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda new, old: _Pair(new, old), after, params), is_leaf=lambda leaf: isinstance(leaf, _Pair)
+    ):
+        if jnp.shape(old) != new.shape:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} has shape {jnp.shape(old)}, but a step makes it {new.shape}: "
+                "the start does not fit the model or the data"
+            )
+    return jax.tree.map(lambda new, old: jnp.asarray(old, new.dtype), after, params)
+
+
+class _Pair(tuple):
+    """Two leaves that travel as one."""
+
+    def __new__(cls, *both: Any) -> "_Pair":
+        return super().__new__(cls, both)
+
+
+def _largest_move(before: Params, after: Params, dtype: Any) -> jax.Array:
+    moves = [
+        jnp.max(jnp.abs(b - a) / (1 + jnp.abs(a))) if jnp.size(a) else 0.0
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    ]
+    return jnp.max(jnp.stack([jnp.asarray(move, dtype) for move in moves]))
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _fit(
+    model: Any,
+    params: Params,
+    x: Data,
+    weights: jax.Array | None,
+    key: jax.Array | None,
+    algorithm: Any,
+    tol: jax.Array,
+    max_steps: jax.Array,
+    capacity: int,
+) -> Result:
+    params = like_step(model, algorithm, params, x, weights, key)
+    start = begin(model, algorithm, params, x, weights, key)
+    history = jnp.full(capacity + 1, jnp.nan, start.objective.dtype).at[0].set(start.objective)
+    start = tree.where(max_steps > 0, start, _replace_status(start, Status.MAX_STEPS))
+
+    def running(carry: tuple[Progress, jax.Array]) -> jax.Array:
+        return carry[0].status == Status.RUNNING
+
+    def body(carry: tuple[Progress, jax.Array]) -> tuple[Progress, jax.Array]:
+        fit, history = carry
+        fit = advance(model, algorithm, fit, x, weights, tol, max_steps)
+        return fit, history.at[fit.num_steps].set(fit.objective, mode="drop")
+
+    fit, history = jax.lax.while_loop(running, body, (start, history))
+    return Result(
+        params=fit.state.params,
+        objective=fit.objective,
+        loglik=fit.objective if fit.state.loglik is None else fit.state.loglik,
+        num_steps=fit.num_steps,
+        status=ending(model, fit),
+        history=history,
+        largest_decrease=fit.largest_decrease,
+    )
+
+
+def _replace_status(fit: Progress, status: Status) -> Progress:
+
+    ended = jnp.where(fit.status == Status.RUNNING, status, fit.status).astype(jnp.int32)
+    return dataclasses.replace(fit, status=ended)
+
+
+def history_capacity(max_steps: Any) -> int:
+    """Steps of history to make room for: few distinct numbers, so that few programs are compiled."""
+    if not isinstance(max_steps, (int, np.integer)) or max_steps <= HISTORY:
+        return HISTORY
+    return 1 << (int(max_steps) - 1).bit_length()
+
+
+def em_fit(
+    model: Any,
+    params: Params,
+    x: Data,
+    weights: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+    algorithm: Any = EM(),
+    tol: jax.Array | float = 1e-6,
+    max_steps: jax.Array | int = 1000,
+) -> Result:
+    """Fit a model by EM from one start, in one compiled loop.
+
+    x: N rows as the model takes them; weights (N,): how many rows each row counts for.
+    tol: stop when what is left to gain, per unit of weight, is estimated to be at most this (nats;
+    Aitken's estimate). It is a distance to the limit, not a step size, and is floored at the
+    dtype's resolution; a negative tol takes exactly max_steps steps.
+    key: drives algorithms that are random. Every argument may be traced, so `jax.jit(em_fit)` works
+    as it is, and so do `vmap` and `scan` over any of them.
+
+    Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`.
+    """
+    if hasattr(model, "check"):
+        model.check(x, weights)
+    _check_limits(tol, max_steps)
+    if key is not None:
+        key = checks.random_key(key)
+    x = jax.tree.map(jnp.asarray, x)
+    weights = None if weights is None else jnp.asarray(weights)
+    result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, history_capacity(max_steps))
+    if isinstance(max_steps, (int, np.integer)):
+
+        result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
+    return result
+
+
+def _check_limits(tol: Any, max_steps: Any) -> None:
+    if checks.is_concrete(tol) and not np.all(np.isfinite(tol)):
+        raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")
+    if isinstance(max_steps, (bool, float)):
+        raise TypeError(f"max_steps must be a whole number; got {max_steps!r}")
+    if checks.is_concrete(max_steps) and np.any(np.asarray(max_steps) < 0):
+        raise ValueError(f"max_steps must be at least 0; got {max_steps}")

@@ -1,0 +1,3 @@
+"""Posteriors of latent variables, by structure."""
+
+from .categorical import Exact as Exact

@@ -1,0 +1,79 @@
+"""A model from plain functions: a researcher's own E-step and M-step."""
+
+import inspect
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from ..latents import Exact
+from ..protocols import Data, Params, Stats
+from ..record import record, static
+
+
+@record
+class FunctionStats:
+    """The user's statistics, with the log-likelihood at the parameters (None where it is unknown)."""
+
+    stats: Stats
+    loglik: jax.Array | None
+
+
+@record
+class FunctionModel:
+    """A Model whose parts are plain functions; built by `from_functions`."""
+
+    e_step_function: Callable = static()
+    m_step_function: Callable = static()
+    optional: tuple[tuple[str, Callable], ...] = static(default=())
+
+    def e_step(
+        self, params: Params, x: Data, weights: jax.Array | None = None, expect: Exact = Exact()
+    ) -> FunctionStats:
+        if not isinstance(expect, Exact):
+            raise TypeError(f"a model from functions takes its E-step as it is; expect must be Exact(), got {expect!r}")
+        if weights is None:
+            result = self.e_step_function(params, x)
+        elif "weights" in inspect.signature(self.e_step_function).parameters:
+            result = self.e_step_function(params, x, weights=weights)
+        else:
+            raise TypeError(
+                "weights were given, but e_step(params, x) takes none: write e_step(params, x, weights=None), "
+                "each row's statistics counted weights[n] times"
+            )
+        stats, loglik = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        if loglik is None:
+            loglik = stats.get("loglik") if isinstance(stats, dict) else getattr(stats, "loglik", None)
+        if loglik is None and "log_prob" in dict(self.optional):
+            each = self.log_prob(params, x)
+            loglik = jnp.sum(each if weights is None else weights * each)
+        return FunctionStats(stats=stats, loglik=loglik)
+
+    def m_step(self, stats: FunctionStats) -> Params:
+        return self.m_step_function(stats.stats)
+
+    def __getattr__(self, name: str) -> Any:
+        # What was not given is absent, so that `hasattr` tells the truth about a user's model.
+        function = dict(self.__dict__.get("optional", ())).get(name)
+        if function is not None:
+            # The user's Q takes the user's statistics; the library passes them with the log-likelihood.
+            return (lambda params, stats: function(params, stats.stats)) if name == "q_function" else function
+        raise AttributeError(f"this model has no {name}: pass {name}=... to from_functions")
+
+
+def from_functions(e_step: Callable, m_step: Callable, **optional: Callable) -> FunctionModel:
+    """A model from `e_step(params, x) -> stats` or `-> (stats, loglik)` and `m_step(stats) -> params`.
+
+    Statistics are any pytree that adds over rows; `e_step` may take `weights=None` as well. Where
+    neither it nor a `log_prob(params, x) -> (N,)` tells the log-likelihood, the objective is NaN and
+    convergence is judged by the parameters. Other optional functions are the methods of the Model
+    protocol: `init`, `q_function(params, stats)`, `log_prior`, `posterior`, `predict`, `sample`, ...
+    The functions are part of the jit key: define them once, outside of loops.
+    Raises TypeError for anything that cannot be called.
+    """
+    for name, function in {"e_step": e_step, "m_step": m_step, **optional}.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function; got {type(function).__name__}")
+    return FunctionModel(
+        e_step_function=e_step, m_step_function=m_step, optional=tuple(sorted(optional.items(), key=lambda f: f[0]))
+    )

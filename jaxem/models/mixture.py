@@ -1,0 +1,254 @@
+"""Finite mixtures of any family."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import checks, numerics, seeding, tree
+from ..latents import Exact, categorical
+from ..protocols import Data, Family, Params, Stats
+from ..record import record, static
+
+INITS = ("k-means++", "random_rows", "random_responsibilities")
+
+# Share of every row that a start spreads over all components: no component starts singular.
+_SMOOTHING = 0.1
+
+
+@record
+class MixtureParams:
+    """weights (K,), on the simplex; components: the family's parameters, component axis first."""
+
+    weights: jax.Array
+    components: Params
+
+
+@record
+class MixtureStats:
+    """counts (K,): expected rows of each component; components: the family's statistics; loglik."""
+
+    counts: jax.Array
+    components: Stats
+    loglik: jax.Array
+
+
+@record(kw_only=False)
+class Dirichlet:
+    """Dirichlet prior on mixing weights: concentration, a scalar or (K,); at least 1 for an interior mode.
+
+    Its log-density is kept up to the normaliser for concentration 1, which is 0 everywhere.
+    """
+
+    concentration: jax.Array | float
+
+    def pseudo_counts(self, counts: jax.Array) -> jax.Array:
+        """concentration - 1, as (K,)."""
+        return jnp.broadcast_to(jnp.asarray(self.concentration, counts.dtype) - 1, counts.shape)
+
+    def log_prob(self, probabilities: jax.Array) -> jax.Array:
+        """Normalised log-density; 0 log 0 = 0."""
+        alpha = self.pseudo_counts(probabilities) + 1
+        logs = jnp.where(alpha == 1, 0, (alpha - 1) * numerics.safe_log(probabilities))
+        return jnp.sum(logs) + jax.lax.lgamma(jnp.sum(alpha)) - jnp.sum(jax.lax.lgamma(alpha))
+
+
+@record(kw_only=False)
+class Mixture:
+    """p(x) = sum_k weights_k p(x | component k), for any family of components.
+
+    family: the components, as in `Normal("full")`; num_components: K; prior: a Dirichlet on the
+    weights. Data: what the family takes, N rows. Row weights count rows: 2 is the row twice.
+    Source: McLachlan & Peel, Finite Mixture Models, section 2.8; Bishop, PRML, section 9.2.
+    Raises TypeError or ValueError for a num_components that is not a whole number of at least 1.
+    """
+
+    family: Family
+    num_components: int = static()
+    prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("num_components", self.num_components)
+
+    def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++") -> Params:
+        """A random start (pure in `key`, so `vmap` over keys gives many).
+
+        method: "k-means++" or "random_rows" give every row to its nearest seed, columns
+        standardised, and "random_responsibilities" draws them uniformly from the simplex; a tenth
+        of every row is then spread over all components. Rows of weight 0 are never seeds.
+        """
+        checks.choice("method", method, INITS)
+        key = checks.random_key(key)
+        self.check(x, weights)
+        if method == "random_responsibilities":
+            rows = tree.num_rows(x)
+            draws = jax.random.exponential(key, (rows, self.num_components), tree.float_dtype(x))
+            share = draws / jnp.sum(draws, axis=1, keepdims=True)
+        else:
+            points = seeding.standardize(self.family.features(x), weights)
+            seed = seeding.kmeans_plusplus if method == "k-means++" else seeding.random_rows
+            _, share = seed(key, points, weights, self.num_components)
+        return self._from_responsibilities(x, share, weights, _SMOOTHING)
+
+    def params_from_responsibilities(
+        self, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
+    ) -> MixtureParams:
+        """The M-step from given responsibilities (N, K), or labels (N,) of a whole-number dtype."""
+        self.check(x, weights)
+        rows, count = tree.num_rows(x), self.num_components
+        given = checks.array("responsibilities", responsibilities)
+        labels = given.ndim == 1 and jnp.issubdtype(given.dtype, jnp.integer)
+        if not labels and given.shape != (rows, count):
+            raise ValueError(
+                f"responsibilities must be ({rows}, {count}), or whole-number labels ({rows},); got shape {given.shape}"
+            )
+        if labels and given.shape != (rows,):
+            raise ValueError(f"labels must have shape ({rows},), one a row of x; got {given.shape}")
+        if labels and checks.is_concrete(given) and not bool(jnp.all((given >= 0) & (given < count))):
+            raise ValueError(f"labels must be in 0..{count - 1}; got {int(given.min())}..{int(given.max())}")
+        if not labels and checks.is_concrete(given) and not bool(jnp.all((given >= 0) & jnp.isfinite(given))):
+            raise ValueError("responsibilities must be finite and at least 0")
+        return self._from_responsibilities(x, given, weights, 0.0)
+
+    def e_step(
+        self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Exact = Exact()
+    ) -> MixtureStats:
+        """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
+        responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
+        if weights is not None:
+            weights = weights.astype(evidence.dtype)
+            responsibilities = responsibilities * weights
+        return MixtureStats(
+            counts=jnp.sum(responsibilities, axis=-1),
+            components=self.family.stats(params.components, x, responsibilities),
+            loglik=numerics.weighted_sum(evidence, weights),
+        )
+
+    def m_step(self, stats: MixtureStats) -> MixtureParams:
+        """weights = counts / their sum (with a prior: + concentration - 1); the family's own M-step."""
+        counts = stats.counts
+        if self.prior is not None:
+            counts = jnp.maximum(counts + self.prior.pseudo_counts(counts), 0)
+        return MixtureParams(
+            weights=numerics.safe_divide(counts, jnp.sum(counts)), components=self.family.m_step(stats.components)
+        )
+
+    def q_function(self, params: MixtureParams, stats: MixtureStats) -> jax.Array:
+        """sum_k counts_k log weights_k + the family's Q: expected complete-data log-likelihood."""
+        used = stats.counts > 0
+        logs = jnp.log(jnp.where(used, params.weights, 1))
+        return jnp.sum(stats.counts * logs) + self.family.q_function(params.components, stats.components)
+
+    def log_prior(self, params: MixtureParams) -> jax.Array:
+        """Log-density of the priors on weights and components; 0 without any."""
+        components = self.family.log_prior(params.components)
+        return components if self.prior is None else components + self.prior.log_prob(params.weights)
+
+    def rebase(self, stats: MixtureStats, params: MixtureParams) -> MixtureStats:
+        """The same statistics about the reference of `params`."""
+        return dataclasses.replace(stats, components=self.family.rebase(stats.components, params.components))
+
+    def degenerate(self, stats: MixtureStats) -> jax.Array:
+        """Components (K,) that died or collapsed."""
+        return self.family.degenerate(stats.components)
+
+    def log_prob(self, params: MixtureParams, x: Data) -> jax.Array:
+        """Marginal log-density log p(x_n) of each row: (N,)."""
+        return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[1])
+
+    def posterior(self, params: MixtureParams, x: Data) -> jax.Array:
+        """Responsibilities p(component k | x_n): (N, K)."""
+        return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[0].T)
+
+    def predict(self, params: MixtureParams, x: Data) -> jax.Array:
+        """The most probable component of each row: (N,), whole numbers."""
+        return self._by_rows(params, x, lambda rows: jnp.argmax(self._log_joint(params, rows), axis=0))
+
+    def sample(self, key: jax.Array, params: MixtureParams, n: int) -> Data:
+        """n rows from the mixture. `sample_with_labels` also tells their components."""
+        return self.sample_with_labels(key, params, n)[0]
+
+    def sample_with_labels(self, key: jax.Array, params: MixtureParams, n: int) -> tuple[Data, jax.Array]:
+        """n rows from the mixture, and the component (n,) that each came from."""
+        checks.positive_integer("n", n)
+        key_labels, key_rows = jax.random.split(checks.random_key(key))
+        labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
+        return self.family.sample(key_rows, params.components, labels), labels
+
+    def num_parameters(self, params: MixtureParams) -> int:
+        """Free parameters: K - 1 weights and the components'."""
+        return self.num_components - 1 + self.family.num_parameters(params.components)
+
+    def unconstrain(self, params: MixtureParams) -> MixtureParams:
+        """Additive log-ratios of the weights, the family's own coordinates for the components."""
+        return MixtureParams(
+            weights=numerics.simplex_to_real(params.weights), components=self.family.unconstrain(params.components)
+        )
+
+    def constrain(self, theta: MixtureParams) -> MixtureParams:
+        """Inverse of `unconstrain`."""
+        return MixtureParams(
+            weights=numerics.real_to_simplex(theta.weights), components=self.family.constrain(theta.components)
+        )
+
+    def check(self, x: Data, weights: jax.Array | None = None) -> None:
+        """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
+        self.family.check(x)
+        rows = tree.num_rows(x)
+        checks.row_weights(weights, rows)
+        checks.enough_rows(rows, weights, self.num_components)
+
+    def floats_per_row(self, params: MixtureParams, x: Data) -> int:
+        """Temporaries of an E-step, in numbers a row."""
+        return 2 * self.num_components + self.family.floats_per_row(params.components)
+
+    def coarse(self) -> "Mixture":
+        """The same model in its cheapest arithmetic, for the bulk of many restarts."""
+        return dataclasses.replace(self, family=self.family.coarse())
+
+    def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
+        """log p(component k, x_n): (K, N)."""
+        return numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, x)
+
+    def _by_rows(self, params: MixtureParams, x: Data, function: Any) -> jax.Array:
+        size = tree.rows_per_block(self.floats_per_row(params, x), tree.float_dtype(x))
+        return tree.map_over_blocks(function, x, size)
+
+    def _from_responsibilities(
+        self, x: Data, share: jax.Array, weights: jax.Array | None, smoothing: float
+    ) -> MixtureParams:
+        """M-step from labels (N,) or responsibilities (N, K), in blocks.
+
+        Done twice: the first pass centres the statistics on the components' own means.
+        """
+        count, dtype = self.num_components, tree.float_dtype(x)
+
+        def statistics(params: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> MixtureStats:
+            x, share = rows
+            given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
+            given = (1 - smoothing) * given.astype(dtype) + smoothing / count
+            given = given if inside is None else given * inside.astype(dtype)
+            return MixtureStats(
+                counts=jnp.sum(given, axis=-1),
+                components=self.family.stats(params, x, given),
+                loglik=jnp.zeros((), dtype),
+            )
+
+        components = self.family.init(x, weights, count)
+        size = tree.rows_per_block(2 * count + self.family.floats_per_row(components), dtype)
+        params = MixtureParams(weights=jnp.full(count, 1 / count, dtype), components=components)
+        for _ in range(2):
+            params = self.m_step(
+                tree.sum_over_blocks(
+                    lambda rows, inside, at=params.components: statistics(at, rows, inside), (x, share), weights, size
+                )
+            )
+        return params
+
+
+def params_from_responsibilities(
+    model: Mixture, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
+) -> MixtureParams:
+    """The parameters that responsibilities (N, K), or whole-number labels (N,), lead to: one M-step."""
+    return model.params_from_responsibilities(x, responsibilities, weights)

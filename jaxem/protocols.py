@@ -1,0 +1,117 @@
+"""What the rooms promise each other. Nothing here is inherited; anything of this shape fits."""
+
+from typing import Any, Protocol
+
+import jax
+
+Params = Any
+Stats = Any
+Data = Any
+
+
+class Model(Protocol):
+    """A latent-variable model, as the algorithms see it.
+
+    `e_step` gives expected sufficient statistics that add over rows, with the log-likelihood at
+    `params` as their leaf `loglik`; `m_step` maximises `q_function + log_prior` given them.
+
+    A model may also have (each is used where present): `init(key, x, weights)`,
+    `check(x, weights)` to refuse bad data eagerly, `degenerate(stats) -> bool array` for components
+    that died or collapsed, `floats_per_row(params, x) -> int` for the size of blocks, `coarse()`
+    for a cheaper model with the same parameters that does the bulk of many restarts, `rebase`,
+    `unconstrain` and `constrain`, `num_parameters`, `log_prob`, `posterior`, `predict`, `sample`.
+    """
+
+    def e_step(self, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = ...) -> Stats: ...
+
+    def m_step(self, stats: Stats) -> Params: ...
+
+    def q_function(self, params: Params, stats: Stats) -> jax.Array: ...
+
+    def log_prior(self, params: Params) -> jax.Array: ...
+
+
+class Family(Protocol):
+    """p(observation | component): K components at once, component axis first."""
+
+    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
+        """The whole data as one component, K times over: where statistics are first centred."""
+        ...
+
+    def features(self, x: Data) -> jax.Array:
+        """Rows as points (N, F), for seeding."""
+        ...
+
+    def log_prob(self, params: Params, x: Data) -> jax.Array: ...
+
+    def stats(self, params: Params, x: Data, responsibilities: jax.Array) -> Stats: ...
+
+    def m_step(self, stats: Stats) -> Params: ...
+
+    def q_function(self, params: Params, stats: Stats) -> jax.Array: ...
+
+    def log_prior(self, params: Params) -> jax.Array: ...
+
+    def rebase(self, stats: Stats, params: Params) -> Stats: ...
+
+    def degenerate(self, stats: Stats) -> jax.Array: ...
+
+    def sample(self, key: jax.Array, params: Params, labels: jax.Array) -> Data: ...
+
+    def num_parameters(self, params: Params) -> int: ...
+
+    def floats_per_row(self, params: Params) -> int: ...
+
+    def unconstrain(self, params: Params) -> Any: ...
+
+    def constrain(self, theta: Any) -> Params: ...
+
+    def check(self, x: Data) -> None: ...
+
+    def coarse(self) -> "Family": ...
+
+
+class Gather(Protocol):
+    """How statistics are summed over the data; `state` is what the slot remembers between steps."""
+
+    def init(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
+    ) -> tuple[Stats, Any]: ...
+
+    def step(
+        self, model: Any, params: Params, state: Any, x: Data, weights: jax.Array | None, expect: Any
+    ) -> tuple[Stats, Any]: ...
+
+
+class Maximize(Protocol):
+    """How parameters are made from statistics; `state` is what the slot remembers between steps."""
+
+    def init(self, model: Any, params: Params) -> Any: ...
+
+    def step(self, model: Any, params: Params, stats: Stats, state: Any) -> tuple[Params, Any]: ...
+
+
+class State(Protocol):
+    """What every algorithm's state shows: parameters and the log-likelihood at exactly these."""
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def stats(self) -> Stats: ...
+
+    @property
+    def loglik(self) -> jax.Array | None: ...
+
+
+class Algorithm(Protocol):
+    """An EM step, and whether exact arithmetic would let it lower the objective."""
+
+    @property
+    def monotone(self) -> bool: ...
+
+    def init(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> Any: ...
+
+    def step(self, model: Any, state: Any, x: Data, weights: jax.Array | None = None) -> Any: ...

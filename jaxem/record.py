@@ -1,0 +1,75 @@
+"""Records: frozen dataclasses that are pytrees.
+
+A field made by `static` belongs to the pytree's structure (it enters the jit key by value); every
+other field holds arrays, or records of arrays, that can be traced, vmapped and differentiated.
+"""
+
+import dataclasses
+from typing import Any, Callable, TypeVar, dataclass_transform, overload
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+
+_SHOWN_ELEMENTS = 12
+
+
+def static(**options: Any) -> Any:
+    """A dataclass field that is part of the structure: hashable, compared by value, never traced."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer):
+        if value.size <= _SHOWN_ELEMENTS:
+            return np.array2string(np.asarray(value), precision=6, separator=", ").replace("\n", "")
+        return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def _repr(self: Any) -> str:
+    fields = dataclasses.fields(self)
+    inside = ", ".join(f"{f.name}={_show(getattr(self, f.name))}" for f in fields if f.repr)
+    return f"{type(self).__name__}({inside})"
+
+
+def _eq(self: Any, other: Any) -> bool:
+    if type(self) is not type(other):
+        return NotImplemented
+    mine, structure = jax.tree.flatten(self)
+    theirs, other_structure = jax.tree.flatten(other)
+    if structure != other_structure:
+        return False
+    return all(a is b or np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _hash(self: Any) -> int:
+    return hash(jax.tree.structure(self))
+
+
+@overload
+def record(cls: type[T]) -> type[T]: ...
+@overload
+def record(*, kw_only: bool = True) -> Callable[[type[T]], type[T]]: ...
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(static,))
+def record(cls: Any = None, *, kw_only: bool = True) -> Any:
+    """Make a class a frozen, keyword-only dataclass that JAX sees as a pytree.
+
+    Two records are equal when their structures and their arrays are. `kw_only=False` is for the
+    few records that users build by position, such as `Normal("full")`.
+    """
+
+    def wrap(cls: type[T]) -> type[T]:
+        cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(cls)
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        meta = [f.name for f in fields if f.metadata.get("static")]
+        data = [f.name for f in fields if not f.metadata.get("static")]
+        for name, method in (("__repr__", _repr), ("__eq__", _eq), ("__hash__", _hash)):
+            if name not in cls.__dict__ or cls.__dict__[name] is None:
+                setattr(cls, name, method)
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+    return wrap if cls is None else wrap(cls)

@@ -1,0 +1,72 @@
+"""Where fits start: seeds among the rows, key-driven, weighted, and compiled with everything else."""
+
+import jax
+import jax.numpy as jnp
+
+from . import numerics
+
+
+def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Columns (N, F) scaled to unit (weighted) variance, so that seeds do not depend on units."""
+    total = points.shape[0] if weights is None else jnp.sum(weights)
+    mean = numerics.weighted_sum(points.T, weights) / total
+    variance = numerics.weighted_sum(jnp.square(points - mean).T, weights) / total
+    return (points - mean) * jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
+
+
+def _draw(key: jax.Array, mass: jax.Array) -> jax.Array:
+    """Index drawn in proportion to mass (N,), by inversion; never one of mass 0."""
+    cumulated = jnp.cumsum(mass)
+    total = cumulated[-1]
+    height = jax.random.uniform(key, (), mass.dtype) * total
+    return jnp.searchsorted(cumulated, jnp.minimum(height, jnp.nextafter(total, 0)), side="right")
+
+
+def kmeans_plusplus(
+    key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
+) -> tuple[jax.Array, jax.Array]:
+    """k-means++ (Arthur & Vassilvitskii 2007): seeds (K,) among the rows (N, F), nearest seed (N,).
+
+    Each seed is drawn in proportion to weight x squared distance to the seeds before it.
+    """
+    weights = jnp.ones(points.shape[0], points.dtype) if weights is None else weights.astype(points.dtype)
+
+    def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        distance, nearest, seeds = carry
+        mass = weights * distance
+        # Once every row coincides with a seed there is no distance left to draw by.
+        mass = jnp.where(jnp.sum(mass) > 0, mass, weights)
+        seed = _draw(jax.random.fold_in(key, k), mass)
+        to_seed = jnp.sum(jnp.square(points - points[seed]), axis=-1)
+        closer = to_seed < distance
+        return jnp.minimum(distance, to_seed), jnp.where(closer, k, nearest), seeds.at[k].set(seed)
+
+    rows = points.shape[0]
+    first = _draw(jax.random.fold_in(key, 0), weights)
+    start = (
+        jnp.sum(jnp.square(points - points[first]), axis=-1),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros(num_seeds, jnp.int32).at[0].set(first.astype(jnp.int32)),
+    )
+    _, nearest, seeds = jax.lax.fori_loop(1, num_seeds, body, start)
+    return seeds, nearest
+
+
+def random_rows(
+    key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
+) -> tuple[jax.Array, jax.Array]:
+    """Distinct rows drawn in proportion to their weight: seeds (K,), nearest seed (N,)."""
+    scores = jax.random.gumbel(key, (points.shape[0],), points.dtype)
+    if weights is not None:
+        scores = scores + numerics.safe_log(weights.astype(points.dtype))
+    _, seeds = jax.lax.top_k(scores, num_seeds)
+
+    def body(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        distance, nearest = carry
+        to_seed = jnp.sum(jnp.square(points - points[seeds[k]]), axis=-1)
+        return jnp.minimum(distance, to_seed), jnp.where(to_seed < distance, k, nearest)
+
+    rows = points.shape[0]
+    start = (jnp.full(rows, jnp.inf, points.dtype), jnp.zeros(rows, jnp.int32))
+    _, nearest = jax.lax.fori_loop(0, num_seeds, body, start)
+    return seeds, nearest

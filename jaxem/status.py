@@ -1,0 +1,40 @@
+"""How a fit ended: one integer a fit, and what to do about it."""
+
+from enum import IntEnum
+
+
+class Status(IntEnum):
+    """Why the iteration stopped. Results hold it as an int32 array, one entry a restart."""
+
+    RUNNING = -1
+    CONVERGED = 0
+    MAX_STEPS = 1
+    NONFINITE = 2
+    DEGENERATE = 3
+    DECREASED = 4
+
+
+REMEDIES = {
+    Status.RUNNING: "the fit is not finished: it was read before its loop ended",
+    Status.MAX_STEPS: "the step limit came first: raise max_steps, loosen tol, or wrap the algorithm in an accelerator",
+    Status.NONFINITE: (
+        "a step gave NaN or infinity; the last finite parameters are returned. Check the data and the start for "
+        "non-finite or extreme values, standardise the columns, or fit in float64"
+    ),
+    Status.DEGENERATE: (
+        "a component died or collapsed onto a few rows, where the likelihood has no maximum. Use a prior "
+        "(jaxem.default_prior(x, num_components, covariance)), fewer components, a simpler covariance, or more restarts"
+    ),
+    Status.DECREASED: (
+        "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "
+        "means an m_step that does not maximise q_function + log_prior, or an e_step that does not fit the likelihood"
+    ),
+}
+
+
+class EMError(RuntimeError):
+    """A fit that did not converge, with the remedy; `.status` holds the Status."""
+
+    def __init__(self, status: Status, detail: str = ""):
+        self.status = status
+        super().__init__(f"{status.name}: {REMEDIES[status]}{detail}")

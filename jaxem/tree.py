@@ -1,0 +1,144 @@
+"""The vector space of statistics: pytrees that add, scale, and are summed over blocks of rows."""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """Sum of two pytrees of one structure, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def scale(factor: jax.Array | float, a: Tree) -> Tree:
+    """Every leaf times a scalar."""
+    return jax.tree.map(lambda leaf: factor * leaf, a)
+
+
+def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
+    """`a` where the condition holds, else `b`; the condition covers each leaf's leading axes."""
+
+    def select(x: jax.Array, y: jax.Array) -> jax.Array:
+        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                select(jax.random.key_data(x), jax.random.key_data(y)), impl=jax.random.key_impl(x)
+            )
+        axes = tuple(range(jnp.ndim(condition), jnp.ndim(x)))
+        return jnp.where(jnp.expand_dims(condition, axes), x, y)
+
+    return jax.tree.map(select, a, b)
+
+
+def all_finite(a: Tree) -> jax.Array:
+    """Whether every entry of every floating-point leaf is finite; a scalar boolean."""
+    floats = [leaf for leaf in jax.tree.leaves(a) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats])) if floats else jnp.array(True)
+
+
+def num_rows(x: Tree) -> int:
+    """Length of the leading axis that all leaves of the data share."""
+    leaves = jax.tree.leaves(x)
+    if not leaves or any(jnp.ndim(leaf) == 0 for leaf in leaves):
+        raise ValueError("x must hold arrays with a leading axis of rows; got a scalar or nothing")
+    rows = {leaf.shape[0] for leaf in leaves}
+    if len(rows) > 1:
+        raise ValueError(f"all arrays of x must share one leading axis of rows; got lengths {sorted(rows)}")
+    return rows.pop()
+
+
+def total_weight(x: Tree, weights: jax.Array | None) -> jax.Array:
+    """Number of rows that the data stand for: the sum of the weights, or N without them."""
+    if weights is not None:
+        return jnp.sum(weights)
+    return jnp.asarray(num_rows(x), float_dtype(x))
+
+
+def float_dtype(x: Tree) -> Any:
+    """The floating-point dtype in which statistics of these data are kept."""
+    dtype = jnp.result_type(*jax.tree.leaves(x))
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+
+
+def size(a: Tree) -> int:
+    """Number of scalars in a pytree of arrays (or of shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(a))
+
+
+def _slice(rows: Tree, start: jax.Array, length: int) -> Tree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0), rows)
+
+
+def sum_over_blocks(
+    function: Callable[[Tree, jax.Array | None], Tree],
+    x: Tree,
+    weights: jax.Array | None,
+    block_size: int,
+) -> Tree:
+    """Sum of `function(rows, weights)` over blocks of rows, one block in memory at a time.
+
+    The last block is moved back so that it is as long as the others; rows that an earlier block
+    has counted get weight 0. Partial sums are compensated (Neumaier), so that float32 statistics
+    of a million rows keep the precision of one block.
+    """
+    rows = num_rows(x)
+    if block_size >= rows:
+        return function(x, weights)
+    blocks = -(-rows // block_size)
+    ragged = rows % block_size != 0
+    if ragged and weights is None:
+        weights = jnp.ones(rows, float_dtype(x))
+
+    def one(index: jax.Array) -> Tree:
+        first = index * block_size
+        start = jnp.minimum(first, rows - block_size)
+        inside = None if weights is None else _slice(weights, start, block_size)
+        if ragged:
+            fresh = start + jnp.arange(block_size) >= first
+            inside = jnp.where(fresh, inside, 0)
+        return function(_slice(x, start, block_size), inside)
+
+    def body(carry: tuple[Tree, Tree], index: jax.Array) -> tuple[tuple[Tree, Tree], None]:
+        total, lost = carry
+        part = one(index)
+        new = add(total, part)
+        lost = jax.tree.map(
+            lambda c, s, p, t: c + jnp.where(jnp.abs(s) >= jnp.abs(p), (s - t) + p, (p - t) + s),
+            lost, total, part, new,
+        )  # fmt: skip
+        return (new, lost), None
+
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.array(0)))
+    (total, lost), _ = jax.lax.scan(body, (zero, zero), jnp.arange(blocks))
+    return add(total, lost)
+
+
+def map_over_blocks(function: Callable[[Tree], Tree], x: Tree, block_size: int) -> Tree:
+    """`function` of blocks of rows, joined along the leading axis of its result."""
+    rows = num_rows(x)
+    if block_size >= rows:
+        return function(x)
+
+    def write(index: jax.Array, out: Tree) -> Tree:
+        start = jnp.minimum(index * block_size, rows - block_size)
+        part = function(_slice(x, start, block_size))
+        return jax.tree.map(
+            lambda whole, piece: jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis=0), out, part
+        )
+
+    shapes = jax.eval_shape(lambda: function(_slice(x, jnp.array(0), block_size)))
+    empty = jax.tree.map(lambda s: jnp.zeros((rows, *s.shape[1:]), s.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-rows // block_size), write, empty)
+
+
+def rows_per_block(floats_per_row: int, dtype: Any) -> int:
+    """Rows whose E-step temporaries fit the fast memory of the default backend.
+
+    A power of two. On a CPU the temporaries should stay in the second-level cache, on an
+    accelerator they should only be small against its memory.
+    """
+    budget = 4 << 20 if jax.default_backend() == "cpu" else 1 << 29
+    rows = budget // max(1, floats_per_row * jnp.dtype(dtype).itemsize)
+    return 1 << min(20, max(8, rows.bit_length() - 1))
