@@ -1,5 +1,8 @@
 """jaxem: Expectation-Maximisation in JAX, compiled and purely functional."""
 
+from .diagnostics import aic as aic
+from .diagnostics import bic as bic
+from .diagnostics import icl as icl
 from .em import EM as EM
 from .em import Blocks as Blocks
 from .em import ClosedForm as ClosedForm
@@ -16,6 +19,9 @@ from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
 from .models import from_functions as from_functions
 from .models import params_from_responsibilities as params_from_responsibilities
+from .restarts import Restarts as Restarts
+from .restarts import Screen as Screen
+from .restarts import fit_restarts as fit_restarts
 from .status import EMError as EMError
 from .status import Status as Status
 

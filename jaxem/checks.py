@@ -64,10 +64,15 @@ def finite_matrix(name: str, value: Any) -> None:
     rows = matrix(name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         warnings.warn(f"{name} has dtype {value.dtype} and is converted to {rows.dtype}", stacklevel=4)
-    if is_concrete(rows) and not bool(jnp.all(jnp.isfinite(rows))):
-        row, column = np.argwhere(~np.isfinite(np.asarray(rows)))[0]
+    if not is_concrete(value):
+        return
+    with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
+        finite = bool(jnp.all(jnp.isfinite(value)))
+    if not finite:
+        values = np.asarray(value, float).reshape(len(value), -1)
+        row, column = np.argwhere(~np.isfinite(values))[0]
         raise ValueError(
-            f"{name} must be finite; got {rows[row, column]} in row {row}, column {column}. This model takes no "
+            f"{name} must be finite; got {values[row, column]} in row {row}, column {column}. This model takes no "
             "missing values: drop such rows, or fill them in"
         )
 
@@ -76,12 +81,11 @@ def row_weights(weights: Any, rows: int) -> None:
     """Raise unless weights are None or N finite numbers >= 0, not all 0."""
     if weights is None:
         return
-    values = array("weights", weights)
-    if values.shape != (rows,):
-        raise ValueError(f"weights must have shape ({rows},), one a row of x; got {values.shape}")
-    if not is_concrete(values):
+    if array("weights", weights).shape != (rows,):
+        raise ValueError(f"weights must have shape ({rows},), one a row of x; got {weights.shape}")
+    if not is_concrete(weights):
         return
-    values = np.asarray(values)
+    values = np.asarray(weights)
     if not np.all(np.isfinite(values)) or np.any(values < 0):
         row = np.argwhere(~(np.isfinite(values) & (values >= 0)))[0, 0]
         raise ValueError(f"weights must be finite and at least 0; got {values[row]} in row {row}")

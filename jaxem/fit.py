@@ -156,9 +156,7 @@ def advance(
     status = jnp.where(
         bad,
         jnp.where(finite, Status.DECREASED, Status.NONFINITE),
-        jnp.where(
-            converged, Status.CONVERGED, jnp.where(num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
-        ),
+        jnp.where(converged, Status.CONVERGED, jnp.where(num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)),
     ).astype(jnp.int32)
     drop = jnp.maximum(-gain, 0) if known else jnp.zeros((), dtype)
     after = Progress(
@@ -238,7 +236,7 @@ def _fit(
     params = like_step(model, algorithm, params, x, weights, key)
     start = begin(model, algorithm, params, x, weights, key)
     history = jnp.full(capacity + 1, jnp.nan, start.objective.dtype).at[0].set(start.objective)
-    start = tree.where(max_steps > 0, start, _replace_status(start, Status.MAX_STEPS))
+    start = tree.where(max_steps > 0, start, with_status(start, Status.MAX_STEPS))
 
     def running(carry: tuple[Progress, jax.Array]) -> jax.Array:
         return carry[0].status == Status.RUNNING
@@ -260,7 +258,8 @@ def _fit(
     )
 
 
-def _replace_status(fit: Progress, status: Status) -> Progress:
+def with_status(fit: Progress, status: Status) -> Progress:
+    """The fit, ended with this status if it was running."""
 
     ended = jnp.where(fit.status == Status.RUNNING, status, fit.status).astype(jnp.int32)
     return dataclasses.replace(fit, status=ended)
@@ -297,19 +296,18 @@ def em_fit(
     """
     if hasattr(model, "check"):
         model.check(x, weights)
-    _check_limits(tol, max_steps)
+    check_limits(tol, max_steps)
     if key is not None:
         key = checks.random_key(key)
     x = jax.tree.map(jnp.asarray, x)
     weights = None if weights is None else jnp.asarray(weights)
     result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, history_capacity(max_steps))
     if isinstance(max_steps, (int, np.integer)):
-
         result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
     return result
 
 
-def _check_limits(tol: Any, max_steps: Any) -> None:
+def check_limits(tol: Any, max_steps: Any) -> None:
     if checks.is_concrete(tol) and not np.all(np.isfinite(tol)):
         raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")
     if isinstance(max_steps, (bool, float)):

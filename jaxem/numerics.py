@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _UNROLLED_COLUMNS = 8
 
@@ -23,12 +24,11 @@ def normalize(log_joint: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     A row that is impossible under every component has log-evidence -inf and responsibilities 0.
     """
-    top = jnp.max(log_joint, axis=0)
-    possible = top > -jnp.inf
-    shifted = jnp.exp(log_joint - jnp.where(possible, top, 0))
+    top = jnp.maximum(jnp.max(log_joint, axis=0), jnp.finfo(log_joint.dtype).min)
+    shifted = jnp.exp(log_joint - top)
     total = jnp.sum(shifted, axis=0)
-    evidence = jnp.where(possible, top + jnp.log(jnp.where(possible, total, 1)), -jnp.inf)
-    return shifted * jnp.where(possible, 1 / jnp.where(possible, total, 1), 0), evidence
+    # The largest term is exp(0): the total is at least 1, or else 0 for an impossible row.
+    return shifted * (1 / jnp.maximum(total, 1)), top + safe_log(total)
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -119,14 +119,14 @@ def real_to_simplex(theta: jax.Array) -> jax.Array:
 def covariance_to_real(covariance: jax.Array) -> jax.Array:
     """Log-Cholesky: positive definite (..., D, D) to R^(D(D+1)/2) (Pinheiro & Bates 1996)."""
     factor = cholesky(covariance)
-    rows, columns = jnp.tril_indices(covariance.shape[-1])
+    rows, columns = np.tril_indices(covariance.shape[-1])
     entries = factor[..., rows, columns]
     return jnp.where(rows == columns, jnp.log(jnp.where(rows == columns, entries, 1)), entries)
 
 
 def real_to_covariance(theta: jax.Array, columns: int) -> jax.Array:
     """Inverse of `covariance_to_real`."""
-    i, j = jnp.tril_indices(columns)
+    i, j = np.tril_indices(columns)
     entries = jnp.where(i == j, jnp.exp(jnp.where(i == j, theta, 0)), theta)
     factor = jnp.zeros((*theta.shape[:-1], columns, columns), theta.dtype).at[..., i, j].set(entries)
     return product(factor, factor, "...ik,...jk->...ij")

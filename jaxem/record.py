@@ -5,7 +5,8 @@ other field holds arrays, or records of arrays, that can be traced, vmapped and 
 """
 
 import dataclasses
-from typing import Any, Callable, TypeVar, dataclass_transform, overload
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
 import numpy as np

@@ -1,6 +1,7 @@
 """The vector space of statistics: pytrees that add, scale, and are summed over blocks of rows."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,17 @@ def add(a: Tree, b: Tree) -> Tree:
 def scale(factor: jax.Array | float, a: Tree) -> Tree:
     """Every leaf times a scalar."""
     return jax.tree.map(lambda leaf: factor * leaf, a)
+
+
+def zeros_like(shapes: Tree, impl: Any = None) -> Tree:
+    """Zeros of these shapes and dtypes; where they are random keys, some key of this `impl`."""
+
+    def zero(leaf: Any) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.broadcast_to(jax.random.key(0, impl=impl), leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(zero, shapes)
 
 
 def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
@@ -110,7 +122,7 @@ def sum_over_blocks(
         )  # fmt: skip
         return (new, lost), None
 
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.array(0)))
+    zero = zeros_like(jax.eval_shape(one, jnp.array(0)))
     (total, lost), _ = jax.lax.scan(body, (zero, zero), jnp.arange(blocks))
     return add(total, lost)
 

@@ -63,6 +63,4 @@ class EM:
         """M-step from the statistics at hand, then the E-step at the new parameters."""
         params, maximize = self.maximize.step(model, state.params, state.stats, state.maximize)
         stats, gather = self.gather.step(model, params, state.gather, x, weights, self.expect)
-        return EMState(
-            params=params, stats=stats, loglik=stats.loglik, gather=gather, maximize=maximize, key=state.key
-        )
+        return EMState(params=params, stats=stats, loglik=stats.loglik, gather=gather, maximize=maximize, key=state.key)

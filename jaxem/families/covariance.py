@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import numerics
 from ..record import record
@@ -85,22 +86,25 @@ class Full:
 
     def from_features(self, sums: jax.Array, columns: int) -> jax.Array:
         """Sums of the features (K, F) as second moments (K, D, D)."""
-        i, j = jnp.tril_indices(columns)
-        lower = jnp.zeros((sums.shape[0], columns, columns), sums.dtype).at[:, i, j].set(sums)
-        return lower + jnp.swapaxes(jnp.tril(lower, -1), -1, -2)
+        i, j = np.tril_indices(columns)
+        where = np.zeros((columns, columns), int)
+        where[i, j] = where[j, i] = np.arange(len(i))
+        return sums[:, where]
 
     def to_features(self, precision: jax.Array) -> jax.Array:
         """Coefficients (K, F) of the features in -yᵀPy / 2."""
-        i, j = jnp.tril_indices(precision.shape[-1])
-        return jnp.where(i == j, -0.5, -1.0).astype(precision.dtype) * precision[:, i, j]
+        i, j = np.tril_indices(precision.shape[-1])
+        return jnp.asarray(np.where(i == j, -0.5, -1.0), precision.dtype) * precision[:, i, j]
 
     def precision(self, whitener: jax.Array) -> jax.Array:
         """P = WᵀW."""
-        return numerics.product(whitener, whitener, "...ki,...kj->...ij")
+        if whitener.shape[-1] > UNROLLED_COLUMNS:
+            return numerics.product(whitener, whitener, "...ki,...kj->...ij")
+        return jnp.sum(whitener[..., :, :, None] * whitener[..., :, None, :], axis=-3)
 
     def precision_times(self, precision: jax.Array, vectors: jax.Array) -> jax.Array:
         """P v: (K, D, D), (K, D) -> (K, D)."""
-        return numerics.product(precision, vectors, "kij,kj->ki")
+        return jnp.sum(precision * vectors[..., None, :], axis=-1)
 
     def trace(self, precision: jax.Array, moments: jax.Array) -> jax.Array:
         """tr(P S): (...)."""

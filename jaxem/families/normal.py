@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ class Normal:
     form: how quadratic forms and second moments are computed. "whitened" uses deviations from each
     component's own mean, exact however tight the clusters are; "expanded" uses moments about one
     common point, two matrix products in all, which loses (spread / width)² units of rounding;
-    "auto" (default) takes the expanded form while that loss is small, judged at every step.
+    "auto" (default) takes the expanded form while that loss is small, judged at every step, and with
+    few columns, where there is less to win, the whitened one.
 
     Data are (N, D), or (N,) for one column. Raises ValueError for an unknown covariance or form.
     Bishop, Pattern Recognition and Machine Learning, section 9.2.
@@ -287,8 +288,11 @@ class Normal:
 
     def _choose(self, whitener: jax.Array, offset: jax.Array, whitened: Callable, expanded: Callable) -> jax.Array:
         """The form asked for; under "auto", expanded while the means are near the centre, in widths."""
-        if self.form != "auto":
-            return whitened() if self.form == "whitened" else expanded()
+        few = offset.shape[-1] <= shapes.UNROLLED_COLUMNS
+        if self.form == "whitened" or (self.form == "auto" and few):
+            return whitened()
+        if self.form == "expanded":
+            return expanded()
         widths = self.shape.whiten(whitener, offset[..., None])
         eps = jnp.finfo(offset.dtype).eps
         return jax.lax.cond(jnp.max(jnp.mean(jnp.square(widths), axis=1)) * eps**0.25 <= 1, expanded, whitened)

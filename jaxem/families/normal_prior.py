@@ -61,9 +61,7 @@ def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -
     columns = rows.shape[1]
     mean = jnp.mean(rows, axis=0)
     deviations = rows - mean
-    total = jnp.einsum("ni,nj->ij", deviations, deviations, precision=jax.lax.Precision.HIGHEST) / (
-        rows.shape[0] - 1
-    )
+    total = jnp.einsum("ni,nj->ij", deviations, deviations, precision=jax.lax.Precision.HIGHEST) / (rows.shape[0] - 1)
     scale = total / num_components ** (2 / columns)
     if covariance == "diag":
         scale = jnp.diagonal(scale)

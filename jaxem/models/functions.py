@@ -1,7 +1,8 @@
 """A model from plain functions: a researcher's own E-step and M-step."""
 
 import inspect
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -1,10 +1,12 @@
 """Finite mixtures of any family."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import checks, numerics, seeding, tree
 from ..latents import Exact, categorical
@@ -27,11 +29,15 @@ class MixtureParams:
 
 @record
 class MixtureStats:
-    """counts (K,): expected rows of each component; components: the family's statistics; loglik."""
+    """components: the family's statistics, their `count` (K,) the expected rows of each; loglik."""
 
-    counts: jax.Array
     components: Stats
     loglik: jax.Array
+
+    @property
+    def counts(self) -> jax.Array:
+        """Expected number of rows of each component: (K,)."""
+        return self.components.count
 
 
 @record(kw_only=False)
@@ -47,6 +53,7 @@ class Dirichlet:
         """concentration - 1, as (K,)."""
         return jnp.broadcast_to(jnp.asarray(self.concentration, counts.dtype) - 1, counts.shape)
 
+    @jax.jit
     def log_prob(self, probabilities: jax.Array) -> jax.Array:
         """Normalised log-density; 0 log 0 = 0."""
         alpha = self.pseudo_counts(probabilities) + 1
@@ -79,8 +86,11 @@ class Mixture:
         of every row is then spread over all components. Rows of weight 0 are never seeds.
         """
         checks.choice("method", method, INITS)
-        key = checks.random_key(key)
         self.check(x, weights)
+        return self._init(checks.random_key(key), x, weights, method)
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
         if method == "random_responsibilities":
             rows = tree.num_rows(x)
             draws = jax.random.exponential(key, (rows, self.num_components), tree.float_dtype(x))
@@ -105,9 +115,10 @@ class Mixture:
             )
         if labels and given.shape != (rows,):
             raise ValueError(f"labels must have shape ({rows},), one a row of x; got {given.shape}")
-        if labels and checks.is_concrete(given) and not bool(jnp.all((given >= 0) & (given < count))):
-            raise ValueError(f"labels must be in 0..{count - 1}; got {int(given.min())}..{int(given.max())}")
-        if not labels and checks.is_concrete(given) and not bool(jnp.all((given >= 0) & jnp.isfinite(given))):
+        values = np.asarray(responsibilities) if checks.is_concrete(responsibilities) else None
+        if labels and values is not None and not np.all((values >= 0) & (values < count)):
+            raise ValueError(f"labels must be in 0..{count - 1}; got {values.min()}..{values.max()}")
+        if not labels and values is not None and not np.all((values >= 0) & np.isfinite(values)):
             raise ValueError("responsibilities must be finite and at least 0")
         return self._from_responsibilities(x, given, weights, 0.0)
 
@@ -120,7 +131,6 @@ class Mixture:
             weights = weights.astype(evidence.dtype)
             responsibilities = responsibilities * weights
         return MixtureStats(
-            counts=jnp.sum(responsibilities, axis=-1),
             components=self.family.stats(params.components, x, responsibilities),
             loglik=numerics.weighted_sum(evidence, weights),
         )
@@ -153,14 +163,17 @@ class Mixture:
         """Components (K,) that died or collapsed."""
         return self.family.degenerate(stats.components)
 
+    @jax.jit
     def log_prob(self, params: MixtureParams, x: Data) -> jax.Array:
         """Marginal log-density log p(x_n) of each row: (N,)."""
         return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[1])
 
+    @jax.jit
     def posterior(self, params: MixtureParams, x: Data) -> jax.Array:
         """Responsibilities p(component k | x_n): (N, K)."""
         return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[0].T)
 
+    @jax.jit
     def predict(self, params: MixtureParams, x: Data) -> jax.Array:
         """The most probable component of each row: (N,), whole numbers."""
         return self._by_rows(params, x, lambda rows: jnp.argmax(self._log_joint(params, rows), axis=0))
@@ -215,6 +228,7 @@ class Mixture:
         size = tree.rows_per_block(self.floats_per_row(params, x), tree.float_dtype(x))
         return tree.map_over_blocks(function, x, size)
 
+    @functools.partial(jax.jit, static_argnames="smoothing")
     def _from_responsibilities(
         self, x: Data, share: jax.Array, weights: jax.Array | None, smoothing: float
     ) -> MixtureParams:
@@ -230,7 +244,6 @@ class Mixture:
             given = (1 - smoothing) * given.astype(dtype) + smoothing / count
             given = given if inside is None else given * inside.astype(dtype)
             return MixtureStats(
-                counts=jnp.sum(given, axis=-1),
                 components=self.family.stats(params, x, given),
                 loglik=jnp.zeros((), dtype),
             )
@@ -238,13 +251,12 @@ class Mixture:
         components = self.family.init(x, weights, count)
         size = tree.rows_per_block(2 * count + self.family.floats_per_row(components), dtype)
         params = MixtureParams(weights=jnp.full(count, 1 / count, dtype), components=components)
-        for _ in range(2):
-            params = self.m_step(
-                tree.sum_over_blocks(
-                    lambda rows, inside, at=params.components: statistics(at, rows, inside), (x, share), weights, size
-                )
-            )
-        return params
+
+        def pass_over(_: int, params: MixtureParams) -> MixtureParams:
+            at = functools.partial(statistics, params.components)
+            return self.m_step(tree.sum_over_blocks(at, (x, share), weights, size))
+
+        return jax.lax.fori_loop(0, 2, pass_over, params)
 
 
 def params_from_responsibilities(

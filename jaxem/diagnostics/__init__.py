@@ -1,0 +1,5 @@
+"""After the fit: criteria for choosing between models."""
+
+from .criteria import aic as aic
+from .criteria import bic as bic
+from .criteria import icl as icl

@@ -1,0 +1,34 @@
+"""Information criteria. Lower is better, as in scikit-learn (mclust's BIC and ICL are minus these)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import numerics, tree
+from ..protocols import Data, Params
+
+
+def _deviance(model: Any, params: Params, x: Data, weights: jax.Array | None) -> jax.Array:
+    return -2 * numerics.weighted_sum(model.log_prob(params, x), weights)
+
+
+def aic(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
+    """-2 loglik + 2 p, p free parameters (Akaike 1974). Scalar."""
+    return _deviance(model, params, x, weights) + 2 * model.num_parameters(params)
+
+
+def bic(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
+    """-2 loglik + p log n, n the total weight of the rows (Schwarz 1978). Scalar."""
+    size = jnp.log(tree.total_weight(x, weights))
+    return _deviance(model, params, x, weights) + model.num_parameters(params) * size
+
+
+def icl(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
+    """BIC - 2 sum_n log max_k p(k | x_n): BIC of the data completed by their likeliest components.
+
+    Biernacki, Celeux & Govaert (2000), Assessing a mixture model for clustering with the
+    integrated completed likelihood, IEEE PAMI 22. Scalar.
+    """
+    certainty = jnp.log(jnp.max(model.posterior(params, x), axis=-1))
+    return bic(model, params, x, weights) - 2 * numerics.weighted_sum(certainty, weights)

@@ -1,0 +1,361 @@
+"""Many starts, one program: restarts share lanes, and a lane that is done takes the next restart."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import checks, tree
+from .em import EM
+from .fit import (
+    Progress,
+    Result,
+    advance,
+    begin,
+    check_limits,
+    ending,
+    history_capacity,
+    like_step,
+    with_status,
+)
+from .protocols import Data, Params
+from .record import record, static
+from .status import EMError, Status
+
+# Temporaries of one step over all lanes, in numbers: what the second-level cache of a CPU core holds.
+_LANE_BUDGET = 1 << 21
+_LANE_BUDGET_ELSEWHERE = 1 << 28
+
+# Restarts x rows x temporaries from which a coarse bulk repays its compilation.
+_COARSE_WORK = 1 << 23
+
+# Numbers that the histories of all restarts may take together.
+_HISTORY_BUDGET = 1 << 25
+
+
+@record(kw_only=False)
+class Screen:
+    """Run every restart for `steps` EM steps, and only the best share `keep` of them to convergence.
+
+    A screen trades the certainty of finding the best optimum for time: too few steps lose it.
+    Restarts that are screened out end as MAX_STEPS, with the objective that they had.
+    Raises ValueError unless steps >= 1 and 0 < keep <= 1.
+    """
+
+    steps: int = static(default=20)
+    keep: float = static(default=0.25)
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("steps", self.steps)
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be a share in (0, 1]; got {self.keep}")
+
+
+@record
+class Restarts:
+    """Every restart's ending, and the best in full.
+
+    best: the Result of the restart with the highest objective among those that converged or ran out
+    of steps (if all failed, the highest of the failed: look at its status); index: which it is;
+    params, objective, status, num_steps, largest_decrease: of all R restarts, leading axis R;
+    total_weight: what objectives are divided by to compare them per row.
+    """
+
+    best: Result
+    index: jax.Array
+    params: Params
+    objective: jax.Array
+    status: jax.Array
+    num_steps: jax.Array
+    largest_decrease: jax.Array
+    total_weight: jax.Array
+
+    @property
+    def failed(self) -> jax.Array:
+        """Restarts (R,) that may not win: degenerate, non-finite or decreased."""
+        return ~_eligible(self.status)
+
+    def hits(self, tol: float = 1e-4) -> jax.Array:
+        """How many restarts reached the best objective, to within `tol` nats per unit of weight."""
+        near = self.objective >= self.best.objective - tol * self.total_weight
+        return jnp.sum(near & ~self.failed)
+
+    def count(self, status: Status) -> jax.Array:
+        """How many restarts ended with this status."""
+        return jnp.sum(self.status == status)
+
+    def check(self) -> "Restarts":
+        """These restarts if the best converged; else raises EMError with the remedy."""
+        try:
+            self.best.check()
+        except EMError as error:
+            raise EMError(error.status, f" (the best of {self.status.shape[0]} restarts)") from None
+        return self
+
+
+@record
+class _Jobs:
+    """All restarts, as they wait or have ended: leading axis R."""
+
+    params: Params
+    key: jax.Array
+    objective: jax.Array
+    loglik: jax.Array
+    status: jax.Array
+    num_steps: jax.Array
+    largest_decrease: jax.Array
+    history: jax.Array
+
+
+def _eligible(status: jax.Array) -> jax.Array:
+    return (status == Status.CONVERGED) | (status == Status.MAX_STEPS)
+
+
+@functools.partial(jax.jit, static_argnames="lanes")
+def _drive(
+    model: Any,
+    jobs: _Jobs,
+    x: Data,
+    weights: jax.Array | None,
+    algorithm: Any,
+    tol: jax.Array | float,
+    max_steps: jax.Array | int,
+    lanes: int,
+) -> _Jobs:
+    """Run every waiting restart to its end, `lanes` at a time.
+
+    The inner loop steps all lanes until a quarter of them has ended; the outer one then writes
+    those away and refills them, so that no restart waits for the slowest of its batch.
+    """
+    total = jobs.status.shape[0]
+    waiting = jnp.sum(jobs.status == Status.RUNNING)
+    order = jnp.argsort(jobs.status != Status.RUNNING, stable=True)
+
+    def load(jobs: _Jobs, slot: jax.Array) -> Progress:
+        """A restart taken up where it was left, with its own count of steps."""
+        job = jax.tree.map(lambda leaf: leaf[slot], dataclasses.replace(jobs, history=None))
+        fit = begin(model, algorithm, job.params, x, weights, job.key)
+        fit = dataclasses.replace(fit, num_steps=job.num_steps, largest_decrease=job.largest_decrease)
+        return tree.where(fit.num_steps < max_steps, fit, with_status(fit, Status.MAX_STEPS))
+
+    def put(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
+        """Write restarts back; slot R stands for none."""
+        loglik = fits.objective if fits.state.loglik is None else fits.state.loglik
+        ended = dict(
+            params=fits.state.params,
+            objective=fits.objective,
+            loglik=loglik,
+            status=jax.vmap(functools.partial(ending, model))(fits),
+            num_steps=fits.num_steps,
+            largest_decrease=fits.largest_decrease,
+        )
+        before = {name: getattr(jobs, name) for name in ended}
+        after = jax.tree.map(lambda all_, some: all_.at[slots].set(some, mode="drop"), before, ended)
+        return dataclasses.replace(jobs, **after)
+
+    def go_on(carry: tuple) -> jax.Array:
+        _, _, fits, head = carry
+        running = jnp.sum(fits.status == Status.RUNNING)
+        return jnp.where(head < waiting, running > lanes - max(1, lanes // 4), running > 0)
+
+    def step(carry: tuple) -> tuple:
+        jobs, slots, fits, head = carry
+        fits = jax.vmap(lambda fit: advance(model, algorithm, fit, x, weights, tol, max_steps))(fits)
+        return _note(jobs, slots, fits), slots, fits, head
+
+    def refill(carry: tuple) -> tuple:
+        jobs, slots, fits, head = carry
+        idle = fits.status != Status.RUNNING
+        jobs = put(jobs, jnp.where(idle, slots, total), fits)
+        ticket = head + jnp.cumsum(idle) - 1
+        taken = idle & (ticket < waiting)
+        new = jnp.where(taken, order[jnp.minimum(ticket, total - 1)], total)
+        fresh = jax.vmap(load, (None, 0))(jobs, jnp.minimum(new, total - 1))
+        fits = tree.where(taken, fresh, fits)
+        return _note(jobs, new, fresh), jnp.where(idle, new, slots), fits, head + jnp.sum(taken)
+
+    shapes = jax.eval_shape(jax.vmap(load, (None, 0)), jobs, jnp.zeros(lanes, jnp.int32))
+    empty = tree.zeros_like(shapes, jax.random.key_impl(jobs.key))
+    fits = dataclasses.replace(empty, status=jnp.full(lanes, Status.MAX_STEPS, jnp.int32))
+    # The last refill only writes away.
+    jobs, *_ = jax.lax.while_loop(
+        lambda carry: (carry[-1] < waiting) | jnp.any(carry[1] < total),
+        lambda carry: jax.lax.while_loop(go_on, step, refill(carry)),
+        (jobs, jnp.full(lanes, total), fits, jnp.zeros_like(waiting)),
+    )
+    return jobs
+
+
+def _note(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
+    history = jobs.history.at[slots, fits.num_steps].set(fits.objective, mode="drop")
+    return dataclasses.replace(jobs, history=history)
+
+
+@functools.partial(jax.jit, static_argnames=("num_restarts", "init", "lanes", "capacity"))
+def _prepare(
+    model: Any,
+    key: jax.Array | None,
+    x: Data,
+    weights: jax.Array | None,
+    starts: Params | None,
+    algorithm: Any,
+    num_restarts: int,
+    init: Callable | None,
+    lanes: int,
+    capacity: int,
+) -> _Jobs:
+    """Every restart before its first step. Restart i draws from `fold_in(key, i)` alone."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_restarts))
+    if starts is None:
+        start = functools.partial(init, x=x, weights=weights)
+        starts = jax.lax.map(lambda key: start(jax.random.fold_in(key, 0)), keys, batch_size=lanes)
+    run_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    starts = jax.vmap(lambda params, key: like_step(model, algorithm, params, x, weights, key))(starts, run_keys)
+    unknown = jnp.full(num_restarts, jnp.nan, tree.float_dtype(x))
+    return _Jobs(
+        params=starts,
+        key=run_keys,
+        objective=unknown,
+        loglik=unknown,
+        status=jnp.full(num_restarts, Status.RUNNING, jnp.int32),
+        num_steps=jnp.zeros(num_restarts, jnp.int32),
+        largest_decrease=jnp.zeros_like(unknown),
+        history=jnp.full((num_restarts, capacity + 1), jnp.nan, unknown.dtype),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="screen")
+def _survivors(jobs: _Jobs, screen: Screen) -> tuple[_Jobs, jax.Array]:
+    """The best share of the restarts, those among them that are not done set to run on."""
+    total = jobs.status.shape[0]
+    rank = jnp.argsort(jnp.argsort(-jnp.where(_eligible(jobs.status), jobs.objective, -jnp.inf)))
+    kept = rank < max(1, round(screen.keep * total))
+    on = kept & (jobs.status == Status.MAX_STEPS)
+    return dataclasses.replace(jobs, status=jnp.where(on, Status.RUNNING, jobs.status)), kept
+
+
+@jax.jit
+def _finish(jobs: _Jobs, x: Data, weights: jax.Array | None) -> Restarts:
+    eligible = _eligible(jobs.status)
+    finite = jnp.where(jnp.isnan(jobs.objective), -jnp.inf, jobs.objective)
+    winners = jnp.where(eligible, finite, -jnp.inf)
+    index = jnp.where(jnp.any(eligible), jnp.argmax(winners), jnp.argmax(finite))
+    best = jax.tree.map(lambda leaf: leaf[index], dataclasses.replace(jobs, key=None))
+    return Restarts(
+        best=Result(**{field.name: getattr(best, field.name) for field in dataclasses.fields(Result)}),
+        index=index,
+        params=jobs.params,
+        objective=jobs.objective,
+        status=jobs.status,
+        num_steps=jobs.num_steps,
+        largest_decrease=jobs.largest_decrease,
+        total_weight=tree.total_weight(x, weights),
+    )
+
+
+def fit_restarts(
+    model: Any,
+    key: jax.Array | None,
+    x: Data,
+    weights: jax.Array | None = None,
+    *,
+    num_restarts: int | None = None,
+    init: Callable | Params | None = None,
+    algorithm: Any = EM(),
+    tol: jax.Array | float = 1e-6,
+    max_steps: jax.Array | int = 1000,
+    screen: Screen | None = None,
+    block_size: int | None = None,
+) -> Restarts:
+    """Fit a model by EM from many starts and keep the best.
+
+    num_restarts: R; init: a function `(key, x, weights) -> params` (default: `model.init`), or
+    params with a leading axis R; tol, max_steps: as in `em_fit`, for every restart by itself;
+    screen: short runs first, and only the best of them to convergence; block_size: restarts that
+    run side by side, chosen from shapes and backend when None.
+
+    Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart
+    that fails ends with its own status, never wins, and does not touch its neighbours. Where the
+    model has a `coarse()` form, large jobs do their bulk with it, and every restart is then run on
+    to convergence by the model itself.
+
+    Raises ValueError or TypeError for bad input when called eagerly.
+    """
+    if hasattr(model, "check"):
+        model.check(x, weights)
+    check_limits(tol, max_steps)
+    x = jax.tree.map(jnp.asarray, x)
+    weights = None if weights is None else jnp.asarray(weights)
+    starts, function, num_restarts = _starts(model, init, num_restarts)
+    key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
+
+    work = _work(model, starts, function, key, x, weights)
+    lanes = min(num_restarts, _lanes(work) if block_size is None else block_size)
+    checks.positive_integer("block_size", lanes)
+    capacity = min(history_capacity(max_steps), max(1, _HISTORY_BUDGET // num_restarts))
+    jobs = _prepare(model, key, x, weights, starts, algorithm, num_restarts, function, lanes, capacity)
+
+    run = functools.partial(_drive, x=x, weights=weights, algorithm=algorithm, tol=tol, lanes=lanes)
+    coarse = hasattr(model, "coarse") and num_restarts * work >= _COARSE_WORK
+    bulk = model.coarse() if coarse else model
+    kept = None
+    if screen is not None:
+        jobs = run(bulk, jobs, max_steps=jnp.minimum(screen.steps, max_steps))
+        jobs, kept = _survivors(jobs, screen)
+    jobs = run(bulk, jobs, max_steps=max_steps)
+    if coarse:
+        again = jobs.status >= 0 if kept is None else kept
+        jobs = dataclasses.replace(jobs, status=jnp.where(again, Status.RUNNING, jobs.status))
+        jobs = run(model, jobs, max_steps=max_steps)
+    runs = _finish(jobs, x, weights)
+    if isinstance(max_steps, (int, np.integer)):
+        best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
+        runs = dataclasses.replace(runs, best=best)
+    return runs
+
+
+def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | None, Callable | None, int]:
+    """Stacked starts or a function that draws one, and how many restarts there are."""
+    if init is None:
+        if not hasattr(model, "init"):
+            raise TypeError("this model has no init: pass init=..., a function (key, x, weights) or stacked params")
+        init = model.init
+    if callable(init):
+        if num_restarts is None:
+            raise TypeError("num_restarts is needed: how many starts to draw")
+        checks.positive_integer("num_restarts", num_restarts)
+        return None, init, int(num_restarts)
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(init)}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(
+            "init must be a function (key, x, weights) -> params, or params whose arrays share a leading axis of "
+            f"restarts; got leading axes {sorted(lengths)}"
+        )
+    ((stacked,),) = lengths
+    if num_restarts not in (None, stacked):
+        raise ValueError(f"num_restarts is {num_restarts}, but init holds {stacked} starts: leave num_restarts out")
+    return jax.tree.map(jnp.asarray, init), None, stacked
+
+
+def _work(
+    model: Any, starts: Params | None, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None
+) -> int:
+    """Temporaries of one E-step of one restart, in numbers."""
+    rows = tree.num_rows(x)
+    if starts is None:
+        params = jax.eval_shape(function, key, x, weights)
+    else:
+        params = jax.eval_shape(lambda starts: jax.tree.map(lambda leaf: leaf[0], starts), starts)
+    if hasattr(model, "floats_per_row"):
+        return rows * model.floats_per_row(params, x)
+    return tree.size(x) + rows + tree.size(params)
+
+
+def _lanes(work: int) -> int:
+    """Restarts side by side whose temporaries stay in fast memory: a power of two."""
+    budget = _LANE_BUDGET if jax.default_backend() == "cpu" else _LANE_BUDGET_ELSEWHERE
+    return 1 << min(12, max(0, (budget // max(1, work)).bit_length() - 1))
