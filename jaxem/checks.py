@@ -42,7 +42,7 @@ def array(name: str, value: Any) -> jax.Array:
     dtype = value.dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real; got dtype {dtype}. Stack its real and imaginary parts as columns")
-    if not (jnp.issubdtype(dtype, jnp.number) or dtype == bool):
+    if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
         raise TypeError(f"{name} must be numeric; got dtype {dtype}")
     return jnp.asarray(value)
 

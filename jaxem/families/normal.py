@@ -100,7 +100,7 @@ class Normal:
     def log_prob(self, params: NormalParams, x: jax.Array) -> jax.Array:
         """Log-density of every row under every component: (N, D) -> (K, N)."""
         x = self._rows(params, x)
-        count, columns = params.mean.shape
+        columns = params.mean.shape[-1]
         shape = self.shape
         whitener, half_logdet = shape.whitener(self._each(params), columns)
         constant = -half_logdet - 0.5 * columns * math.log(2 * math.pi)

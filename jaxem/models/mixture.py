@@ -127,13 +127,17 @@ class Mixture:
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
         responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
-        if weights is not None:
-            weights = weights.astype(evidence.dtype)
-            responsibilities = responsibilities * weights
-        return MixtureStats(
-            components=self.family.stats(params.components, x, responsibilities),
-            loglik=numerics.weighted_sum(evidence, weights),
-        )
+        return self._gather(params.components, x, responsibilities, weights, evidence)
+
+    def stats(
+        self, params: MixtureParams, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
+    ) -> MixtureStats:
+        """The statistics under any responsibilities q (N, K); loglik stays that of `params`.
+
+        q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
+        """
+        evidence = numerics.normalize(self._log_joint(params, x))[1]
+        return self._gather(params.components, x, responsibilities.T, weights, evidence)
 
     def m_step(self, stats: MixtureStats) -> MixtureParams:
         """weights = counts / their sum (with a prior: + concentration - 1); the family's own M-step."""
@@ -224,6 +228,23 @@ class Mixture:
         """log p(component k, x_n): (K, N)."""
         return numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, x)
 
+    def _gather(
+        self,
+        components: Params,
+        x: Data,
+        responsibilities: jax.Array,
+        weights: jax.Array | None,
+        evidence: jax.Array,
+    ) -> MixtureStats:
+        """Statistics from responsibilities (K, N) and log-evidence (N,), every row counted by its weight."""
+        if weights is not None:
+            weights = weights.astype(evidence.dtype)
+            responsibilities = responsibilities * weights
+        return MixtureStats(
+            components=self.family.stats(components, x, responsibilities),
+            loglik=numerics.weighted_sum(evidence, weights),
+        )
+
     def _by_rows(self, params: MixtureParams, x: Data, function: Any) -> jax.Array:
         size = tree.rows_per_block(self.floats_per_row(params, x), tree.float_dtype(x))
         return tree.map_over_blocks(function, x, size)
@@ -238,15 +259,11 @@ class Mixture:
         """
         count, dtype = self.num_components, tree.float_dtype(x)
 
-        def statistics(params: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> MixtureStats:
+        def statistics(components: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> MixtureStats:
             x, share = rows
             given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
             given = (1 - smoothing) * given.astype(dtype) + smoothing / count
-            given = given if inside is None else given * inside.astype(dtype)
-            return MixtureStats(
-                components=self.family.stats(params, x, given),
-                loglik=jnp.zeros((), dtype),
-            )
+            return self._gather(components, x, given, inside, jnp.zeros(tree.num_rows(x), dtype))
 
         components = self.family.init(x, weights, count)
         size = tree.rows_per_block(2 * count + self.family.floats_per_row(components), dtype)

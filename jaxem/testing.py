@@ -1,0 +1,307 @@
+"""The laws that every EM model obeys, for the library's models and for yours.
+
+`check_model(model, params, x)` runs all that apply and raises AssertionError with the law's name
+and numbers at the first that is broken. Use float64 data: in float32 the tolerances are wide.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import tree
+from .em import EM, Blocks
+from .fit import em_fit
+from .protocols import Data, Params
+
+LAWS: dict[str, Callable[["_Case"], None]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    model: Any
+    params: Params
+    x: Data
+    key: jax.Array
+    rtol: float
+
+    @property
+    def rows(self) -> int:
+        return tree.num_rows(self.x)
+
+    @functools.cached_property
+    def e_step(self) -> Callable:
+        """The model's E-step, compiled once a shape."""
+        return jax.jit(lambda params, x, weights=None: self.model.e_step(params, x, weights))
+
+    @functools.cached_property
+    def m_step(self) -> Callable:
+        return jax.jit(lambda stats: self.model.m_step(stats))
+
+    @functools.cached_property
+    def stats(self) -> Any:
+        return self.e_step(self.params, self.x)
+
+    @functools.cached_property
+    def halves(self) -> list[Any]:
+        """Statistics of the first and of the second half of the rows."""
+        half = self.rows // 2
+        return [self.e_step(self.params, _rows(self.x, part)) for part in (slice(half), slice(half, None))]
+
+    @functools.cached_property
+    def fit(self) -> Callable:
+        """em_fit as users jit it; a second trace is an error."""
+        return jax.jit(chex.assert_max_traces(em_fit, n=1))
+
+    def has(self, *names: str) -> bool:
+        return all(hasattr(self.model, name) for name in names)
+
+    def close(self, got: Any, expected: Any, what: str = "statistics", factor: float = 1.0) -> None:
+        """Leaves equal, relative to the size of each leaf."""
+        chex.assert_trees_all_equal_structs(got, expected)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+            a, b = np.asarray(a, float), np.asarray(b, float)
+            allowed = factor * self.rtol * (np.max(np.abs(b), initial=0) + 1)
+            gap = np.max(np.abs(a - b), initial=0)
+            assert gap <= allowed, f"{what}{jax.tree_util.keystr(path)} differ by {gap:.3g}, allowed {allowed:.3g}"
+
+
+def check_model(
+    model: Any, params: Params, x: Data, *, key: jax.Array | None = None, skip: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Check every law that applies to this model at these parameters and data.
+
+    Give some tens of rows (the brute-force laws use the first few) and parameters at which every
+    component has rows. skip: names of laws that an approximate E-step does not keep.
+    Returns the names of the laws that were checked. Raises AssertionError naming the broken law,
+    ValueError for an unknown name in `skip`.
+    """
+    unknown = set(skip) - set(LAWS)
+    if unknown:
+        raise ValueError(f"skip must name laws among {sorted(LAWS)}; got {sorted(unknown)}")
+    x = jax.tree.map(jnp.asarray, x)
+    double = tree.float_dtype(x) == jnp.float64
+    case = _Case(model, params, x, jax.random.key(0) if key is None else key, 1e-9 if double else 2e-3)
+    checked = []
+    for name, law in LAWS.items():
+        if name in skip:
+            continue
+        try:
+            applied = law(case)
+        except AssertionError as broken:
+            raise AssertionError(f"law '{name}' is broken: {broken}") from broken
+        if applied is not False:
+            checked.append(name)
+    return tuple(checked)
+
+
+def _law(name: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        LAWS[name] = function
+        return function
+
+    return register
+
+
+def _rows(x: Data, index: Any) -> Data:
+    return jax.tree.map(lambda leaf: leaf[index], x)
+
+
+def _integer_weights(case: _Case) -> jax.Array:
+    return jax.random.randint(case.key, (case.rows,), 0, 3).at[0].set(2)
+
+
+@_law("additive")
+def _additive(case: _Case) -> None:
+    """E(a ++ b) = E(a) + E(b)."""
+    case.close(tree.add(*case.halves), case.stats)
+
+
+@_law("weights are repeats")
+def _weights(case: _Case) -> None:
+    """Weight 2 is the row twice, weight 0 the row absent."""
+    weights = _integer_weights(case)
+    repeated = _rows(case.x, np.repeat(np.arange(case.rows), np.asarray(weights)))
+    weighted = case.e_step(case.params, case.x, weights.astype(tree.float_dtype(case.x)))
+    case.close(weighted, case.e_step(case.params, repeated))
+
+
+@_law("order of rows")
+def _order(case: _Case) -> None:
+    shuffled = _rows(case.x, jax.random.permutation(case.key, case.rows))
+    case.close(case.e_step(case.params, shuffled), case.stats)
+
+
+@_law("q is linear")
+def _linear(case: _Case) -> bool | None:
+    """Q of a sum of statistics is the sum of the Qs."""
+    if not case.has("q_function"):
+        return False
+    q = jax.jit(case.model.q_function)
+    at = case.m_step(case.stats)
+    total = sum(q(at, part) for part in case.halves)
+    case.close(q(at, tree.add(*case.halves)), total, "Q")
+    return None
+
+
+def _coordinates(case: _Case, params: Params) -> tuple[Any, Callable[[Any], Params]]:
+    if case.has("unconstrain", "constrain"):
+        return case.model.unconstrain(params), case.model.constrain
+    return params, lambda theta: theta
+
+
+@_law("bijection")
+def _bijection(case: _Case) -> bool | None:
+    """constrain undoes unconstrain."""
+    if not case.has("unconstrain", "constrain"):
+        return False
+    case.close(case.model.constrain(case.model.unconstrain(case.params)), case.params, "params")
+    return None
+
+
+@_law("Fisher's identity")
+def _fisher(case: _Case) -> bool | None:
+    """The gradient of the log-likelihood is the gradient of Q at the same parameters."""
+    if not case.has("q_function"):
+        return False
+    theta, constrain = _coordinates(case, case.params)
+    stats = case.stats
+    score = jax.jit(jax.grad(lambda theta: case.model.e_step(constrain(theta), case.x).loglik))(theta)
+    slope = jax.jit(jax.grad(lambda theta: case.model.q_function(constrain(theta), stats)))(theta)
+    case.close(score, slope, "gradient", 10)
+    return None
+
+
+@_law("m_step maximises")
+def _maximal(case: _Case) -> bool | None:
+    """The gradient of Q + log-prior is 0 at the M-step, and no random direction improves it."""
+    if not case.has("q_function"):
+        return False
+    stats = case.stats
+    theta, constrain = _coordinates(case, case.m_step(stats))
+
+    def surrogate(theta: Any) -> jax.Array:
+        params = constrain(theta)
+        prior = case.model.log_prior(params) if case.has("log_prior") else 0.0
+        return case.model.q_function(params, stats) + prior
+
+    top, slope = jax.jit(jax.value_and_grad(surrogate))(theta)
+    scale = float(tree.total_weight(case.x, None))
+    case.close(tree.scale(1 / scale, slope), jax.tree.map(jnp.zeros_like, slope), "gradient per row", 100)
+    leaves, structure = jax.tree.flatten(theta)
+    keys = jax.random.split(case.key, len(leaves))
+    steps = [1e-2 * jax.random.normal(k, (8, *leaf.shape), leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    moved = jax.jit(jax.vmap(lambda step: surrogate(tree.add(theta, step))))(jax.tree.unflatten(structure, steps))
+    highest = jnp.max(moved)
+    assert not highest > top + case.rtol * (abs(top) + 1), f"a step from the M-step raises Q from {top} to {highest}"
+    return None
+
+
+@_law("monotone")
+def _monotone(case: _Case) -> None:
+    """Exact EM never lowers the objective by more than rounding."""
+    result = case.fit(case.model, case.params, case.x, tol=-1.0, max_steps=20)
+    history = np.asarray(result.history[: int(result.num_steps) + 1])
+    allowed = case.rtol * (np.max(np.abs(history)) + 1)
+    assert np.all(np.isfinite(history)), f"the objective is not finite: {history}"
+    assert np.all(np.diff(history) >= -allowed), f"the objective falls by {-np.min(np.diff(history)):.3g}"
+    assert history[-1] > history[0] - allowed
+
+
+@_law("steps compose")
+def _compose(case: _Case) -> None:
+    """Two steps are one step, and one more from there; and the objective is that of the params returned."""
+    two = case.fit(case.model, case.params, case.x, tol=-1.0, max_steps=2)
+    one = case.fit(case.model, case.params, case.x, tol=-1.0, max_steps=1)
+    again = case.fit(case.model, one.params, case.x, tol=-1.0, max_steps=1)
+    case.close(again.params, two.params, "params")
+    case.close(two.loglik, case.e_step(two.params, case.x).loglik, "loglik of the result")
+
+
+@_law("eager, jit and vmap agree")
+def _transforms(case: _Case) -> None:
+    eager = case.model.e_step(case.params, case.x)
+    other = case.model.m_step(eager)
+    case.close(case.stats, eager, "jitted statistics")
+    case.close(case.m_step(eager), other, "jitted params")
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), case.params, other)
+    many = jax.jit(jax.vmap(case.model.e_step, in_axes=(0, None)))(both, case.x)
+    case.close(_rows(many, 0), eager, "vmapped statistics")
+    case.close(_rows(many, 1), case.e_step(other, case.x), "vmapped statistics")
+
+
+@_law("one compilation")
+def _compilation(case: _Case) -> None:
+    """A second call with an equal model, other parameters and another tolerance compiles nothing."""
+    case.fit(case.model, case.params, case.x, tol=1e-3, max_steps=2)
+    leaves, structure = jax.tree.flatten(case.model)
+    rebuilt = jax.tree.unflatten(structure, leaves)
+    case.fit(rebuilt, case.m_step(case.stats), case.x, tol=1e-5, max_steps=3)
+
+
+@_law("float32")
+def _single(case: _Case) -> bool | None:
+    """Float32 in, float32 out, and close to float64."""
+    if tree.float_dtype(case.x) != jnp.float64:
+        return False
+
+    def single(a: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, a)
+
+    model = single(case.model)
+    got = jax.jit(lambda params, x: model.m_step(model.e_step(params, x)))(single(case.params), single(case.x))
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(got) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert dtypes <= {jnp.dtype(jnp.float32)}, f"float32 data gave params of {dtypes}"
+    dataclasses.replace(case, rtol=2e-3).close(got, case.m_step(case.stats), "params")
+    return None
+
+
+@_law("blocks are the whole")
+def _blocks(case: _Case) -> None:
+    """Statistics gathered in blocks, the last one ragged, are those of all rows at once."""
+    size = max(1, case.rows // 3 - 1)
+    gather = jax.jit(lambda weights: EM(gather=Blocks(size)).init(case.model, case.params, case.x, weights).stats)
+    case.close(gather(None), case.stats)
+    weights = _integer_weights(case).astype(tree.float_dtype(case.x))
+    case.close(gather(weights), case.e_step(case.params, case.x, weights))
+
+
+@_law("lower bound")
+def _bound(case: _Case) -> bool | None:
+    """log p(x) = ELBO(q) + KL(q || posterior) for arbitrary q, where the posterior is discrete."""
+    if not case.has("posterior", "stats", "q_function"):
+        return False
+    posterior = case.model.posterior(case.params, case.x)
+    q = jax.random.dirichlet(case.key, jnp.ones(posterior.shape[1:]), posterior.shape[:1]).astype(posterior.dtype)
+    expected = jax.jit(lambda q: case.model.q_function(case.params, case.model.stats(case.params, case.x, q)))(q)
+    bound = expected - jnp.sum(q * jnp.log(q))
+    usable = posterior > 0
+    ratio = jnp.where(usable, q / jnp.where(usable, posterior, 1), jnp.inf)
+    assert bound <= case.stats.loglik, f"the bound {bound} exceeds the log-likelihood {case.stats.loglik}"
+    if bool(jnp.all(usable)):
+        case.close(bound + jnp.sum(q * jnp.log(ratio)), case.stats.loglik, "ELBO + KL")
+    return None
+
+
+@_law("brute force")
+def _brute(case: _Case) -> bool | None:
+    """The log-likelihood is the log of the sum over all latent configurations of exp(complete log-likelihood)."""
+    if not case.has("posterior", "stats", "q_function"):
+        return False
+    few = _rows(case.x, slice(3))
+    count = case.model.posterior(case.params, few).shape[1]
+
+    def complete(labels: jax.Array) -> jax.Array:
+        sure = jax.nn.one_hot(labels, count, dtype=tree.float_dtype(few))
+        return case.model.q_function(case.params, case.model.stats(case.params, few, sure))
+
+    configurations = jnp.asarray(list(itertools.product(range(count), repeat=3)))
+    total = jax.scipy.special.logsumexp(jax.jit(jax.vmap(complete))(configurations))
+    case.close(total, case.e_step(case.params, few).loglik, "log-likelihood")
+    return None

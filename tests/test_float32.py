@@ -1,0 +1,175 @@
+"""Float32, JAX's default, is safe: close to float64 on hard data, and it stops at its resolution."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxem import Mixture, MixtureParams, Normal, NormalParams, Status, datasets, em_fit
+
+STEPS = 30
+# Four corners, no two of them in line, about one unit apart: the spread of the data is of order 1.
+CORNERS = np.array([[0.0, 0.0, 0.0, 0.0], [1.0, 0.5, -0.5, 1.0], [-0.5, 1.0, 1.0, 0.5], [0.5, -1.0, 1.0, -0.5]])
+MIX = np.array([[1.0, 0.4, 0.0, 0.0], [0.0, 1.0, -0.3, 0.0], [0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.0, 0.7]])
+
+
+def clusters(width, corners, rows=100):
+    """Rows of float32 about the corners, and the perturbed start that both precisions take."""
+    rng = np.random.default_rng(1)
+    count, columns = corners.shape
+    noise = rng.normal(size=(count, rows, columns)) @ MIX[:columns, :columns]
+    x = (corners[:, None] + width * noise).reshape(-1, columns).astype(np.float32)
+    start = (
+        np.full(count, 1 / count, np.float32),
+        (corners + 0.3 * width).astype(np.float32),
+        np.tile(2 * width**2 * np.eye(columns), (count, 1, 1)).astype(np.float32),
+    )
+    return x, start
+
+
+def steps(model, x, start, dtype):
+    """Exactly 30 steps in this precision, from data and a start that float32 can hold."""
+    weights, mean, covariance = (jnp.asarray(part, dtype) for part in start)
+    params = MixtureParams(weights=weights, components=NormalParams(mean=mean, covariance=covariance))
+    return em_fit(model, params, jnp.asarray(x, dtype), tol=-1.0, max_steps=STEPS)
+
+
+def relative_error(found, expected):
+    """Largest error of a component's covariance, relative to that covariance in the Frobenius norm."""
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    return np.max(np.linalg.norm(found - expected, axis=(1, 2)) / np.linalg.norm(expected, axis=(1, 2)))
+
+
+def covariance_error(model, x, start):
+    single = steps(model, x, start, jnp.float32)
+    with jax.enable_x64(True):
+        double = steps(model, x, start, jnp.float64)
+        assert double.params.components.covariance.dtype == jnp.float64
+    assert single.params.components.covariance.dtype == jnp.float32
+    assert single.num_steps == double.num_steps == STEPS
+    return relative_error(single.params.components.covariance, double.params.components.covariance)
+
+
+# With moments about the origin, in place of the component's mean, the errors are 4e-3, 0.17 and NaN from 1e-2 down.
+@pytest.mark.parametrize("width", [1e-1, 1e-2, 1e-3, 3e-4])
+def test_tight_clusters_keep_their_covariances(width):
+    x, start = clusters(width, CORNERS)
+    assert covariance_error(Mixture(Normal("full"), 4), x, start) < 1e-3
+
+
+@pytest.mark.parametrize("width", [1e-1, 1e-2, 1e-3, 3e-4])
+def test_tight_clusters_keep_their_covariances_with_many_columns(width):
+    # More columns than are written out: here the form of the arithmetic is chosen by the data, step by step.
+    x, start = clusters(width, CORNERS)
+    wide = np.hstack([x, np.random.default_rng(2).normal(size=(len(x), 2)).astype(np.float32) * np.float32(width)])
+    weights, mean, _ = start
+    mean = np.hstack([mean, np.zeros((4, 2), np.float32)])
+    covariance = np.tile(2 * width**2 * np.eye(6), (4, 1, 1)).astype(np.float32)
+    assert covariance_error(Mixture(Normal("full"), 4), wide, (weights, mean, covariance)) < 1e-3
+
+
+def test_data_far_from_the_origin_keep_their_covariances():
+    width = 0.05
+    x, start = clusters(width, CORNERS + 1e4 * width)
+    assert covariance_error(Mixture(Normal("full"), 4), x, start) < 1e-3
+
+
+# At 5e5 widths from the origin one unit of float32 rounding is 0.03 widths: the data themselves are rounded to that, the
+# same in both precisions. The mean is then known to half of such a unit, and a mean that is off by d adds d^2 to the
+# covariance about it, which the statistics about the current mean take out again: the rest is rounding of sums.
+def test_two_clusters_a_million_widths_apart():
+    x, start = clusters(1.0, np.array([[-5e5, 0.0], [5e5, 1.0]]))
+    single = steps(Mixture(Normal("full"), 2), x, start, jnp.float32)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(single.params))
+    assert np.isfinite(single.objective)
+    np.testing.assert_allclose(single.params.weights, 0.5, rtol=1e-6)
+    assert covariance_error(Mixture(Normal("full"), 2), x, start) < 1e-3
+
+
+@functools.cache
+def million_rows():
+    """A million rows in three clusters that hardly overlap, fitted in float32 from a start beside the truth."""
+    rng = np.random.default_rng(3)
+    centres = np.array([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
+    x = (centres[rng.integers(0, 3, 1_000_000)] + rng.normal(size=(1_000_000, 2))).astype(np.float32)
+    start = MixtureParams(
+        weights=jnp.array([0.2, 0.3, 0.5]),
+        components=NormalParams(
+            mean=jnp.asarray(centres + 1.0, jnp.float32), covariance=jnp.tile(4 * jnp.eye(2), (3, 1, 1))
+        ),
+    )
+    return x, em_fit(Mixture(Normal("full"), 3), start, jnp.asarray(x), max_steps=200)
+
+
+def test_a_million_rows_converge():
+    _, fit = million_rows()
+    assert fit.objective.dtype == jnp.float32
+    assert fit.status == Status.CONVERGED
+    assert fit.num_steps < 50
+
+
+# Resolution: the objective is a sum of about -4e6, of which float32 keeps a unit of 0.5; each row's density carries a
+# rounding error of its own, and these average out over a million rows. So a fall counts from eps |objective| on, here
+# 0.5, and twice that is allowed: the rounding of the two values that are subtracted.
+def test_a_million_rows_never_lower_the_objective_by_more_than_resolution():
+    _, fit = million_rows()
+    history = np.asarray(fit.history, float)[: int(fit.num_steps) + 1]
+    resolution = np.finfo(np.float32).eps * np.abs(history).max()
+    assert np.diff(history).min() >= -2 * resolution
+    assert history[-1] > history[0] + 1e3 * resolution
+    assert fit.largest_decrease <= 2 * resolution
+
+
+def test_a_million_rows_end_at_the_means_of_their_clusters():
+    # The clusters hardly overlap: the fitted means are those of the nearest rows, to their common edges' few rows.
+    x, fit = million_rows()
+    rows = x.astype(float)
+    nearest = np.argmin([np.sum((rows - centre) ** 2, axis=1) for centre in [(0, 0), (8, 0), (0, 8)]], axis=0)
+    expected = [rows[nearest == k].mean(axis=0) for k in range(3)]
+    np.testing.assert_allclose(fit.params.components.mean, expected, atol=2e-3)
+    np.testing.assert_allclose(fit.params.weights, np.bincount(nearest) / len(rows), atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", ["full", "diag", "tied", "spherical"])
+def test_old_faithful_stops_at_the_resolution_of_float32(shape):
+    x = datasets.faithful().astype(np.float32)
+    model = Mixture(Normal(shape), 2)
+    labels = (x[:, 1] > 68).astype(int)
+    start = model.params_from_responsibilities(x, labels)
+    # A tol of 0 leaves the decision to the resolution alone.
+    fits = {tol: em_fit(model, start, x, tol=tol) for tol in (1e-6, 0.0)}
+    for fit in fits.values():
+        assert fit.objective.dtype == jnp.float32
+        assert fit.status == Status.CONVERGED
+        assert fit.num_steps < 300
+    with jax.enable_x64(True):
+        exact = em_fit(model, start, x.astype(float), tol=1e-12, max_steps=5000).check()
+    # What tol or the resolution (a unit of 2^-13 at 1130 nats, twice over) leaves, and rounding of 272 densities.
+    assert float(fits[1e-6].objective) == pytest.approx(float(exact.objective), rel=0, abs=5e-3)
+    assert float(fits[0.0].objective) == pytest.approx(float(exact.objective), rel=0, abs=5e-3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float32_data_give_float32_results_where_x64_is_enabled():
+    x = datasets.faithful().astype(np.float32)
+    model = Mixture(Normal("full"), 2)
+    params = model.init(jax.random.key(0), x)
+    fit = em_fit(model, params, x, max_steps=5)
+    assert jnp.ones(1).dtype == jnp.float64
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((params, fit)) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert dtypes == {jnp.dtype(jnp.float32)}
+    assert model.log_prob(fit.params, x).dtype == jnp.float32
+    assert model.posterior(fit.params, x).dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_start_in_float64_takes_the_precision_of_the_data():
+    x = datasets.faithful().astype(np.float32)
+    model = Mixture(Normal("diag"), 2)
+    start = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(jax.random.key(0), x))
+    assert start.weights.dtype == jnp.float64
+    fit = em_fit(model, start, x, max_steps=5)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dataclasses.asdict(fit.params)))

@@ -1,0 +1,94 @@
+"""Every law, for every model of the zoo; and laws that catch what they should."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import NAMES, zoo
+
+from jaxem import Mixture, Normal, from_functions
+from jaxem.testing import LAWS, check_model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_laws_in_float64(name, x64):
+    model, x = zoo()[name]
+    x = jnp.asarray(x)
+    params = model.init(jax.random.key(1), x)
+    assert set(check_model(model, params, x)) == set(LAWS)
+
+
+@pytest.mark.parametrize("name", ["full", "tied", "diag", "spherical", "full, six columns", "full, prior"])
+def test_laws_survive_float32(name):
+    model, x = zoo()[name]
+    x = jnp.asarray(x, jnp.float32)
+    params = model.init(jax.random.key(1), x)
+    assert set(check_model(model, params, x)) == set(LAWS) - {"float32"}
+
+
+class _Broken:
+    """A right mixture with one wrong part."""
+
+    def __init__(self, model, **wrong):
+        self.__dict__.update(_model=model, **wrong)
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["_model"], name)
+
+
+def _half(tree):
+    return jax.tree.map(lambda leaf: 0.5 * leaf, tree)
+
+
+@pytest.mark.parametrize(
+    ("law", "wrong"),
+    [
+        ("additive", lambda m: dict(e_step=lambda p, x, w=None, e=None: _mean_stats(m, p, x, w))),
+        ("weights are repeats", lambda m: dict(e_step=lambda p, x, w=None, e=None: m.e_step(p, x))),
+        ("Fisher's identity", lambda m: dict(q_function=lambda p, s: 2 * m.q_function(p, s))),
+        ("m_step maximises", lambda m: dict(m_step=lambda s: _wide(m.m_step(s)))),
+        ("bijection", lambda m: dict(constrain=lambda t: _half(m.constrain(t)))),
+        ("lower bound", lambda m: dict(posterior=lambda p, x: jnp.flip(m.posterior(p, x), 1))),
+    ],
+)
+def test_a_broken_model_breaks_its_law(law, wrong, x64):
+    model = Mixture(Normal("diag"), 2)
+    x = jnp.asarray(zoo()["full"][1])
+    params = model.init(jax.random.key(0), x)
+    others = set(LAWS) - {law}
+    check_model(model, params, x, skip=others)
+    with pytest.raises(AssertionError, match=f"law '{law}'"):
+        check_model(_Broken(model, **wrong(model)), params, x, skip=others)
+
+
+def _mean_stats(model, params, x, weights):
+    stats = model.e_step(params, x, weights)
+    return jax.tree.map(lambda leaf: leaf / len(x), stats)
+
+
+def _wide(params):
+    components = dataclasses.replace(params.components, covariance=1.5 * params.components.covariance)
+    return dataclasses.replace(params, components=components)
+
+
+def test_unknown_law_is_refused():
+    with pytest.raises(ValueError, match="skip must name laws"):
+        check_model(Mixture(Normal(), 2), None, np.ones((4, 1)), skip=["gravity"])
+
+
+def test_laws_of_a_users_model(x64):
+    heads = jnp.array([5.0, 9.0, 8.0, 4.0, 7.0])
+
+    def e_step(theta, heads, weights=None):
+        log_joint = heads[:, None] * jnp.log(theta) + (10 - heads[:, None]) * jnp.log1p(-theta)
+        evidence = jax.scipy.special.logsumexp(log_joint, axis=1)
+        share = jnp.exp(log_joint - evidence[:, None])
+        weights = jnp.ones(len(heads)) if weights is None else weights
+        return (weights @ (share * heads[:, None]), weights @ share), weights @ evidence
+
+    model = from_functions(e_step, lambda stats: stats[0] / (10 * stats[1]))
+    checked = check_model(model, jnp.array([0.6, 0.5]), heads)
+    assert {"additive", "weights are repeats", "monotone", "steps compose", "one compilation"} <= set(checked)
+    assert "Fisher's identity" not in checked  # without q_function it cannot be

@@ -1,0 +1,80 @@
+"""The rooms: imports point downward only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import jaxem
+
+ROOT = Path(jaxem.__file__).parent
+
+# From the ground up; a room may import rooms below its own.
+FLOORS = [
+    {"record", "status", "numerics", "protocols", "datasets", "checks"},
+    {"tree"},
+    {"seeding"},
+    {"families", "latents"},
+    {"models", "em"},
+    {"fit", "diagnostics"},
+    {"restarts"},
+    {"testing"},
+    {"command"},
+    {"__main__", "__init__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[tuple[str, ...]]:
+    """Modules of the package that a file imports, as paths from the package's root."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {tuple(name.name.split(".")[1:]) for name in node.names if name.name.split(".")[0] == "jaxem"}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = path.parts[: len(path.parts) - node.level]
+            elif (node.module or "").split(".")[0] == "jaxem":
+                base, node.module = (), ".".join(node.module.split(".")[1:])
+            else:
+                continue
+            module = base + tuple((node.module or "").split(".")) if node.module else base
+            found |= {module} if node.module else {(*module, name.name) for name in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_downward(path):
+    own = room(path)
+    assert own in FLOOR, f"{own} has no floor yet: give it one in this test"
+    for module in imports(path):
+        other = module[0] if module else "__init__"
+        if own != other:
+            assert FLOOR[other] < FLOOR[own], f"{path} imports {'.'.join(module)}, which is not below it"
+
+
+def test_the_step_never_sees_models_or_families():
+    for path in FILES:
+        if room(path) == "em":
+            assert not {module[0] for module in imports(path)} & {"models", "families"}
+
+
+def test_models_never_import_each_other():
+    for path in FILES:
+        if room(path) == "models" and path.name != "__init__.py":
+            assert not {module for module in imports(path) if module[0] == "models"}
+
+
+def test_loops_over_steps_live_in_fit_and_restarts_only():
+    users = {room(path) for path in FILES if "while_loop" in (ROOT / path).read_text()}
+    assert users <= {"fit", "restarts"}
+
+
+def test_the_package_never_touches_jax_configuration():
+    for path in FILES:
+        assert "config.update" not in (ROOT / path).read_text()
