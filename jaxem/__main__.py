@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from . import Normal, datasets
 from .command import Refusal, grid, report
 from .command.read import Sheet, read_csv
@@ -127,6 +129,10 @@ def _run(options: argparse.Namespace) -> int:
     most, rows = options.components[-1], len(sheet.rows)
     if most > rows:
         raise Refusal(f"{sheet.name} has {rows} rows, fewer than {most} components; lower --components to {rows}")
+    x = sheet.rows.astype(options.dtype)
+    for name, column in zip(sheet.columns, x.T, strict=True):
+        if np.ptp(column) == 0:
+            raise Refusal(f"{sheet.name}: column {name!r} is constant in {options.dtype}; leave it out with --columns")
     places = [options.out / name for name in files]
     if options.data is not None and any(place.exists() and place.samefile(options.data) for place in places):
         raise Refusal(f"the result would overwrite {options.data}; choose another folder with --out")
@@ -139,7 +145,6 @@ def _run(options: argparse.Namespace) -> int:
         restarts=options.restarts, seed=options.seed, dtype=options.dtype,
     )  # fmt: skip
     print("{data}: {rows} rows; {restarts} restarts, seed {seed}, {dtype}".format(**run))
-    x = sheet.rows.astype(options.dtype)
     with _progress(len(options.components) * len(covariances)) as finished:
         entries = grid.fit_grid(x, options.components, covariances, options.restarts, options.seed, finished)
     best = grid.best_entry(entries)

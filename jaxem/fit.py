@@ -139,7 +139,7 @@ def advance(
     else:
         # Without an objective the parameters themselves are watched: their moves shrink like its gains.
         gain = _largest_move(fit.state.params, state.params, dtype)
-        resolution, allowed = 4 * eps, tol
+        resolution, allowed = jnp.asarray(4 * eps, dtype), jnp.asarray(tol, dtype)
         finite, fell = tree.all_finite(state.params), False
         progress = gain > resolution
         record = fit.record
@@ -190,10 +190,10 @@ def like_step(model: Any, algorithm: Any, params: Params, x: Data, weights: jax.
 
     after = jax.eval_shape(step, params)
     # A start in another precision than the data's takes the data's.
-    if jax.tree.structure(after) != jax.tree.structure(params):
+    given: Any = jax.tree.structure(params)
+    if given != jax.tree.structure(after):
         raise ValueError(
-            f"m_step must return the structure that params have; got {jax.tree.structure(after)} "
-            f"for {jax.tree.structure(params)}"
+            f"m_step must return the structure that params have; got {jax.tree.structure(after)} for {given}"
         )
     for path, (new, old) in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda new, old: _Pair(new, old), after, params), is_leaf=lambda leaf: isinstance(leaf, _Pair)

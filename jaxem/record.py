@@ -40,9 +40,13 @@ def _eq(self: Any, other: Any) -> bool:
         return NotImplemented
     mine, structure = jax.tree.flatten(self)
     theirs, other_structure = jax.tree.flatten(other)
-    if structure != other_structure:
+    if not _same(structure, other_structure):
         return False
     return all(a is b or np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _same(a: Any, b: Any) -> bool:
+    return bool(a == b)
 
 
 def _hash(self: Any) -> int:

@@ -99,16 +99,16 @@ class Restarts:
 
 @record
 class _Jobs:
-    """All restarts, as they wait or have ended: leading axis R."""
+    """All restarts, as they wait or have ended: leading axis R. History and key may be left out."""
 
     params: Params
-    key: jax.Array
+    key: Any
     objective: jax.Array
     loglik: jax.Array
     status: jax.Array
     num_steps: jax.Array
     largest_decrease: jax.Array
-    history: jax.Array
+    history: Any
 
 
 def _eligible(status: jax.Array) -> jax.Array:
@@ -198,7 +198,7 @@ def _note(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
 @functools.partial(jax.jit, static_argnames=("num_restarts", "init", "lanes", "capacity"))
 def _prepare(
     model: Any,
-    key: jax.Array | None,
+    key: jax.Array,
     x: Data,
     weights: jax.Array | None,
     starts: Params | None,
@@ -211,8 +211,8 @@ def _prepare(
     """Every restart before its first step. Restart i draws from `fold_in(key, i)` alone."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_restarts))
     if starts is None:
-        start = functools.partial(init, x=x, weights=weights)
-        starts = jax.lax.map(lambda key: start(jax.random.fold_in(key, 0)), keys, batch_size=lanes)
+        draw = model.init if init is None else init
+        starts = jax.lax.map(lambda key: draw(jax.random.fold_in(key, 0), x, weights), keys, batch_size=lanes)
     run_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
     starts = jax.vmap(lambda params, key: like_step(model, algorithm, params, x, weights, key))(starts, run_keys)
     unknown = jnp.full(num_restarts, jnp.nan, tree.float_dtype(x))
@@ -320,11 +320,9 @@ def fit_restarts(
 
 def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | None, Callable | None, int]:
     """Stacked starts or a function that draws one, and how many restarts there are."""
-    if init is None:
-        if not hasattr(model, "init"):
-            raise TypeError("this model has no init: pass init=..., a function (key, x, weights) or stacked params")
-        init = model.init
-    if callable(init):
+    if init is None and not hasattr(model, "init"):
+        raise TypeError("this model has no init: pass init=..., a function (key, x, weights) or stacked params")
+    if init is None or callable(init):
         if num_restarts is None:
             raise TypeError("num_restarts is needed: how many starts to draw")
         checks.positive_integer("num_restarts", num_restarts)
@@ -347,7 +345,7 @@ def _work(
     """Temporaries of one E-step of one restart, in numbers."""
     rows = tree.num_rows(x)
     if starts is None:
-        params = jax.eval_shape(function, key, x, weights)
+        params = jax.eval_shape(model.init if function is None else function, key, x, weights)
     else:
         params = jax.eval_shape(lambda starts: jax.tree.map(lambda leaf: leaf[0], starts), starts)
     if hasattr(model, "floats_per_row"):

@@ -22,8 +22,9 @@ REMEDIES = {
         "non-finite or extreme values, standardise the columns, or fit in float64"
     ),
     Status.DEGENERATE: (
-        "a component died or collapsed onto a few rows, where the likelihood has no maximum. Use a prior "
-        "(jaxem.default_prior(x, num_components, covariance)), fewer components, a simpler covariance, or more restarts"
+        "a component died, or its covariance is singular to this precision: it collapsed onto a few rows or onto a "
+        "plane, where the likelihood has no maximum. Use a prior (jaxem.default_prior(x, num_components, covariance)), "
+        "fewer components, a simpler covariance, no constant columns, more restarts, or float64"
     ),
     Status.DECREASED: (
         "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "

@@ -99,17 +99,16 @@ def sum_over_blocks(
     if block_size >= rows:
         return function(x, weights)
     blocks = -(-rows // block_size)
-    ragged = rows % block_size != 0
-    if ragged and weights is None:
+    if weights is None and rows % block_size:
         weights = jnp.ones(rows, float_dtype(x))
 
     def one(index: jax.Array) -> Tree:
         first = index * block_size
         start = jnp.minimum(first, rows - block_size)
-        inside = None if weights is None else _slice(weights, start, block_size)
-        if ragged:
+        inside = None
+        if weights is not None:
             fresh = start + jnp.arange(block_size) >= first
-            inside = jnp.where(fresh, inside, 0)
+            inside = jnp.where(fresh, _slice(weights, start, block_size), 0)
         return function(_slice(x, start, block_size), inside)
 
     def body(carry: tuple[Tree, Tree], index: jax.Array) -> tuple[tuple[Tree, Tree], None]:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -38,9 +38,9 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 @pytest.fixture
@@ -225,6 +225,7 @@ def test_pictures_are_drawn_for_any_number_of_columns(columns: int, rows: int) -
         ("a,b\n1,2\n3,1e39\n", [], ["'b'", "1e39", "--dtype float64"]),
         ("a,b\n1,2\n3\n", [], ["row 2", "1 cells"]),
         ("a,b\n1,2\n3,4\n", [], ["2 rows", "6 components", "--components"]),
+        ("a,b\n1,2\n3,2\n", ["--components", "1"], ["'b'", "constant", "--columns"]),
         ("a,b\n1,2\n", ["--columns", "a,c"], ["'c'", "a, b"]),
         ("a,b\n1,2\n", ["--columns", "a,a"], ["'a'", "twice"]),
         ("a,a\n1,2\n", [], ["'a'", "rename"]),

@@ -77,9 +77,9 @@ def test_data_far_from_the_origin_keep_their_covariances():
     assert covariance_error(Mixture(Normal("full"), 4), x, start) < 1e-3
 
 
-# At 5e5 widths from the origin one unit of float32 rounding is 0.03 widths: the data themselves are rounded to that, the
-# same in both precisions. The mean is then known to half of such a unit, and a mean that is off by d adds d^2 to the
-# covariance about it, which the statistics about the current mean take out again: the rest is rounding of sums.
+# At 5e5 widths from the origin a unit of float32 rounding is 0.03 widths: the data themselves are rounded to that, the
+# same in both precisions. The mean is then known to half a unit, and a mean that is off by d adds d^2 to the covariance
+# about it, which the statistics about the current mean take out again: what is left is the rounding of sums.
 def test_two_clusters_a_million_widths_apart():
     x, start = clusters(1.0, np.array([[-5e5, 0.0], [5e5, 1.0]]))
     single = steps(Mixture(Normal("full"), 2), x, start, jnp.float32)

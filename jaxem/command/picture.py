@@ -56,8 +56,10 @@ def _ellipses(axes: Axes, sheet: Sheet, best: Entry, responsibilities: np.ndarra
         )
     palette = _colours(best.components)
     rgb = np.array([[int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in palette])
+    size = np.clip(6000 / len(chosen), 4, 20)
     across, up = ((sheet.rows[chosen] - centre) @ axis).T
-    axes.scatter(across, up, c=np.clip(responsibilities[chosen] @ rgb, 0, 1), s=20, alpha=0.7, linewidths=0, zorder=1)
+    axes.scatter(across, up, c=np.clip(responsibilities[chosen] @ rgb, 0, 1), s=size, alpha=0.7, linewidths=0, zorder=1)
+    halo = [withStroke(linewidth=3.5, foreground="white")]
     weights = np.asarray(best.params.weights, float)
     means = (np.asarray(best.params.components.mean, float) - centre) @ axis
     for weight, mean, covariance, colour in zip(weights, means, best.covariances, palette, strict=True):
@@ -66,22 +68,11 @@ def _ellipses(axes: Axes, sheet: Sheet, best: Entry, responsibilities: np.ndarra
         angle = np.degrees(np.arctan2(directions[1, 1], directions[0, 1]))
         for sigmas, style in ((1, "-"), (2, "--")):
             height, width = 2 * sigmas * widths
-            axes.add_patch(
-                Ellipse(
-                    mean,
-                    width,
-                    height,
-                    angle=angle,
-                    fill=False,
-                    edgecolor=colour,
-                    linewidth=1.8,
-                    linestyle=style,
-                    zorder=2,
-                )
-            )
+            outline = dict(fill=False, edgecolor=colour, linewidth=1.8, linestyle=style, path_effects=halo)
+            axes.add_patch(Ellipse(mean, width, height, angle=angle, zorder=2, **outline))
         axes.annotate(
             f"{weight:.0%}", mean, ha="center", va="center", color=colour, weight="bold", size=11, zorder=3,
-            path_effects=[withStroke(linewidth=3, foreground="white")],
+            path_effects=halo,
         )  # fmt: skip
     grey = "#444444"
     keys = [
@@ -90,7 +81,7 @@ def _ellipses(axes: Axes, sheet: Sheet, best: Entry, responsibilities: np.ndarra
         Line2D([], [], color=grey, linestyle="--", label="2 sigma"),
     ]
     axes.autoscale_view()
-    axes.legend(handles=keys, loc="upper left", frameon=False)
+    axes.legend(handles=keys, loc="upper left", framealpha=0.85, edgecolor="none")
     axes.set(xlabel=labels[0], ylabel=labels[1])
 
 
@@ -122,7 +113,9 @@ def _densities(axes: Axes, sheet: Sheet, best: Entry) -> None:
     z = (grid - means[:, None]) / deviations[:, None]
     weights = np.asarray(best.params.weights, float)[:, None]
     each = weights * np.exp(-(z**2) / 2) / (np.sqrt(2 * np.pi) * deviations[:, None])
-    for density, weight, colour in zip(each, weights[:, 0], _colours(best.components), strict=True):
+    palette = _colours(best.components)
+    for k in np.argsort(means):
+        density, weight, colour = each[k], weights[k, 0], palette[k]
         axes.fill_between(grid, density, color=colour, alpha=0.25, linewidth=0)
         axes.plot(grid, density, color=colour, linewidth=1.8, label=f"component ({weight:.0%})")
     axes.plot(grid, each.sum(0), color="#222222", linewidth=1.2, linestyle="--", label="mixture")
@@ -149,11 +142,12 @@ def _criteria(axes: Axes, entries: Sequence[Entry], best: Entry) -> None:
     )  # fmt: skip
     axes.set_yscale("symlog", linthresh=10)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=-2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylim(-2, max(12, axes.get_ylim()[1]))
     axes.grid(axis="y", color="#E6E6E6")
     axes.set_axisbelow(True)
-    axes.margins(x=0.06)
+    numbers = [entry.components for entry in entries]
+    axes.set_xlim(min(numbers) - 0.4, max(numbers) + 0.4)
     axes.legend(frameon=False, title="covariance")
     axes.set(xlabel="components", ylabel="BIC above the best (logarithmic beyond 10)")
     left_out = sum(not entry.sound for entry in entries)

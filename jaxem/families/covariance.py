@@ -33,7 +33,7 @@ class Full:
         """Squared deviations that one row adds to one stored number."""
         return 1
 
-    def prior_exponent(self, degrees_of_freedom: jax.Array, columns: int) -> jax.Array:
+    def prior_exponent(self, degrees_of_freedom: jax.Array | float, columns: int) -> jax.Array | float:
         """Power of det(covariance)^(-1/2) in the prior's density."""
         return degrees_of_freedom + columns + 1
 
@@ -177,7 +177,7 @@ class Diagonal:
     def repeats(self, columns: int) -> int:
         return 1
 
-    def prior_exponent(self, degrees_of_freedom: jax.Array, columns: int) -> jax.Array:
+    def prior_exponent(self, degrees_of_freedom: jax.Array | float, columns: int) -> jax.Array | float:
         return degrees_of_freedom + 2
 
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
@@ -251,7 +251,7 @@ class Spherical:
     def repeats(self, columns: int) -> int:
         return columns
 
-    def prior_exponent(self, degrees_of_freedom: jax.Array, columns: int) -> jax.Array:
+    def prior_exponent(self, degrees_of_freedom: jax.Array | float, columns: int) -> jax.Array | float:
         return degrees_of_freedom + 2
 
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
