@@ -1,5 +1,7 @@
 """jaxem: Expectation-Maximisation in JAX, compiled and purely functional."""
 
+from . import datasets as datasets
+from . import testing as testing
 from .diagnostics import aic as aic
 from .diagnostics import bic as bic
 from .diagnostics import icl as icl

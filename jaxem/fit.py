@@ -18,7 +18,7 @@ from .status import EMError, Status
 HISTORY = 1000
 
 # Steps without visible progress after which a fit is at the resolution of its dtype.
-_PATIENCE = 4
+PATIENCE = 4
 
 
 @record
@@ -146,11 +146,15 @@ def advance(
 
     ratio = gain / fit.gain
     stalled = jnp.where(progress, 0, fit.stalled + 1)
-    # The slower of the last two ratios: one lucky ratio must not stop a slow fit.
+    # The slower of the last two ratios, so that one lucky ratio does not stop a slow fit. A ratio that rises by
+    # more than its rounding tells of a slower mode taking over: it is carried on for as long as the fit has to go,
+    # 1 / (1 - ratio) steps, at a rise that grows as fast.
     slow = jnp.maximum(ratio, fit.ratio)
+    rise = jnp.maximum(ratio - fit.ratio - 4 * resolution / jnp.abs(fit.gain), 0)
+    slow = slow + jnp.where(slow < 1, rise / (1 - slow) ** 2, 0)
     left = jnp.where((slow >= 0) & (slow < 1), gain * slow / (1 - slow), jnp.inf)
     settled = (gain > resolution) & (left <= jnp.maximum(allowed, resolution))
-    converged = (settled | (stalled >= _PATIENCE)) & (tol >= 0)
+    converged = (settled | (stalled >= PATIENCE)) & (tol >= 0)
 
     bad = ~finite | fell
     status = jnp.where(
@@ -188,8 +192,9 @@ def like_step(model: Any, algorithm: Any, params: Params, x: Data, weights: jax.
     def step(params: Params) -> Params:
         return algorithm.step(model, algorithm.init(model, params, x, weights, key), x, weights).params
 
+    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(x)):
+        params = jax.tree.map(functools.partial(_in_precision, tree.float_dtype(x)), params)
     after = jax.eval_shape(step, params)
-    # A start in another precision than the data's takes the data's.
     given: Any = jax.tree.structure(params)
     if given != jax.tree.structure(after):
         raise ValueError(
@@ -211,6 +216,11 @@ class _Pair(tuple):
 
     def __new__(cls, *both: Any) -> "_Pair":
         return super().__new__(cls, both)
+
+
+def _in_precision(dtype: Any, leaf: Any) -> Any:
+    """A start in another precision than the data's takes the data's."""
+    return jnp.asarray(leaf, dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
 
 
 def _largest_move(before: Params, after: Params, dtype: Any) -> jax.Array:

@@ -57,8 +57,8 @@ def floored_cholesky(matrix: jax.Array, floor: jax.Array | None = None) -> tuple
     def eliminate(
         rest: jax.Array, at: jax.Array, pivot: jax.Array, lowest: jax.Array | None, j: jax.Array | int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        lift = jnp.zeros_like(pivot) if lowest is None else jnp.where(pivot < lowest, lowest - pivot, 0)
-        root = jnp.sqrt(pivot + lift)
+        lifted = pivot if lowest is None else jnp.where(pivot < lowest, lowest, pivot)
+        lift, root = lifted - pivot, jnp.sqrt(lifted)
         below = jnp.where(index > j, at / root[..., None], jnp.where(index == j, root[..., None], 0))
         return rest - below[..., :, None] * below[..., None, :], below, lift
 

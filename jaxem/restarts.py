@@ -12,6 +12,7 @@ import numpy as np
 from . import checks, tree
 from .em import EM
 from .fit import (
+    PATIENCE,
     Progress,
     Result,
     advance,
@@ -139,7 +140,13 @@ def _drive(
         """A restart taken up where it was left, with its own count of steps."""
         job = jax.tree.map(lambda leaf: leaf[slot], dataclasses.replace(jobs, history=None))
         fit = begin(model, algorithm, job.params, x, weights, job.key)
-        fit = dataclasses.replace(fit, num_steps=job.num_steps, largest_decrease=job.largest_decrease)
+        fit = dataclasses.replace(
+            fit,
+            num_steps=job.num_steps,
+            largest_decrease=job.largest_decrease,
+            # What has run before has stood still before: it need not prove that at full length again.
+            stalled=jnp.where(job.num_steps > 0, PATIENCE // 2, 0),
+        )
         return tree.where(fit.num_steps < max_steps, fit, with_status(fit, Status.MAX_STEPS))
 
     def put(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:

@@ -18,7 +18,8 @@ FLOORS = [
     {"models", "em"},
     {"fit", "diagnostics"},
     {"restarts"},
-    {"__init__", "testing"},
+    {"testing"},
+    {"__init__"},
     {"command"},
     {"__main__"},
 ]

@@ -115,15 +115,13 @@ class Full:
         return jnp.diagonal(moments, axis1=-2, axis2=-1)
 
     def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Lift a covariance whose conditional variances fall below `lowest` (D,) or below rounding.
+        """Lift a covariance whose conditional variances fall below `lowest` (..., D).
 
         Returns the covariance, unchanged to the bit where nothing was lifted, and whether it was (...).
         """
-        columns = covariance.shape[-1]
-        variances = self.columns_of(covariance, columns)
-        rounding = 4 * columns * jnp.finfo(covariance.dtype).eps
-        _, lift = numerics.floored_cholesky(covariance, jnp.maximum(lowest, rounding * variances))
-        return covariance + lift[..., :, None] * jnp.eye(columns, dtype=covariance.dtype), jnp.any(lift > 0, axis=-1)
+        _, lift = numerics.floored_cholesky(covariance, lowest)
+        eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
+        return covariance + lift[..., :, None] * eye, jnp.any(lift > 0, axis=-1)
 
     def log_prior(self, covariance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
         """Inverse-Wishart log-density, normalised (Gelman et al., Bayesian Data Analysis, appendix A)."""
@@ -294,7 +292,7 @@ class Spherical:
         return jnp.repeat(moments[..., None] / columns, columns, axis=-1)
 
     def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
-        least = jnp.mean(lowest)
+        least = jnp.mean(lowest, axis=-1)
         return jnp.maximum(covariance, least), covariance < least
 
     def log_prior(self, covariance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:

@@ -88,7 +88,8 @@ class Normal:
         deviations = x - mean
         matrix = numerics.product(weights[:, None] * deviations, deviations, "ni,nj->ij") / total
         pooled = self.shape.from_matrix(matrix) / self.shape.repeats(x.shape[1])
-        pooled, _ = self.shape.floor(pooled, self._lowest(jnp.diagonal(matrix) + jnp.square(mean)))
+        variances = jnp.diagonal(matrix)
+        pooled, _ = self.shape.floor(pooled, _lowest(variances + jnp.square(mean), variances))
         return NormalParams(
             mean=jnp.tile(mean, (num_components, 1)),
             covariance=pooled if self.tied else jnp.tile(pooled, (num_components,) + (1,) * pooled.ndim),
@@ -260,13 +261,9 @@ class Normal:
         estimate = scatter / jnp.reshape(rows, jnp.shape(rows) + (1,) * shape.trailing)
         second = stats.second if self.tied else jnp.sum(stats.second, axis=0)
         spread = shape.columns_of(second, columns) + jnp.sum((2 * stats.first + stats.reference) * centre, axis=0)
-        lifted, low = shape.floor(estimate, self._lowest(spread / jnp.sum(stats.count)))
+        about = shape.columns_of(stats.second, columns) / pool(stats.count)[..., None]
+        lifted, low = shape.floor(estimate, _lowest(spread / jnp.sum(stats.count), about))
         return NormalParams(mean=centre + shift, covariance=lifted), jnp.broadcast_to(low, stats.count.shape)
-
-    def _lowest(self, mean_square: jax.Array) -> jax.Array:
-        """Variance (D,) below which the rounding of the data themselves hides the truth."""
-        eps = jnp.finfo(mean_square.dtype).eps
-        return jnp.where(mean_square > 0, eps**2 * mean_square, eps**2)
 
     def _each(self, params: NormalParams) -> jax.Array:
         """One covariance a component, tied ones repeated."""
@@ -296,6 +293,16 @@ class Normal:
         widths = self.shape.whiten(whitener, offset[..., None])
         eps = jnp.finfo(offset.dtype).eps
         return jax.lax.cond(jnp.max(jnp.mean(jnp.square(widths), axis=1)) * eps**0.25 <= 1, expanded, whitened)
+
+
+def _lowest(mean_square: jax.Array, about: jax.Array) -> jax.Array:
+    """Variances (..., D) that rounding hides: of the data, and of the moments that the estimate is taken from.
+
+    mean_square (D,): of the columns about 0; about (..., D): of the columns about the statistics' reference.
+    """
+    eps = jnp.finfo(mean_square.dtype).eps
+    data = jnp.where(mean_square > 0, eps**2 * mean_square, eps**2)
+    return jnp.maximum(data, 4 * mean_square.shape[-1] * eps * about)
 
 
 def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:

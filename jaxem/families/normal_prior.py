@@ -57,6 +57,7 @@ def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -
     """
     checks.choice("covariance", covariance, ("full", "diag", "tied", "spherical"))
     checks.positive_integer("num_components", num_components)
+    checks.finite_matrix("x", x)
     rows = checks.matrix("x", x)
     columns = rows.shape[1]
     mean = jnp.mean(rows, axis=0)
