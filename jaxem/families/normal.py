@@ -302,7 +302,8 @@ def _lowest(mean_square: jax.Array, about: jax.Array) -> jax.Array:
     """
     eps = jnp.finfo(mean_square.dtype).eps
     data = jnp.where(mean_square > 0, eps**2 * mean_square, eps**2)
-    return jnp.maximum(data, 4 * mean_square.shape[-1] * eps * about)
+    # A factor loses about D units of rounding a pivot: below this, less than two digits of one would be left.
+    return jnp.maximum(data, 64 * mean_square.shape[-1] * eps * about)
 
 
 def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
