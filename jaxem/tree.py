@@ -150,6 +150,6 @@ def rows_per_block(floats_per_row: int, dtype: Any) -> int:
     A power of two. On a CPU the temporaries should stay in the second-level cache, on an
     accelerator they should only be small against its memory.
     """
-    budget = 4 << 20 if jax.default_backend() == "cpu" else 1 << 29
+    budget = 8 << 20 if jax.default_backend() == "cpu" else 1 << 29
     rows = budget // max(1, floats_per_row * jnp.dtype(dtype).itemsize)
     return 1 << min(20, max(8, rows.bit_length() - 1))

@@ -82,7 +82,8 @@ class Full:
 
     def features(self, centred: jax.Array) -> jax.Array:
         """Monomials y_i y_j, i >= j: (D, N) -> (D(D+1)/2, N)."""
-        return jnp.concatenate([centred[i] * centred[: i + 1] for i in range(centred.shape[0])])
+        i, j = np.tril_indices(centred.shape[0])
+        return centred[i] * centred[j]
 
     def from_features(self, sums: jax.Array, columns: int) -> jax.Array:
         """Sums of the features (K, F) as second moments (K, D, D)."""
