@@ -85,7 +85,7 @@ def test_laws_of_a_users_model(x64):
         log_joint = heads[:, None] * jnp.log(theta) + (10 - heads[:, None]) * jnp.log1p(-theta)
         evidence = jax.scipy.special.logsumexp(log_joint, axis=1)
         share = jnp.exp(log_joint - evidence[:, None])
-        weights = jnp.ones(len(heads)) if weights is None else weights
+        weights = jnp.ones_like(heads) if weights is None else weights
         return (weights @ (share * heads[:, None]), weights @ share), weights @ evidence
 
     model = from_functions(e_step, lambda stats: stats[0] / (10 * stats[1]))
