@@ -182,7 +182,8 @@ def ending(model: Any, fit: Progress) -> jax.Array:
     status = jnp.where(fit.status == Status.RUNNING, Status.MAX_STEPS, fit.status)
     if not hasattr(model, "degenerate"):
         return status
-    return jnp.where(jnp.any(model.degenerate(fit.state.stats)), Status.DEGENERATE, status).astype(jnp.int32)
+    collapsed = jnp.any(model.degenerate(fit.state.stats)) & tree.all_finite(fit.state.params)
+    return jnp.where(collapsed, Status.DEGENERATE, status).astype(jnp.int32)
 
 
 def like_step(model: Any, algorithm: Any, params: Params, x: Data, weights: jax.Array | None, key: Any) -> Params:

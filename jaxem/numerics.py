@@ -113,7 +113,8 @@ def simplex_to_real(probabilities: jax.Array) -> jax.Array:
 
 def real_to_simplex(theta: jax.Array) -> jax.Array:
     """Inverse of `simplex_to_real`."""
-    return jax.nn.softmax(jnp.concatenate([theta, jnp.zeros_like(theta[..., :1])], axis=-1), axis=-1)
+    last = jnp.zeros((*theta.shape[:-1], 1), theta.dtype)
+    return jax.nn.softmax(jnp.concatenate([theta, last], axis=-1), axis=-1)
 
 
 def covariance_to_real(covariance: jax.Array) -> jax.Array:
