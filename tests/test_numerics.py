@@ -17,7 +17,7 @@ def psd(seed: int, columns: int, rank: int, spread: float) -> np.ndarray:
     return factor @ factor.T
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(seed=st.integers(0, 10_000), columns=st.sampled_from([1, 3, 10]), spread=st.sampled_from([1.0, 1e-4, 1e6]))
 def test_a_good_matrix_is_factored_as_it_is(seed, columns, spread):
     with jax.enable_x64(True):
@@ -30,7 +30,7 @@ def test_a_good_matrix_is_factored_as_it_is(seed, columns, spread):
         np.testing.assert_allclose(numerics.inverse_lower(factor) @ factor, np.eye(columns), atol=1e-7)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(seed=st.integers(0, 10_000), columns=st.sampled_from([2, 3, 10]), dtype=st.sampled_from(["float32", "float64"]))
 def test_a_singular_matrix_is_lifted_to_its_floor(seed, columns, dtype):
     with jax.enable_x64(True):
@@ -38,7 +38,8 @@ def test_a_singular_matrix_is_lifted_to_its_floor(seed, columns, dtype):
         lowest = 64 * columns * jnp.finfo(dtype).eps * jnp.diagonal(matrix)
         factor, lift = numerics.floored_cholesky(matrix, lowest)
         assert np.all(np.isfinite(factor))
-        assert np.any(lift > 0)
+        pivots = np.diagonal(factor) ** 2
+        assert np.all(pivots >= np.asarray(lowest) * (1 - 1e-5))
         assert np.all(lift >= 0)
         lifted = matrix + jnp.diag(lift)
         scale = np.max(np.abs(matrix))
@@ -52,7 +53,7 @@ def test_without_a_floor_an_indefinite_matrix_is_nan(columns):
     assert np.any(np.isnan(numerics.cholesky(-jnp.eye(columns))))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(values=st.lists(st.floats(-30, 30), min_size=2, max_size=6))
 def test_simplex_bijection(values):
     with jax.enable_x64(True):
@@ -89,7 +90,7 @@ def test_gradients_at_zero_are_finite():
     assert np.all(np.isfinite(gradient))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, derandomize=True, max_examples=12)
 @given(rows=st.integers(1, 40), block=st.integers(1, 45), weighted=st.booleans())
 def test_blocks_sum_every_row_once(rows, block, weighted):
     x = {"a": jnp.arange(rows, dtype=jnp.float32), "b": jnp.ones((rows, 2), jnp.float32)}
