@@ -10,6 +10,8 @@ from .em import Blocks as Blocks
 from .em import ClosedForm as ClosedForm
 from .em import Exact as Exact
 from .em import Full as Full
+from .em import Hard as Hard
+from .em import hard_em as hard_em
 from .families import Normal as Normal
 from .families import NormalInverseWishart as NormalInverseWishart
 from .families import NormalParams as NormalParams

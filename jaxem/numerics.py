@@ -31,6 +31,18 @@ def normalize(log_joint: jax.Array) -> tuple[jax.Array, jax.Array]:
     return shifted * (1 / jnp.maximum(total, 1)), top + safe_log(total)
 
 
+def first_largest(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indicators (K, N) of the first largest score of each column, in the scores' dtype, and that score (N,).
+
+    A column of nothing but -inf has no largest score: its indicators are 0.
+    """
+    top = jnp.max(scores, axis=0)
+    index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    # XLA's argmax is slow on CPUs; two plain reductions are not.
+    first = jnp.min(jnp.where(scores == top, index, scores.shape[0]), axis=0)
+    return ((index == first) & (top > -jnp.inf)).astype(scores.dtype), top
+
+
 def weighted_sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Sum over the last axis of weights x values; a weight of 0 removes even an infinite value."""
     if weights is None:

@@ -18,7 +18,8 @@ class Model(Protocol):
     A model may also have (each is used where present): `init(key, x, weights)`,
     `check(x, weights)` to refuse bad data eagerly, `degenerate(stats) -> bool array` for components
     that died or collapsed, `floats_per_row(params, x) -> int` for the size of blocks, `coarse()`
-    for a cheaper model with the same parameters that does the bulk of many restarts, `rebase`,
+    for a cheaper model with the same parameters that does the bulk of many restarts, `partial()` for
+    the model as it sees a part of the rows (where an E-step on all of them does more), `rebase`,
     `unconstrain` and `constrain`, `num_parameters`, `log_prob`, `posterior`, `predict`, `sample`.
     """
 

@@ -10,8 +10,11 @@ from ..record import record, static
 
 
 def _sum(model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, block_size: int) -> Stats:
+    split = block_size < tree.num_rows(x)
+    part = model.partial() if split and hasattr(model, "partial") else model
+
     def block(rows: Data, inside: jax.Array | None) -> Stats:
-        return model.e_step(params, rows, inside, expect)
+        return part.e_step(params, rows, inside, expect)
 
     return tree.sum_over_blocks(block, x, weights, block_size)
 

@@ -123,7 +123,7 @@ class Mixture:
         return self._from_responsibilities(x, given, weights, 0.0)
 
     def e_step(
-        self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Exact = Exact()
+        self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
         responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
