@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--covariance",
         type=_covariances,
         metavar="NAMES",
-        help="any of full,tied,diag,spherical (default: all that differ)",
+        help="any of full,tied,diag,spherical,tied_diag,tied_spherical (default: those of the first four that differ)",
     )
     fit.add_argument("--restarts", type=_whole_number(1), metavar="R", help="of each configuration (default: 1024)")
     fit.add_argument("--seed", type=_whole_number(0), help="of all randomness (default: 0)")

@@ -17,6 +17,11 @@ def is_concrete(*values: Any) -> bool:
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
+def is_known(value: Any) -> bool:
+    """Whether a setting is a number or an array whose values can be looked at (a pytree may hold anything)."""
+    return isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)) and is_concrete(value)
+
+
 def choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of the choices."""
     known = tuple(choices)
@@ -47,8 +52,8 @@ def array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def matrix(name: str, value: Any) -> jax.Array:
-    """Floating-point rows (N, D), from (N, D) or (N,); whole numbers are converted."""
+def columns(name: str, value: Any) -> jax.Array:
+    """Rows (N, D) in their own dtype, from (N, D) or (N,)."""
     rows = array(name, value)
     if rows.ndim == 1:
         rows = rows[:, None]
@@ -56,11 +61,20 @@ def matrix(name: str, value: Any) -> jax.Array:
         raise ValueError(f"{name} must have shape (N, D), or (N,) for one column; got shape {value.shape}")
     if 0 in rows.shape:
         raise ValueError(f"{name} must have at least one row and one column; got shape {value.shape}")
+    return rows
+
+
+def matrix(name: str, value: Any) -> jax.Array:
+    """Floating-point rows (N, D), from (N, D) or (N,); whole numbers are converted."""
+    rows = columns(name, value)
     return rows if jnp.issubdtype(rows.dtype, jnp.floating) else rows.astype(jnp.result_type(float))
 
 
-def finite_matrix(name: str, value: Any) -> None:
-    """Eager check of rows: numeric, (N, D) or (N,), finite; warns where whole numbers are converted."""
+def finite_matrix(name: str, value: Any, *, missing: bool = False) -> None:
+    """Eager check of rows: numeric, (N, D) or (N,), finite (or NaN, where missing entries are taken).
+
+    Warns where whole numbers are converted.
+    """
     rows = matrix(name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         warnings.warn(f"{name} has dtype {value.dtype} and is converted to {rows.dtype}", stacklevel=4)
@@ -68,12 +82,22 @@ def finite_matrix(name: str, value: Any) -> None:
         return
     with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
         finite = bool(jnp.all(jnp.isfinite(value)))
-    if not finite:
-        values = np.asarray(value, float).reshape(len(value), -1)
-        row, column = np.argwhere(~np.isfinite(values))[0]
+    if finite:
+        return
+    values = np.asarray(value, float).reshape(len(value), -1)
+    bad = np.isinf(values) if missing else ~np.isfinite(values)
+    if np.any(bad):
+        row, column = np.argwhere(bad)[0]
+        remedy = (
+            "A missing entry is NaN: mark it so, or drop such rows"
+            if missing
+            else "This model takes no missing values: drop such rows, or fill them in"
+        )
+        raise ValueError(f"{name} must be finite; got {values[row, column]} in row {row}, column {column}. {remedy}")
+    absent = np.all(np.isnan(values), axis=0)
+    if np.any(absent):
         raise ValueError(
-            f"{name} must be finite; got {values[row, column]} in row {row}, column {column}. This model takes no "
-            "missing values: drop such rows, or fill them in"
+            f"{name} must have an observed entry in every column; column {np.argmax(absent)} has none: drop it"
         )
 
 
@@ -93,14 +117,28 @@ def row_weights(weights: Any, rows: int) -> None:
         raise ValueError("weights are all 0: no row is left to fit")
 
 
-def enough_rows(rows: int, weights: Any, num_components: int) -> None:
-    """Raise unless there are as many rows (of positive weight) as components."""
+def labels(name: str, value: Any, rows: int, count: int) -> None:
+    """Raise unless labels are N whole numbers in 0..count-1, or -1 for unknown."""
+    given = array(name, value)
+    if not jnp.issubdtype(given.dtype, jnp.signedinteger):
+        raise TypeError(f"{name} must be signed whole numbers, -1 where unknown; got dtype {given.dtype}")
+    if given.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), one a row of x; got {given.shape}")
+    if not is_concrete(value):
+        return
+    values = np.asarray(value)
+    if np.any((values < -1) | (values >= count)):
+        row = np.argmax((values < -1) | (values >= count))
+        raise ValueError(f"{name} must be in 0..{count - 1}, or -1 where unknown; got {values[row]} in row {row}")
+
+
+def enough_rows(rows: int, weights: Any, count: int, what: str = "components") -> None:
+    """Raise unless there are as many rows (of positive weight) as components (or clusters, or ...)."""
     if weights is not None and is_concrete(weights):
         rows = int(np.sum(np.asarray(weights) > 0))
-    if rows < num_components:
+    if rows < count:
         raise ValueError(
-            f"x must have at least as many rows as components; got {rows} rows for num_components="
-            f"{num_components}. Use fewer components"
+            f"x must have at least as many rows as {what}; got {rows} rows for num_{what}={count}. Use fewer {what}"
         )
 
 

@@ -123,6 +123,8 @@ def advance(
     dtype = fit.objective.dtype
     eps = jnp.finfo(dtype).eps
     total = tree.total_weight(x, weights).astype(dtype)
+    # A log-likelihood is rounded in units of one nat a row; another objective has no unit of its own.
+    rounded = total if getattr(model, "likelihood", True) else jnp.zeros_like(total)
     state = algorithm.step(model, fit.state, x, weights)
     objective = objective_of(model, state, dtype)
     known = state.loglik is not None
@@ -130,10 +132,10 @@ def advance(
 
     if known:
         gain = objective - fit.objective
-        resolution = 2 * eps * jnp.maximum(jnp.abs(objective), total)
+        resolution = 2 * eps * jnp.maximum(jnp.abs(objective), rounded)
         allowed = tol * total
         finite = jnp.isfinite(objective) & tree.all_finite(state.params)
-        fell = -gain > jnp.sqrt(eps) * jnp.maximum(jnp.abs(objective), total) if algorithm.monotone else False
+        fell = -gain > jnp.sqrt(eps) * jnp.maximum(jnp.abs(objective), rounded) if algorithm.monotone else False
         progress = objective > fit.record + resolution
         record = jnp.where(progress, objective, fit.record)
     else:
@@ -306,6 +308,8 @@ def em_fit(
     """
     if hasattr(model, "check"):
         model.check(x, weights)
+    if hasattr(model, "check_params"):
+        model.check_params(params)
     check_limits(tol, max_steps)
     if key is not None:
         key = checks.random_key(key)

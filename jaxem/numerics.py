@@ -36,11 +36,32 @@ def first_largest(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     A column of nothing but -inf has no largest score: its indicators are 0.
     """
-    top = jnp.max(scores, axis=0)
+    top, first = first_argmax(scores)
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    # XLA's argmax is slow on CPUs; two plain reductions are not.
-    first = jnp.min(jnp.where(scores == top, index, scores.shape[0]), axis=0)
     return ((index == first) & (top > -jnp.inf)).astype(scores.dtype), top
+
+
+def first_argmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest of each column of scores (K, N), and the first row number that has it: (N,), (N,).
+
+    A tournament between slices of rows. XLA's argmax is slow on CPUs, and so is every reduction
+    that it fuses with what comes before; comparing whole slices runs at full speed.
+    """
+    # Barriers, since rounds that are fused with what comes before compute it again for every slice.
+    scores = jax.lax.optimization_barrier(scores)
+    index, sorted_ = jnp.broadcast_to(jnp.arange(len(scores), dtype=jnp.int32)[:, None], scores.shape), True
+    while len(scores) > 1:
+        width = -(-len(scores) // 4) if len(scores) > 8 else 1
+        best, winner = scores[:width], index[:width]
+        # The last slice may overlap the one before: no harm to a maximum.
+        for start in (min(first, len(scores) - width) for first in range(width, len(scores), width)):
+            other, name = scores[start : start + width], index[start : start + width]
+            wins = other > best
+            if not sorted_:
+                wins |= (other == best) & (name < winner)
+            best, winner = jnp.where(wins, other, best), jnp.where(wins, name, winner)
+        (scores, index), sorted_ = jax.lax.optimization_barrier((best, winner)), False
+    return scores[0], index[0]
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:

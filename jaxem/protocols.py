@@ -16,10 +16,12 @@ class Model(Protocol):
     `params` as their leaf `loglik`; `m_step` maximises `q_function + log_prior` given them.
 
     A model may also have (each is used where present): `init(key, x, weights)`,
-    `check(x, weights)` to refuse bad data eagerly, `degenerate(stats) -> bool array` for components
-    that died or collapsed, `floats_per_row(params, x) -> int` for the size of blocks, `coarse()`
+    `check(x, weights)` and `check_params(params)` to refuse bad input eagerly, `degenerate(stats) ->
+    bool array` for components that died or collapsed, `floats_per_row(params, x) -> int` for the size
+    of blocks, `floats_per_restart` for how many restarts fit side by side, `coarse()`
     for a cheaper model with the same parameters that does the bulk of many restarts, `partial()` for
     the model as it sees a part of the rows (where an E-step on all of them does more), `rebase`,
+    `likelihood = False` where the objective is none and has no unit of its own,
     `unconstrain` and `constrain`, `num_parameters`, `log_prob`, `posterior`, `predict`, `sample`.
     """
 
@@ -33,7 +35,15 @@ class Model(Protocol):
 
 
 class Family(Protocol):
-    """p(observation | component): K components at once, component axis first."""
+    """p(observation | component): K components at once, component axis first.
+
+    A family may also have (each is used where present): `rebase(stats, params)` where statistics
+    have a reference; `coarse()`; `extra_components`, how many components it adds by itself, after
+    the K; `shared_floats_per_row(params)`, of `floats_per_row` what does not depend on the
+    parameters; `start_passes`, how many M-steps make a start (2); `separable`, the names of parameters
+    whose being held or shared leaves the M-step of the others as it is, and
+    `m_step_given(stats, **held)` for others that can be held (see `Fixed` and `Tied`).
+    """
 
     def init(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
         """The whole data as one component, K times over: where statistics are first centred."""
@@ -55,8 +65,6 @@ class Family(Protocol):
 
     def log_prior(self, params: Params) -> jax.Array: ...
 
-    def rebase(self, stats: Stats, params: Params) -> Stats: ...
-
     def degenerate(self, stats: Stats) -> jax.Array: ...
 
     def sample(self, key: jax.Array, params: Params, labels: jax.Array) -> Data: ...
@@ -69,9 +77,7 @@ class Family(Protocol):
 
     def constrain(self, theta: Any) -> Params: ...
 
-    def check(self, x: Data) -> None: ...
-
-    def coarse(self) -> "Family": ...
+    def check(self, x: Data, name: str = ...) -> None: ...
 
 
 class Gather(Protocol):

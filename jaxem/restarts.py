@@ -356,7 +356,7 @@ def _work(
     else:
         params = jax.eval_shape(lambda starts: jax.tree.map(lambda leaf: leaf[0], starts), starts)
     if hasattr(model, "floats_per_row"):
-        return rows * model.floats_per_row(params, x)
+        return rows * getattr(model, "floats_per_restart", model.floats_per_row)(params, x)
     return tree.size(x) + rows + tree.size(params)
 
 

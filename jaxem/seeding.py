@@ -1,5 +1,7 @@
 """Where fits start: seeds among the rows, key-driven, weighted, and compiled with everything else."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -52,6 +54,39 @@ def kmeans_plusplus(
     return seeds, nearest
 
 
+def greedy_kmeans_plusplus(
+    key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
+) -> tuple[jax.Array, jax.Array]:
+    """k-means++ that draws 2 + log K candidates for every seed and takes the one that helps most.
+
+    As `kmeans_plusplus`; the variant that Arthur & Vassilvitskii recommend, and scikit-learn's default.
+    """
+    weights = jnp.ones(points.shape[0], points.dtype) if weights is None else weights.astype(points.dtype)
+    candidates = 2 + int(math.log(num_seeds))
+
+    def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        distance, nearest, seeds = carry
+        mass = weights * distance
+        # As above: no distance is left to draw by.
+        mass = jnp.where(jnp.sum(mass) > 0, mass, weights)
+        keys = jax.random.split(jax.random.fold_in(key, k), candidates)
+        drawn = jax.vmap(_draw, in_axes=(0, None))(keys, mass)
+        to_drawn = jax.vmap(lambda seed: jnp.sum(jnp.square(points - points[seed]), axis=-1))(drawn)
+        best = jnp.argmin(jnp.sum(weights * jnp.minimum(to_drawn, distance), axis=1))
+        closer = to_drawn[best] < distance
+        distance = jnp.minimum(distance, to_drawn[best])
+        return distance, jnp.where(closer, k, nearest), seeds.at[k].set(drawn[best].astype(jnp.int32))
+
+    first = _draw(jax.random.fold_in(key, 0), weights)
+    start = (
+        jnp.sum(jnp.square(points - points[first]), axis=-1),
+        jnp.zeros(points.shape[0], jnp.int32),
+        jnp.zeros(num_seeds, jnp.int32).at[0].set(first.astype(jnp.int32)),
+    )
+    _, nearest, seeds = jax.lax.fori_loop(1, num_seeds, body, start)
+    return seeds, nearest
+
+
 def random_rows(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -70,3 +105,19 @@ def random_rows(
     start = (jnp.full(rows, jnp.inf, points.dtype), jnp.zeros(rows, jnp.int32))
     _, nearest = jax.lax.fori_loop(0, num_seeds, body, start)
     return seeds, nearest
+
+
+def nearest_known(
+    key: jax.Array, points: jax.Array, labels: jax.Array, weights: jax.Array | None, seeds: jax.Array
+) -> jax.Array:
+    """Nearest seed (N,) of each row, where seed k is a row labelled k wherever there is one.
+
+    points (N, F), labels (N,) with -1 for unknown, seeds (K,) for components without labelled rows.
+    """
+    own = labels == jnp.arange(seeds.shape[0])[:, None]
+    scores = jax.random.gumbel(jax.random.fold_in(key, 2**31), own.shape, points.dtype)
+    scores = jnp.where(own if weights is None else own & (weights > 0), scores, -jnp.inf)
+    known = jnp.max(scores, axis=1) > -jnp.inf
+    centres = points[jnp.where(known, jnp.argmax(scores, axis=1), seeds)]
+    cross = numerics.product(points, centres, "nf,kf->nk")
+    return jnp.argmin(jnp.sum(jnp.square(centres), axis=1) - 2 * cross, axis=1)

@@ -9,10 +9,15 @@ import pytest
 
 from jaxem import (
     EM,
+    Binomial,
+    BinomialParams,
+    Fixed,
     Mixture,
     MixtureParams,
     Normal,
     NormalParams,
+    Poisson,
+    PoissonParams,
     Status,
     datasets,
     default_prior,
@@ -106,6 +111,20 @@ def test_two_coins_step_by_step(count, biases):
 def test_two_coins_in_the_limit():
     fit = em_fit(COINS, jnp.array([0.6, 0.5]), COIN_HEADS, tol=1e-15).check()
     np.testing.assert_allclose(fit.params, [0.79678907, 0.51958312], rtol=0, atol=2e-8)
+
+
+def test_two_coins_as_a_mixture_with_its_weights_held():
+    model = Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})
+    start = MixtureParams(
+        weights=jnp.array([0.5, 0.5]), components=BinomialParams(probability=jnp.array([[0.6], [0.5]]))
+    )
+    own = em_fit(model, start, COIN_HEADS, tol=-1.0, max_steps=10)
+    plain = em_fit(COINS, jnp.array([0.6, 0.5]), COIN_HEADS, tol=-1.0, max_steps=10)
+    np.testing.assert_allclose(own.history, plain.history, rtol=1e-13)
+    np.testing.assert_allclose(own.params.components.probability[:, 0], plain.params, rtol=1e-13)
+    np.testing.assert_allclose(plain.params, [0.7967, 0.5197], rtol=0, atol=5.01e-5)
+    limit = em_fit(model, start, COIN_HEADS.astype(int), tol=1e-15).check()
+    np.testing.assert_allclose(limit.params.components.probability[:, 0], [0.79678907, 0.51958312], rtol=0, atol=2e-8)
 
 
 # Source: Dempster, Laird & Rubin (1977), Maximum likelihood from incomplete data via the EM algorithm, JRSS B 39,
@@ -220,6 +239,16 @@ def test_slow_poisson_mixture_takes_plain_em_over_two_thousand_steps():
     # The largest eigenvalue of the EM map at its fixed point is its rate of convergence.
     eigenvalues = np.linalg.eigvals(jax.jit(jax.jacfwd(deaths_map))(theta))
     assert max(abs(eigenvalues)) == pytest.approx(0.995666, rel=0, abs=1e-6)
+
+
+def test_slow_poisson_mixture_by_its_family():
+    start = MixtureParams(weights=jnp.array([0.3, 0.7]), components=PoissonParams(rate=jnp.array([[1.0], [2.5]])))
+    own = em_fit(Mixture(Poisson(), 2), start, DEATHS.astype(int), DAYS, tol=-1.0, max_steps=6000)
+    plain = em_fit(MIXED_POISSONS, DEATHS_START, DEATHS, DAYS, tol=-1.0, max_steps=6000)
+    np.testing.assert_allclose(own.history[:2500], plain.history[:2500], rtol=1e-13)
+    rates = own.params.components.rate[:, 0]
+    np.testing.assert_allclose([own.params.weights[0], *rates], DEATHS_LIMIT, rtol=0, atol=1e-7)
+    assert float(own.objective) == pytest.approx(DEATHS_LOGLIK, rel=0, abs=2e-9)
 
 
 @pytest.mark.parametrize("tol", [1e-5, 1e-6, 1e-8, 1e-10])

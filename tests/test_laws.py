@@ -15,9 +15,11 @@ from jaxem.testing import LAWS, check_model
 @pytest.mark.parametrize("name", NAMES)
 def test_laws_in_float64(name, x64):
     model, x = zoo()[name]
-    x = jnp.asarray(x)
+    x = jax.tree.map(jnp.asarray, x)
     params = model.init(jax.random.key(1), x)
-    assert set(check_model(model, params, x)) == set(LAWS)
+    # k-means has no posterior that these two could be stated for.
+    absent = {"lower bound", "brute force"} if name == "kmeans" else set()
+    assert set(check_model(model, params, x)) == set(LAWS) - absent
 
 
 @pytest.mark.parametrize("name", ["full", "diag", "full, six columns"])

@@ -11,10 +11,10 @@ ROOT = Path(jaxem.__file__).parent
 
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
-    {"record", "status", "numerics", "protocols", "datasets", "checks"},
-    {"tree"},
+    {"record", "status", "numerics", "special", "protocols", "datasets", "checks"},
+    {"tree", "priors", "data"},
     {"seeding"},
-    {"families", "latents"},
+    {"families", "latents", "constraints"},
     {"models", "em"},
     {"fit", "diagnostics"},
     {"restarts"},

@@ -3,12 +3,78 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxem import Dirichlet, Mixture, Normal, NormalInverseWishart, default_prior
+from jaxem import (
+    Background,
+    Bernoulli,
+    Beta,
+    Binomial,
+    Categorical,
+    Dirichlet,
+    Exponential,
+    Fixed,
+    Gamma,
+    GammaPrior,
+    KMeans,
+    Labelled,
+    LinearRegression,
+    LogisticRegression,
+    Mixture,
+    Multinomial,
+    NegativeBinomial,
+    Normal,
+    NormalInverseWishart,
+    Poisson,
+    PoissonRegression,
+    Product,
+    StudentT,
+    Tied,
+    VonMisesFisher,
+    ZeroInflated,
+    bounding_volume,
+    default_prior,
+    pseudo_rows,
+)
 
 _rng = np.random.default_rng(7)
 _labels = _rng.integers(0, 3, 40)
 _points = np.array([[0.0, 0.0], [4.0, 1.0], [1.0, 5.0]])[_labels] + _rng.normal(size=(40, 2)) @ [[1.0, 0.4], [0.0, 0.7]]
 _many = np.hstack([_points, _rng.normal(size=(40, 4)) + _labels[:, None]])
+_yes = (_rng.random((40, 4)) < np.array([[0.2], [0.5], [0.8]])[_labels]).astype(np.int32)
+_trials = _rng.integers(3, 12, (40, 2))
+_successes = _rng.binomial(_trials, np.array([0.2, 0.5, 0.8])[_labels][:, None])
+_values = np.stack([(_rng.random(40) * n * (1 + _labels) / 3).astype(np.int32) for n in (3, 2, 4)], axis=1)
+_counts = _rng.poisson(np.array([[1.0, 6.0], [4.0, 2.0], [9.0, 5.0]])[_labels])
+_words = _rng.multinomial(12, np.array([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.1, 0.7, 0.2]])[_labels])
+_waits = _rng.exponential(np.array([[1.0, 6.0], [4.0, 2.0], [9.0, 0.5]])[_labels])
+_exposure = _rng.uniform(0.5, 2.0, 40)
+
+
+_shapes, _scales = np.array([[2.0, 9.0], [5.0, 1.0], [0.6, 4.0]]), np.array([[1.0, 0.5], [2.0, 3.0], [1.0, 4.0]])
+_sizes = _rng.gamma(_shapes[_labels], _scales[_labels])
+_visits = _rng.negative_binomial(_shapes[_labels], np.array([[0.3, 0.5], [0.6, 0.2], [0.5, 0.1]])[_labels])
+_directions = np.eye(3)[_labels] + 0.4 * _rng.normal(size=(40, 3))
+_directions /= np.linalg.norm(_directions, axis=1, keepdims=True)
+_circle = np.array([[1.0, 0.0], [-1.0, 0.5], [0.0, -2.0]])[_labels] + 0.5 * _rng.normal(size=(40, 2))
+_circle /= np.linalg.norm(_circle, axis=1, keepdims=True)
+
+
+def _holes(x: np.ndarray) -> np.ndarray:
+    """The data with an entry in eight missing, and one row without any."""
+    holes = np.random.default_rng(3).random(x.shape) < 0.125
+    holes[2] = True
+    return np.where(holes, np.nan if x.dtype.kind == "f" else -1, x)
+
+
+def _known(x: np.ndarray) -> Labelled:
+    """The data with every third label known."""
+    return Labelled(x, np.where(np.arange(40) % 3 == 0, _labels, -1))
+
+
+_zeros = np.where(_rng.random(40) < 0.3, 0, _counts[:, 1])
+_design = _rng.normal(size=(40, 2))
+_response = np.where(_labels == 0, 1.0, -1.0) * (_design @ [2.0, 1.0]) + 0.5 * _rng.normal(size=40)
+_binary = (_response + _rng.normal(size=40) > 0).astype(np.int32)
+_mixed = {"size": _holes(_points), "smoker": _holes(_yes)}
 
 
 def _strict(columns: int) -> NormalInverseWishart:
@@ -17,28 +83,100 @@ def _strict(columns: int) -> NormalInverseWishart:
     )
 
 
+class _Lazy(dict):
+    """A dict of functions that gives what they return."""
+
+    def __getitem__(self, name: str) -> tuple:
+        return super().__getitem__(name)()
+
+
 def zoo() -> dict:
-    """Built anew at each call, so that the arrays inside have the precision that is enabled."""
-    return {
-        "full": (Mixture(Normal("full"), 3), _points),
-        "tied": (Mixture(Normal("tied"), 3), _points),
-        "diag": (Mixture(Normal("diag"), 3), _points),
-        "spherical": (Mixture(Normal("spherical"), 3), _points),
-        "full, expanded": (Mixture(Normal("full", form="expanded"), 3), _points),
-        "diag, expanded": (Mixture(Normal("diag", form="expanded"), 3), _points),
-        "spherical, expanded": (Mixture(Normal("spherical", form="expanded"), 3), _points),
-        "full, six columns": (Mixture(Normal("full"), 2), _many),
-        "diag, six columns": (Mixture(Normal("diag"), 2), _many),
-        "one column": (Mixture(Normal(), 2), _points[:, 0]),
-        "one component": (Mixture(Normal(), 1), _points),
-        "full, prior": (Mixture(Normal(prior=_strict(2)), 3, prior=Dirichlet(2.0)), _points),
-        "tied, prior": (Mixture(Normal("tied", prior=_strict(2)), 3), _points),
-        "diag, prior": (Mixture(Normal("diag", prior=default_prior(jnp.asarray(_points), 3, "diag")), 3), _points),
-        "spherical, prior": (
-            Mixture(Normal("spherical", prior=default_prior(jnp.asarray(_points), 3, "spherical")), 3),
-            _points,
-        ),
-    }
+    """Each entry is built when it is asked for, so that the arrays inside have the precision that is enabled."""
+    return _Lazy(
+        {
+            "full": lambda: (Mixture(Normal("full"), 3), _points),
+            "tied": lambda: (Mixture(Normal("tied"), 3), _points),
+            "diag": lambda: (Mixture(Normal("diag"), 3), _points),
+            "spherical": lambda: (Mixture(Normal("spherical"), 3), _points),
+            "full, expanded": lambda: (Mixture(Normal("full", form="expanded"), 3), _points),
+            "diag, expanded": lambda: (Mixture(Normal("diag", form="expanded"), 3), _points),
+            "spherical, expanded": lambda: (Mixture(Normal("spherical", form="expanded"), 3), _points),
+            "full, six columns": lambda: (Mixture(Normal("full"), 2), _many),
+            "diag, six columns": lambda: (Mixture(Normal("diag"), 2), _many),
+            "one column": lambda: (Mixture(Normal(), 2), _points[:, 0]),
+            "one component": lambda: (Mixture(Normal(), 1), _points),
+            "full, prior": lambda: (Mixture(Normal(prior=_strict(2)), 3, prior=Dirichlet(2.0)), _points),
+            "tied, prior": lambda: (Mixture(Normal("tied", prior=_strict(2)), 3), _points),
+            "diag, prior": lambda: (
+                Mixture(Normal("diag", prior=default_prior(jnp.asarray(_points), 3, "diag")), 3),
+                _points,
+            ),
+            "spherical, prior": lambda: (
+                Mixture(Normal("spherical", prior=default_prior(jnp.asarray(_points), 3, "spherical")), 3),
+                _points,
+            ),
+            "tied diagonal": lambda: (Mixture(Normal("EEI"), 3), _points),
+            "tied spherical, missing": lambda: (Mixture(Normal("EII"), 2), _holes(_points)),
+            "diag, missing": lambda: (Mixture(Normal("diag"), 2), _holes(_many)),
+            "spherical, prior, missing": lambda: (
+                Mixture(Normal("spherical", prior=default_prior(jnp.asarray(_points), 2, "spherical")), 2),
+                _holes(_points),
+            ),
+            "labelled": lambda: (Mixture(Normal("full"), 3), _known(_points)),
+            "bernoulli": lambda: (Mixture(Bernoulli(), 3), _yes),
+            "bernoulli, prior, missing": lambda: (Mixture(Bernoulli(prior=Beta(2.0, 3.0)), 2), _holes(_yes)),
+            "binomial": lambda: (Mixture(Binomial(12), 3), _successes),
+            "binomial, trials by row": lambda: (Mixture(Binomial(), 2), (_holes(_successes), _trials)),
+            "categorical": lambda: (Mixture(Categorical((3, 2, 4)), 3), _values),
+            "categorical, prior, missing": lambda: (Mixture(Categorical(4, prior=Dirichlet(1.5)), 2), _holes(_values)),
+            "multinomial": lambda: (Mixture(Multinomial(), 3), _words),
+            "poisson": lambda: (Mixture(Poisson(), 3), _counts),
+            "poisson, exposure, prior": lambda: (
+                Mixture(Poisson(prior=GammaPrior(2.0, 1.0)), 2),
+                (_holes(_counts), _exposure),
+            ),
+            "student t": lambda: (Mixture(StudentT(), 2), _points),
+            "student t, held, tied": lambda: (Mixture(StudentT("tied", 4.0), 2), _points),
+            "student t, diag, prior": lambda: (
+                Mixture(StudentT("diag", prior=pseudo_rows(StudentT("diag"), jnp.asarray(_points), 3.0)), 2),
+                _points,
+            ),
+            "zero-inflated poisson": lambda: (Mixture(ZeroInflated(Poisson(), prior=Beta(2.0, 3.0)), 2), _zeros),
+            "linear regression": lambda: (Mixture(LinearRegression(), 2), (_design, _response)),
+            "linear regression, prior": lambda: (
+                Mixture(LinearRegression(prior=pseudo_rows(LinearRegression(), (_design, _response), 3.0)), 2),
+                (_design, _response),
+            ),
+            "logistic regression": lambda: (Mixture(LogisticRegression(ridge=0.5), 2), (_design, _binary)),
+            "poisson regression": lambda: (Mixture(PoissonRegression(ridge=0.5), 2), (_design, _counts[:, 0])),
+            "product": lambda: (Mixture(Product({"size": Normal("diag"), "smoker": Bernoulli()}), 2), _mixed),
+            "background": lambda: (
+                Mixture(Background(Normal("full"), bounding_volume(jnp.asarray(_points))), 2),
+                _points,
+            ),
+            "fixed weights": lambda: (
+                Fixed(Mixture(Binomial(12), 3), {"weights": jnp.array([0.2, 0.3, 0.5])}),
+                _successes,
+            ),
+            "fixed means": lambda: (
+                Mixture(Fixed(Normal(), {"mean": jnp.array([[0.0, 0.0], [3.0, 3.0]])}), 2),
+                _points,
+            ),
+            "shared degrees of freedom": lambda: (Mixture(Tied(StudentT(), "degrees_of_freedom"), 2), _points),
+            "shared variance": lambda: (Mixture(Tied(LinearRegression(), "variance"), 2), (_design, _response)),
+            "gamma": lambda: (Mixture(Gamma(), 3), _sizes),
+            "gamma, shape held, missing": lambda: (
+                Mixture(Fixed(Gamma(), {"shape": jnp.asarray(2.0)}), 2),
+                _holes(_sizes),
+            ),
+            "gamma, prior": lambda: (Mixture(Gamma(prior=pseudo_rows(Gamma(), jnp.asarray(_sizes), 2.0)), 2), _sizes),
+            "negative binomial, missing": lambda: (Mixture(NegativeBinomial(), 2), _holes(_visits)),
+            "directions": lambda: (Mixture(VonMisesFisher(), 3), _directions),
+            "directions, circle, shared": lambda: (Mixture(Tied(VonMisesFisher(), "concentration"), 3), _circle),
+            "kmeans": lambda: (KMeans(3), _points),
+            "exponential": lambda: (Mixture(Exponential(), 3), _holes(_waits)),
+        }
+    )
 
 
 NAMES = tuple(zoo())

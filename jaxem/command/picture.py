@@ -18,7 +18,8 @@ from .read import Sheet
 # Okabe & Ito's colours: told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 _LINES = {"full": ("#222222", "o", "-"), "tied": ("#6A3D9A", "s", "--"), "diag": ("#1B7837", "^", "-."),
-          "spherical": ("#B35806", "D", ":")}  # fmt: skip
+          "spherical": ("#B35806", "D", ":"), "tied_diag": ("#8C510A", "v", "--"),
+          "tied_spherical": ("#01665E", "P", "-.")}  # fmt: skip
 _DRAWN_ROWS = 20_000
 
 

@@ -15,7 +15,7 @@ from . import Refusal
 from .grid import Entry
 
 _HEADER = (
-    "components  covariance  log-likelihood  parameters         BIC         ICL  reached best  degenerate  seconds"
+    "components  covariance      log-likelihood  parameters         BIC         ICL  reached best  degenerate  seconds"
 )
 _NOTES = {
     Status.MAX_STEPS: "stopped at the step limit",
@@ -33,7 +33,7 @@ def format_table(entries: Sequence[Entry], best: Entry | None) -> str:
         notes += ["<- best BIC"] if entry is best else []
         reached = f"{entry.hits}/{sum(entry.endings.values())}"
         line = (
-            f"{entry.components:>10}  {entry.covariance:<10}  {entry.loglik:>14.3f}  {entry.num_parameters:>10}"
+            f"{entry.components:>10}  {entry.covariance:<14}  {entry.loglik:>14.3f}  {entry.num_parameters:>10}"
             f"  {entry.bic:>10.2f}  {entry.icl:>10.2f}  {reached:>12}  {entry.endings[Status.DEGENERATE]:>10}"
             f"  {entry.seconds:>7.1f}  {', '.join(notes)}"
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import numerics
+from .. import checks, numerics
 from ..record import record
 
 # Up to here the columns of a quadratic form are written out, so that it fuses with what follows.
@@ -114,6 +114,15 @@ class Full:
     def columns_of(self, moments: jax.Array, columns: int) -> jax.Array:
         """Second moment of each column: (..., D)."""
         return jnp.diagonal(moments, axis1=-2, axis2=-1)
+
+    def log_scales(self, covariance: jax.Array, columns: int) -> jax.Array:
+        """Log standard deviation of each column, on average where they are correlated: (..., D)."""
+        half_logdet = self.whitener(covariance, columns)[1]
+        return jnp.broadcast_to(half_logdet[..., None] / columns, (*half_logdet.shape, columns))
+
+    def entries(self, rows: jax.Array) -> jax.Array:
+        """Observed entries (..., D), or (..., 1) where all columns have the same, behind each stored number."""
+        return rows[..., None]
 
     def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Lift a covariance whose conditional variances fall below `lowest` (..., D).
@@ -236,6 +245,12 @@ class Diagonal:
     def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
         return covariance[..., None] * jnp.eye(columns, dtype=covariance.dtype)
 
+    def log_scales(self, covariance: jax.Array, columns: int) -> jax.Array:
+        return 0.5 * jnp.log(covariance)
+
+    def entries(self, rows: jax.Array) -> jax.Array:
+        return rows
+
 
 @record
 class Spherical:
@@ -311,5 +326,38 @@ class Spherical:
     def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
         return covariance[..., None, None] * jnp.eye(columns, dtype=covariance.dtype)
 
+    def log_scales(self, covariance: jax.Array, columns: int) -> jax.Array:
+        return jnp.broadcast_to(0.5 * jnp.log(covariance)[..., None], (*covariance.shape, columns))
+
+    def entries(self, rows: jax.Array) -> jax.Array:
+        return jnp.sum(rows, axis=-1)
+
 
 Shape = Full | Diagonal | Spherical
+
+# name -> (shape, one covariance for all components). mclust's other eight models, which share volume, shape or
+# orientation but not all three, would be shapes of their own here.
+NAMES: dict[str, tuple[Shape, bool]] = {
+    "full": (Full(), False),
+    "diag": (Diagonal(), False),
+    "spherical": (Spherical(), False),
+    "tied": (Full(), True),
+    "tied_diag": (Diagonal(), True),
+    "tied_spherical": (Spherical(), True),
+}
+
+# mclust's names of the same models (Scrucca et al. 2016, The R Journal 8(1), table 3).
+MCLUST = {
+    "VVV": "full",
+    "VVI": "diag",
+    "VII": "spherical",
+    "EEE": "tied",
+    "EEI": "tied_diag",
+    "EII": "tied_spherical",
+}
+
+
+def canonical(name: str) -> str:
+    """The name of a covariance, mclust's translated; ValueError for an unknown one."""
+    checks.choice("covariance", name, (*NAMES, *MCLUST))
+    return MCLUST.get(name, name)

@@ -3,31 +3,23 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import checks, numerics
 from ..record import record, static
+from . import columns as columns_of
 from . import covariance as shapes
 from .normal_prior import NormalInverseWishart
 
-# name -> (shape, one covariance for all components)
-_SHAPES: dict[str, tuple[shapes.Shape, bool]] = {
-    "full": (shapes.Full(), False),
-    "diag": (shapes.Diagonal(), False),
-    "tied": (shapes.Full(), True),
-    "spherical": (shapes.Spherical(), False),
-}
 _FORMS = ("auto", "whitened", "expanded")
-
-# Small enough to vanish beside any real count, large enough not to underflow when it multiplies a variance.
-_PSEUDO_COUNT = 1e-18
 
 
 @record
 class NormalParams:
-    """mean (K, D); covariance (K, D, D) full, (K, D) diag, (D, D) tied, (K,) spherical."""
+    """mean (K, D); covariance (K, D, D) full, (K, D) diag, (K,) spherical; tied: one, without the K."""
 
     mean: jax.Array
     covariance: jax.Array
@@ -37,27 +29,38 @@ class NormalParams:
 class NormalStats:
     """Moments about the components' current means c, additive over rows.
 
-    count (K,) = sum r; reference (K, D) = count c; first (K, D) = sum r (x - c); second, stored as
-    the covariance is, = sum r (x - c)(x - c)ᵀ.
+    count (K,) = sum r; observed (K, D) = sum r over observed entries, for covariances without
+    correlations (None for others, which take no missing values); reference (K, D) = observed c;
+    first (K, D) = sum r (x - c); second, stored as the covariance is, = sum r (x - c)(x - c)ᵀ.
     """
 
     count: jax.Array
     reference: jax.Array
     first: jax.Array
     second: jax.Array
+    observed: jax.Array | None = None
+
+    @property
+    def rows(self) -> jax.Array:
+        """What the moments are sums over: (K, D), or (K, 1) where every column has the same."""
+        return self.count[:, None] if self.observed is None else self.observed
 
 
 @record(kw_only=False)
 class Normal:
     """Normal components: log p(x|k) = -(D log 2 pi + log det C_k + (x - m_k)ᵀ C_k⁻¹ (x - m_k)) / 2.
 
-    covariance: "full", "diag", "tied" (one full matrix for all components) or "spherical".
+    covariance: "full", "diag" or "spherical", one a component; "tied", "tied_diag" or
+    "tied_spherical", one for all; mclust's VVV, VVI, VII, EEE, EEI and EII are the same six.
     prior: a NormalInverseWishart; the M-step is then the posterior mode.
     form: how quadratic forms and second moments are computed. "whitened" uses deviations from each
     component's own mean, exact however tight the clusters are; "expanded" uses moments about one
     common point, two matrix products in all, which loses (spread / width)² units of rounding;
     "auto" (default) takes the expanded form while that loss is small, judged at every step, and with
     few columns, where there is less to win, the whitened one.
+    missing: whether to look for missing entries, NaN, which covariances without correlations
+    integrate out exactly ("full" and "tied" refuse them). Looking costs a compilation of both
+    cases; False says that there are none.
 
     Data are (N, D), or (N,) for one column. Raises ValueError for an unknown covariance or form.
     Bishop, Pattern Recognition and Machine Learning, section 9.2.
@@ -66,27 +69,42 @@ class Normal:
     covariance: str = static(default="full")
     prior: NormalInverseWishart | None = dataclasses.field(default=None, kw_only=True)
     form: str = static(default="auto", kw_only=True)
+    missing: bool = static(default=True, kw_only=True)
+
+    separable = ("covariance",)
 
     def __post_init__(self) -> None:
-        checks.choice("covariance", self.covariance, _SHAPES)
+        object.__setattr__(self, "covariance", shapes.canonical(self.covariance))
         checks.choice("form", self.form, _FORMS)
 
     @property
     def shape(self) -> shapes.Shape:
-        return _SHAPES[self.covariance][0]
+        return shapes.NAMES[self.covariance][0]
 
     @property
     def tied(self) -> bool:
-        return _SHAPES[self.covariance][1]
+        return shapes.NAMES[self.covariance][1]
+
+    @property
+    def _by_column(self) -> bool:
+        """Whether columns are independent given the component."""
+        return not isinstance(self.shape, shapes.Full)
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalParams:
         """The data's mean and covariance, in every component."""
         x = checks.matrix("x", x)
         weights = jnp.ones(x.shape[0], x.dtype) if weights is None else weights.astype(x.dtype)
-        total = jnp.sum(weights)
-        mean = numerics.product(weights, x, "n,nd->d") / total
-        deviations = x - mean
-        matrix = numerics.product(weights[:, None] * deviations, deviations, "ni,nj->ij") / total
+        if self._by_column:
+            values, observed = columns_of.read(x, x.dtype)
+            share = weights[:, None] * observed
+            total = jnp.sum(share, axis=0)
+            mean = jnp.sum(share * values, axis=0) / total
+            matrix = jnp.diag(jnp.sum(share * jnp.square(values - mean), axis=0) / total)
+        else:
+            total = jnp.sum(weights)
+            mean = numerics.product(weights, x, "n,nd->d") / total
+            deviations = x - mean
+            matrix = numerics.product(weights[:, None] * deviations, deviations, "ni,nj->ij") / total
         pooled = self.shape.from_matrix(matrix) / self.shape.repeats(x.shape[1])
         variances = jnp.diagonal(matrix)
         pooled, _ = self.shape.floor(pooled, _lowest(variances + jnp.square(mean), variances))
@@ -96,11 +114,12 @@ class Normal:
         )
 
     def features(self, x: jax.Array) -> jax.Array:
-        return checks.matrix("x", x)
+        rows = checks.matrix("x", x)
+        return columns_of.filled(rows, rows.dtype) if self._by_column else rows
 
     def log_prob(self, params: NormalParams, x: jax.Array) -> jax.Array:
         """Log-density of every row under every component: (N, D) -> (K, N)."""
-        x = self._rows(params, x)
+        x, observed = self._rows(params, x)
         columns = params.mean.shape[-1]
         shape = self.shape
         whitener, half_logdet = shape.whitener(self._each(params), columns)
@@ -118,14 +137,22 @@ class Normal:
             natural = jnp.concatenate([base[:, None], linear, shape.to_features(precision)], axis=1)
             return numerics.product(natural, self._features(centred), "kf,fn->kn")
 
-        return self._choose(whitener, offset, whitened, expanded)
+        def complete(_: jax.Array) -> jax.Array:
+            return self._choose(whitener, offset, whitened, expanded)
+
+        def masked(observed: jax.Array) -> jax.Array:
+            scales = shape.log_scales(self._each(params), columns) + 0.5 * math.log(2 * math.pi)
+            deviations = _deviations(params.mean, x) * observed
+            return -numerics.product(scales, observed, "kd,dn->kn") - 0.5 * shape.square(whitener, deviations)
+
+        return self._complete_or_not(observed, complete, masked)
 
     def stats(self, params: NormalParams, x: jax.Array, responsibilities: jax.Array) -> NormalStats:
         """Expected sufficient statistics: x (N, D), responsibilities (K, N), row weights included.
 
         A vanishing pseudo-count of the current parameters keeps a component without rows as it is.
         """
-        x = self._rows(params, x)
+        x, observed = self._rows(params, x)
         columns = x.shape[1]
         shape = self.shape
         each = self._each(params)
@@ -149,12 +176,23 @@ class Normal:
             moved = first - count[:, None] * offset
             return count, moved, second - shape.cross(offset, first + moved)
 
-        count, first, second = self._choose(whitener, offset, whitened, expanded)
-        count = count + _PSEUDO_COUNT
-        second = second + _PSEUDO_COUNT * shape.repeats(columns) * each
+        def complete(_: jax.Array) -> tuple[jax.Array, ...]:
+            count, first, second = self._choose(whitener, offset, whitened, expanded)
+            return count, jnp.broadcast_to(count[:, None], first.shape), first, second
+
+        def masked(observed: jax.Array) -> tuple[jax.Array, ...]:
+            deviations = _deviations(params.mean, x) * observed
+            first = numerics.product(responsibilities, deviations, "kn,kdn->kd")
+            entries = numerics.product(responsibilities, observed, "kn,dn->kd")
+            return jnp.sum(responsibilities, axis=-1), entries, first, shape.moments(responsibilities, deviations)
+
+        count, entries, first, second = self._complete_or_not(observed, complete, masked)
+        count, entries = count + columns_of.PSEUDO_COUNT, entries + columns_of.PSEUDO_COUNT
+        second = second + columns_of.PSEUDO_COUNT * shape.repeats(columns) * each
         return NormalStats(
             count=count,
-            reference=count[:, None] * params.mean,
+            observed=entries if self._by_column else None,
+            reference=entries * params.mean,
             first=first,
             second=jnp.sum(second, axis=0) if self.tied else second,
         )
@@ -163,20 +201,26 @@ class Normal:
         """Weighted means and covariances; with a prior, the posterior mode."""
         return self._estimate(stats)[0]
 
+    def m_step_given(self, stats: NormalStats, *, mean: jax.Array) -> NormalParams:
+        """The M-step with the means held: covariances about these."""
+        if self.prior is not None:
+            raise TypeError("mean cannot be held where Normal has a prior on it: leave one of them out")
+        about = NormalParams(mean=jnp.broadcast_to(mean, stats.first.shape), covariance=stats.second)
+        moved = self.rebase(stats, about)
+        held = dataclasses.replace(moved, first=jnp.zeros_like(moved.first))
+        return dataclasses.replace(self.m_step(held), mean=about.mean)
+
     def degenerate(self, stats: NormalStats) -> jax.Array:
         """Components (K,) that are empty, or whose covariance rests on its floor."""
-        empty = stats.count <= jnp.finfo(stats.count.dtype).eps * jnp.sum(stats.count)
-        return empty | self._estimate(stats)[1]
+        return columns_of.empty(stats.count) | self._estimate(stats)[1]
 
     def q_function(self, params: NormalParams, stats: NormalStats) -> jax.Array:
         """Expected complete-data log-likelihood of the observations; linear in stats of one reference."""
         columns = params.mean.shape[-1]
         moved = self.rebase(stats, params)
-        whitener, half_logdet = self.shape.whitener(params.covariance, columns)
-        precision = self.shape.precision(whitener)
-        count = jnp.sum(stats.count) if self.tied else stats.count
-        volume = count * (half_logdet + 0.5 * columns * math.log(2 * math.pi))
-        return -jnp.sum(volume + 0.5 * self.shape.trace(precision, moved.second))
+        precision = self.shape.precision(self.shape.whitener(params.covariance, columns)[0])
+        scales = self.shape.log_scales(self._each(params), columns) + 0.5 * math.log(2 * math.pi)
+        return -jnp.sum(stats.rows * scales) - 0.5 * jnp.sum(self.shape.trace(precision, moved.second))
 
     def log_prior(self, params: NormalParams) -> jax.Array:
         """Log-density of the prior, 0 without one."""
@@ -186,12 +230,13 @@ class Normal:
 
     def rebase(self, stats: NormalStats, params: NormalParams) -> NormalStats:
         """The same statistics about the means of `params`, exactly."""
-        delta = stats.reference / stats.count[:, None] - params.mean
-        first = stats.first + stats.count[:, None] * delta
+        delta = stats.reference / stats.rows - params.mean
+        first = stats.first + stats.rows * delta
         change = self.shape.cross(delta, stats.first + first)
         return NormalStats(
             count=stats.count,
-            reference=stats.count[:, None] * params.mean,
+            observed=stats.observed,
+            reference=stats.rows * params.mean,
             first=first,
             second=stats.second + (jnp.sum(change, axis=0) if self.tied else change),
         )
@@ -223,9 +268,9 @@ class Normal:
         columns = theta.mean.shape[-1]
         return NormalParams(mean=theta.mean, covariance=self.shape.constrain(theta.covariance, columns))
 
-    def check(self, x: jax.Array) -> None:
+    def check(self, x: jax.Array, name: str = "x") -> None:
         """Raise for data that no normal component can have produced: eager only."""
-        checks.finite_matrix("x", x)
+        checks.finite_matrix(name, x, missing=self._by_column and self.missing)
 
     def coarse(self) -> "Normal":
         """The cheapest form, for the bulk of many restarts."""
@@ -239,30 +284,27 @@ class Normal:
         """M-step, and which components (K,) needed the floor."""
         shape, prior = self.shape, self.prior
         columns = stats.first.shape[-1]
-        centre = stats.reference / stats.count[:, None]
-        repeats = shape.repeats(columns)
+        centre = stats.reference / stats.rows
 
         def pool(each: jax.Array) -> jax.Array:
             return jnp.sum(each, axis=0) if self.tied else each
 
         if prior is None:
-            shift = stats.first / stats.count[:, None]
+            shift = stats.first / stats.rows
             scatter = stats.second - pool(shape.cross(shift, stats.first))
-            rows = repeats * pool(stats.count)
+            rows = pool(shape.entries(stats.rows))
         else:
             towards = prior.mean - centre
-            count = stats.count + prior.shrinkage
-            shift = (stats.first + prior.shrinkage * towards) / count[:, None]
-            pull = prior.shrinkage * shape.cross(towards, towards) - count.reshape(
-                count.shape + (1,) * shape.trailing
-            ) * shape.cross(shift, shift)
+            pulled = stats.first + prior.shrinkage * towards
+            shift = pulled / (stats.rows + prior.shrinkage)
+            pull = prior.shrinkage * shape.cross(towards, towards) - shape.cross(shift, pulled)
             scatter = stats.second + pool(pull) + prior.scale
-            rows = repeats * pool(stats.count + 1) + shape.prior_exponent(prior.degrees_of_freedom, columns)
-        estimate = scatter / jnp.reshape(rows, jnp.shape(rows) + (1,) * shape.trailing)
+            rows = pool(shape.entries(stats.rows + 1)) + shape.prior_exponent(prior.degrees_of_freedom, columns)
+        estimate = scatter / rows
         second = stats.second if self.tied else jnp.sum(stats.second, axis=0)
         spread = shape.columns_of(second, columns) + jnp.sum((2 * stats.first + stats.reference) * centre, axis=0)
-        about = shape.columns_of(stats.second, columns) / pool(stats.count)[..., None]
-        lifted, low = shape.floor(estimate, _lowest(spread / jnp.sum(stats.count), about))
+        about = shape.columns_of(stats.second, columns) / pool(stats.rows)
+        lifted, low = shape.floor(estimate, _lowest(spread / jnp.sum(stats.rows, axis=0), about))
         return NormalParams(mean=centre + shift, covariance=lifted), jnp.broadcast_to(low, stats.count.shape)
 
     def _each(self, params: NormalParams) -> jax.Array:
@@ -271,13 +313,23 @@ class Normal:
             return params.covariance
         return jnp.broadcast_to(params.covariance, (params.mean.shape[0], *params.covariance.shape))
 
-    def _rows(self, params: NormalParams, x: jax.Array) -> jax.Array:
+    def _rows(self, params: NormalParams, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows (N, D), something finite in place of missing entries; 1 where observed, 0 where not (D, N) or ()."""
         rows = checks.matrix("x", x)
         if rows.shape[1] != params.mean.shape[-1]:
             raise ValueError(
                 f"x must have {params.mean.shape[-1]} columns, as the parameters have; got shape {jnp.shape(x)}"
             )
-        return rows
+        if not (self._by_column and self.missing):
+            return rows, jnp.ones((), rows.dtype)
+        observed = ~jnp.isnan(rows)
+        return jnp.where(observed, rows, jnp.mean(params.mean, axis=0)), observed.T.astype(rows.dtype)
+
+    def _complete_or_not(self, observed: jax.Array, complete: Callable, masked: Callable) -> Any:
+        """One of two forms: a real branch, since most data have no missing entries."""
+        if not (self._by_column and self.missing):
+            return complete(observed)
+        return jax.lax.cond(jnp.all(observed == 1), complete, masked, observed)
 
     def _features(self, centred: jax.Array) -> jax.Array:
         """1, y and the shape's monomials of y: (D, N) -> (F, N)."""

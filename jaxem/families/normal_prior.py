@@ -5,16 +5,13 @@ clustering, Journal of Classification 24, table 1: the modes for every covarianc
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from .. import checks
 from ..record import record
-
-if TYPE_CHECKING:
-    from .covariance import Shape
+from . import covariance as shapes
 
 
 @record
@@ -32,7 +29,7 @@ class NormalInverseWishart:
     degrees_of_freedom: jax.Array | float
     scale: jax.Array
 
-    def log_prob(self, shape: "Shape", mean: jax.Array, covariance: jax.Array, tied: bool) -> jax.Array:
+    def log_prob(self, shape: shapes.Shape, mean: jax.Array, covariance: jax.Array, tied: bool) -> jax.Array:
         """Log-density, summed over K components: mean (K, D), covariance in the shape's storage."""
         columns = mean.shape[-1]
         whitener, half_logdet = shape.whitener(covariance, columns)
@@ -52,10 +49,10 @@ def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -
     """Weakly informative prior scaled to the data (Fraley & Raftery 2007, section 3.3).
 
     x (N, D) or (N,); mean = the data's mean, shrinkage = 0.01, degrees_of_freedom = D + 2,
-    scale = cov(x) / K^(2/D), of which "diag" keeps the diagonal and "spherical" its mean.
+    scale = cov(x) / K^(2/D), of which diagonal covariances keep the diagonal and spherical its mean.
     Raises ValueError for an unknown covariance or bad data.
     """
-    checks.choice("covariance", covariance, ("full", "diag", "tied", "spherical"))
+    covariance = shapes.canonical(covariance)
     checks.positive_integer("num_components", num_components)
     checks.finite_matrix("x", x)
     rows = checks.matrix("x", x)
@@ -64,8 +61,8 @@ def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -
     deviations = rows - mean
     total = jnp.einsum("ni,nj->ij", deviations, deviations, precision=jax.lax.Precision.HIGHEST) / (rows.shape[0] - 1)
     scale = total / num_components ** (2 / columns)
-    if covariance == "diag":
+    if covariance.endswith("diag"):
         scale = jnp.diagonal(scale)
-    elif covariance == "spherical":
+    elif covariance.endswith("spherical"):
         scale = jnp.mean(jnp.diagonal(scale))
     return NormalInverseWishart(mean=mean, shrinkage=0.01, degrees_of_freedom=columns + 2.0, scale=scale)

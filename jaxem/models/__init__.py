@@ -1,7 +1,9 @@
 """Models: latent structure x observation family."""
 
 from .functions import from_functions as from_functions
-from .mixture import Dirichlet as Dirichlet
+from .kmeans import KMeans as KMeans
+from .kmeans import KMeansParams as KMeansParams
+from .kmeans import KMeansStats as KMeansStats
 from .mixture import Mixture as Mixture
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats

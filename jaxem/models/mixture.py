@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, seeding, tree
+from ..data import split
 from ..latents import Exact, categorical
+from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
 from ..record import record, static
 
@@ -21,7 +23,10 @@ _SMOOTHING = 0.1
 
 @record
 class MixtureParams:
-    """weights (K,), on the simplex; components: the family's parameters, component axis first."""
+    """weights (K,), on the simplex; components: the family's parameters, component axis first.
+
+    A family with a component of its own, as `Background`, has its weight last: (K + 1,).
+    """
 
     weights: jax.Array
     components: Params
@@ -41,32 +46,12 @@ class MixtureStats:
 
 
 @record(kw_only=False)
-class Dirichlet:
-    """Dirichlet prior on mixing weights: concentration, a scalar or (K,); at least 1 for an interior mode.
-
-    Its log-density is kept up to the normaliser for concentration 1, which is 0 everywhere.
-    """
-
-    concentration: jax.Array | float
-
-    def pseudo_counts(self, counts: jax.Array) -> jax.Array:
-        """concentration - 1, as (K,)."""
-        return jnp.broadcast_to(jnp.asarray(self.concentration, counts.dtype) - 1, counts.shape)
-
-    @jax.jit
-    def log_prob(self, probabilities: jax.Array) -> jax.Array:
-        """Normalised log-density; 0 log 0 = 0."""
-        alpha = self.pseudo_counts(probabilities) + 1
-        logs = jnp.where(alpha == 1, 0, (alpha - 1) * numerics.safe_log(probabilities))
-        return jnp.sum(logs) + jax.lax.lgamma(jnp.sum(alpha)) - jnp.sum(jax.lax.lgamma(alpha))
-
-
-@record(kw_only=False)
 class Mixture:
     """p(x) = sum_k weights_k p(x | component k), for any family of components.
 
     family: the components, as in `Normal("full")`; num_components: K; prior: a Dirichlet on the
-    weights. Data: what the family takes, N rows. Row weights count rows: 2 is the row twice.
+    weights. Data: what the family takes, N rows, or these as `Labelled(x, labels)` where the
+    components of some rows are known. Row weights count rows: 2 is the row twice.
     Source: McLachlan & Peel, Finite Mixture Models, section 2.8; Bishop, PRML, section 9.2.
     Raises TypeError or ValueError for a num_components that is not a whole number of at least 1.
     """
@@ -74,6 +59,8 @@ class Mixture:
     family: Family
     num_components: int = static()
     prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = ("weights", "components")
 
     def __post_init__(self) -> None:
         checks.positive_integer("num_components", self.num_components)
@@ -83,7 +70,8 @@ class Mixture:
 
         method: "k-means++" or "random_rows" give every row to its nearest seed, columns
         standardised, and "random_responsibilities" draws them uniformly from the simplex; a tenth
-        of every row is then spread over all components. Rows of weight 0 are never seeds.
+        of every row is then spread over all components. Rows of weight 0 are never seeds; a
+        component with labelled rows is seeded by one of them.
         """
         checks.choice("method", method, INITS)
         self.check(x, weights)
@@ -93,12 +81,15 @@ class Mixture:
     def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
         if method == "random_responsibilities":
             rows = tree.num_rows(x)
-            draws = jax.random.exponential(key, (rows, self.num_components), tree.float_dtype(x))
+            draws = jax.random.exponential(key, (rows, self._total), tree.float_dtype(x))
             share = draws / jnp.sum(draws, axis=1, keepdims=True)
         else:
-            points = seeding.standardize(self.family.features(x), weights)
+            rows, labels = split(x)
+            points = seeding.standardize(self.family.features(rows), weights)
             seed = seeding.kmeans_plusplus if method == "k-means++" else seeding.random_rows
-            _, share = seed(key, points, weights, self.num_components)
+            seeds, share = seed(key, points, weights, self.num_components)
+            if labels is not None:
+                share = seeding.nearest_known(key, points, labels, weights, seeds)
         return self._from_responsibilities(x, share, weights, _SMOOTHING)
 
     def params_from_responsibilities(
@@ -106,7 +97,7 @@ class Mixture:
     ) -> MixtureParams:
         """The M-step from given responsibilities (N, K), or labels (N,) of a whole-number dtype."""
         self.check(x, weights)
-        rows, count = tree.num_rows(x), self.num_components
+        rows, count = tree.num_rows(x), self._total
         given = checks.array("responsibilities", responsibilities)
         labels = given.ndim == 1 and jnp.issubdtype(given.dtype, jnp.integer)
         if not labels and given.shape != (rows, count):
@@ -118,8 +109,8 @@ class Mixture:
         values = np.asarray(responsibilities) if checks.is_concrete(responsibilities) else None
         if labels and values is not None and not np.all((values >= 0) & (values < count)):
             raise ValueError(f"labels must be in 0..{count - 1}; got {values.min()}..{values.max()}")
-        if not labels and values is not None and not np.all((values >= 0) & np.isfinite(values)):
-            raise ValueError("responsibilities must be finite and at least 0")
+        if not labels and values is not None:
+            _check_rows_of_simplex("responsibilities", values)
         return self._from_responsibilities(x, given, weights, 0.0)
 
     def e_step(
@@ -137,7 +128,7 @@ class Mixture:
         q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
         """
         evidence = numerics.normalize(self._log_joint(params, x))[1]
-        return self._gather(params.components, x, responsibilities.T, weights, evidence)
+        return self._gather(params.components, x, _respect(responsibilities.T, x), weights, evidence)
 
     def m_step(self, stats: MixtureStats) -> MixtureParams:
         """weights = counts / their sum (with a prior: + concentration - 1); the family's own M-step."""
@@ -160,7 +151,9 @@ class Mixture:
         return components if self.prior is None else components + self.prior.log_prob(params.weights)
 
     def rebase(self, stats: MixtureStats, params: MixtureParams) -> MixtureStats:
-        """The same statistics about the reference of `params`."""
+        """The same statistics about the reference of `params`, where the family has one."""
+        if not hasattr(self.family, "rebase"):
+            return stats
         return dataclasses.replace(stats, components=self.family.rebase(stats.components, params.components))
 
     def degenerate(self, stats: MixtureStats) -> jax.Array:
@@ -169,7 +162,7 @@ class Mixture:
 
     @jax.jit
     def log_prob(self, params: MixtureParams, x: Data) -> jax.Array:
-        """Marginal log-density log p(x_n) of each row: (N,)."""
+        """Marginal log-density log p(x_n) of each row, log p(x_n, label_n) of labelled ones: (N,)."""
         return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[1])
 
     @jax.jit
@@ -195,7 +188,7 @@ class Mixture:
 
     def num_parameters(self, params: MixtureParams) -> int:
         """Free parameters: K - 1 weights and the components'."""
-        return self.num_components - 1 + self.family.num_parameters(params.components)
+        return self._total - 1 + self.family.num_parameters(params.components)
 
     def unconstrain(self, params: MixtureParams) -> MixtureParams:
         """Additive log-ratios of the weights, the family's own coordinates for the components."""
@@ -211,22 +204,51 @@ class Mixture:
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
-        self.family.check(x)
+        inside, labels = split(x)
+        self.family.check(inside)
         rows = tree.num_rows(x)
         checks.row_weights(weights, rows)
         checks.enough_rows(rows, weights, self.num_components)
+        if labels is not None:
+            checks.labels("labels", labels, rows, self._total)
+
+    def check_params(self, params: MixtureParams) -> None:
+        """Raise ValueError for mixing weights that are no distribution; eager only."""
+        weights = params.weights
+        if checks.is_concrete(weights) and jnp.ndim(weights) == 1 and np.all(np.isfinite(weights)):
+            _check_rows_of_simplex("params.weights", np.asarray(weights)[None])
+
+    def check_held(self, values: dict[str, Any]) -> None:
+        """Raise ValueError for mixing weights, to be held fixed, that are no distribution."""
+        weights = values.get("weights", 0)
+        if "weights" in values and checks.is_known(weights):
+            if jnp.shape(weights) != (self._total,):
+                raise ValueError(f"weights must have shape ({self._total},); got {jnp.shape(weights)}")
+            _check_rows_of_simplex("weights", np.asarray(weights)[None])
 
     def floats_per_row(self, params: MixtureParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a row."""
-        return 2 * self.num_components + self.family.floats_per_row(params.components)
+        return 2 * self._total + self.family.floats_per_row(params.components)
+
+    def floats_per_restart(self, params: MixtureParams, x: Data) -> int:
+        """The part of these that every restart has for itself, where several are run on the same rows."""
+        shared = getattr(self.family, "shared_floats_per_row", lambda _: 0)(params.components)
+        return self.floats_per_row(params, x) - shared
 
     def coarse(self) -> "Mixture":
         """The same model in its cheapest arithmetic, for the bulk of many restarts."""
-        return dataclasses.replace(self, family=self.family.coarse())
+        return dataclasses.replace(self, family=self.family.coarse()) if hasattr(self.family, "coarse") else self
+
+    @property
+    def _total(self) -> int:
+        """Components, and those that the family adds by itself."""
+        return self.num_components + getattr(self.family, "extra_components", 0)
 
     def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
-        """log p(component k, x_n): (K, N)."""
-        return numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, x)
+        """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""
+        rows, labels = split(x)
+        joint = numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, rows)
+        return joint if labels is None else jnp.where(_allowed(labels, joint.shape[0]), joint, -jnp.inf)
 
     def _gather(
         self,
@@ -241,7 +263,7 @@ class Mixture:
             weights = weights.astype(evidence.dtype)
             responsibilities = responsibilities * weights
         return MixtureStats(
-            components=self.family.stats(components, x, responsibilities),
+            components=self.family.stats(components, split(x)[0], responsibilities),
             loglik=numerics.weighted_sum(evidence, weights),
         )
 
@@ -257,15 +279,15 @@ class Mixture:
 
         Done twice: the first pass centres the statistics on the components' own means.
         """
-        count, dtype = self.num_components, tree.float_dtype(x)
+        count, dtype = self._total, tree.float_dtype(x)
 
         def statistics(components: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> MixtureStats:
             x, share = rows
             given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
-            given = (1 - smoothing) * given.astype(dtype) + smoothing / count
+            given = (1 - smoothing) * _respect(given.astype(dtype), x) + smoothing / count
             return self._gather(components, x, given, inside, jnp.zeros(tree.num_rows(x), dtype))
 
-        components = self.family.init(x, weights, count)
+        components = self.family.init(split(x)[0], weights, self.num_components)
         size = tree.rows_per_block(2 * count + self.family.floats_per_row(components), dtype)
         params = MixtureParams(weights=jnp.full(count, 1 / count, dtype), components=components)
 
@@ -273,7 +295,34 @@ class Mixture:
             at = functools.partial(statistics, params.components)
             return self.m_step(tree.sum_over_blocks(at, (x, share), weights, size))
 
-        return jax.lax.fori_loop(0, 2, pass_over, params)
+        return jax.lax.fori_loop(0, getattr(self.family, "start_passes", 2), pass_over, params)
+
+
+def _allowed(labels: jax.Array, count: int) -> jax.Array:
+    """Components that a row may come from: (K, N)."""
+    return (labels < 0) | (labels == jnp.arange(count)[:, None])
+
+
+def _respect(responsibilities: jax.Array, x: Data) -> jax.Array:
+    """Responsibilities (K, N), those of labelled rows all in their own component."""
+    labels = split(x)[1]
+    if labels is None:
+        return responsibilities
+    own = labels == jnp.arange(responsibilities.shape[0])[:, None]
+    return jnp.where(labels < 0, responsibilities, own.astype(responsibilities.dtype))
+
+
+def _check_rows_of_simplex(name: str, values: np.ndarray) -> None:
+    """Raise ValueError unless every row (N, K) is a distribution."""
+    if not np.all((values >= 0) & np.isfinite(values)):
+        row, column = np.argwhere(~((values >= 0) & np.isfinite(values)))[0]
+        raise ValueError(
+            f"{name} must be finite and at least 0; got {values[row, column]} in row {row}, column {column}"
+        )
+    total = values.sum(axis=1)
+    if np.any(np.abs(total - 1) > 1e-3):
+        row = np.argmax(np.abs(total - 1) > 1e-3)
+        raise ValueError(f"{name} must sum to 1; row {row} sums to {total[row]:.6g}. Divide it by its sum")
 
 
 def params_from_responsibilities(

@@ -1,0 +1,203 @@
+"""Statements about parameters: held fixed, or shared by all components.
+
+Both wrap a model or a family and are one themselves, so they compose. An M-step under them is still
+an exact conditional maximisation; what cannot be honoured exactly is refused when it is stated.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import tree
+from .protocols import Params, Stats
+from .record import record, static
+
+# Methods whose first argument is parameters: they see these as the statement has them.
+_AT_PARAMS = ("e_step", "log_prob", "log_prior", "posterior", "predict", "q_function", "stats")
+# Methods that give another form of the model: the statement holds for that one too.
+_FORMS = ("coarse", "partial")
+
+
+def _delegate(self: Any, name: str) -> Any:
+    """What the wrapped model has, and nothing else, so that `hasattr` tells the truth."""
+    if name.startswith("__") or "inner" not in self.__dict__:
+        raise AttributeError(name)
+    found = getattr(self.inner, name)
+    if name in _AT_PARAMS:
+        return lambda params, *rest, **options: found(self.apply(params), *rest, **options)
+    if name in _FORMS:
+        return lambda: dataclasses.replace(self, inner=found())
+    return found
+
+
+def _replace(params: Params, **values: Any) -> Params:
+    return dataclasses.replace(params, **values)
+
+
+def _given_names(inner: Any) -> tuple[str, ...]:
+    """Parameters that the M-step can be given."""
+    function = getattr(inner, "m_step_given", None)
+    return () if function is None else tuple(inspect.signature(function).parameters)[1:]
+
+
+def _refuse(inner: Any, what: str, names: Any, known: tuple[str, ...]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        possible = f"can be {what}: {', '.join(known)}" if known else f"nothing can be {what}"
+        raise TypeError(
+            f"{unknown[0]!r} of {type(inner).__name__} cannot be {what} by an exact M-step; of it, {possible}"
+        )
+
+
+@record(kw_only=False)
+class Fixed:
+    """A model or family with some of its parameters held at given values.
+
+    inner: the model or family; values: name -> value, broadcast to the parameter's shape, as in
+    `Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})` or
+    `Mixture(Fixed(Normal("diag"), {"mean": centres}), 3)`. Starts take the values too, and held
+    parameters do not count as free. Values may be traced.
+    Raises TypeError for a parameter that the M-step cannot hold exactly.
+    """
+
+    inner: Any
+    values: dict[str, Any]
+
+    __getattr__ = _delegate
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.inner, "m_step"):
+            if isinstance(self.inner, (str, int, float, Mapping)):
+                raise TypeError(f"inner must be a model or a family; got {self.inner!r}")
+            return
+        if not isinstance(self.values, Mapping) or not self.values:
+            raise TypeError(f"values must be a dict of name -> value; got {self.values!r}")
+        known = (*getattr(self.inner, "separable", ()), *_given_names(self.inner))
+        _refuse(self.inner, "held", self.values, known)
+        if hasattr(self.inner, "check_held"):
+            self.inner.check_held(self.values)
+
+    def init(self, *arguments: Any, **options: Any) -> Params:
+        """The inner start, with the values in their places."""
+        return self.apply(self.inner.init(*arguments, **options))
+
+    def apply(self, params: Params) -> Params:
+        """These parameters, with the values in their places."""
+
+        def hold(value: Any, old: Any) -> jax.Array:
+            return jnp.broadcast_to(jnp.asarray(value, jnp.result_type(old)), jnp.shape(old))
+
+        return _replace(
+            params, **{name: jax.tree.map(hold, value, getattr(params, name)) for name, value in self.values.items()}
+        )
+
+    def m_step(self, stats: Stats) -> Params:
+        """The maximum over all other parameters."""
+        separable = getattr(self.inner, "separable", ())
+        given = {name: value for name, value in self.values.items() if name not in separable}
+        return self.apply(self.inner.m_step_given(stats, **given) if given else self.inner.m_step(stats))
+
+    def num_parameters(self, params: Params) -> int:
+        """Free parameters: those that are not held."""
+        if set(self.values) == {field.name for field in dataclasses.fields(params)}:
+            return 0
+        theta = jax.eval_shape(self.inner.unconstrain, params)
+        return self.inner.num_parameters(params) - sum(tree.size(getattr(theta, name)) for name in self.values)
+
+    def unconstrain(self, params: Params) -> Any:
+        """The inner coordinates of what is free; a held parameter has none."""
+        theta = self.inner.unconstrain(params)
+        # An empty array keeps the shape that `constrain` has to hand on.
+        return _replace(theta, **{name: jax.tree.map(_emptied, getattr(theta, name)) for name in self.values})
+
+    def constrain(self, theta: Any) -> Params:
+        """Inverse of `unconstrain`."""
+        full = _replace(theta, **{name: jax.tree.map(_refilled, getattr(theta, name)) for name in self.values})
+        return self.apply(self.inner.constrain(full))
+
+
+@record(kw_only=False)
+class Tied:
+    """A family some of whose parameters all components share.
+
+    inner: the family; names: of its parameters, one or several, as in
+    `Mixture(Tied(StudentT(), "degrees_of_freedom"), 3)`. They keep their shape, component axis
+    first, all components equal: the maximum given the sum of the components' statistics.
+    For covariances there are the tied shapes of `Normal` itself.
+    Raises TypeError for a parameter that the M-step cannot share exactly.
+    """
+
+    inner: Any
+    names: tuple[str, ...] = static()
+
+    __getattr__ = _delegate
+
+    def __post_init__(self) -> None:
+        names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
+        object.__setattr__(self, "names", names)
+        if not hasattr(self.inner, "m_step"):
+            return
+        _refuse(self.inner, "shared", names, getattr(self.inner, "shareable", ()))
+        if getattr(self.inner, "prior", None) is not None:
+            raise TypeError(f"parameters of {type(self.inner).__name__} with a prior cannot be shared: leave one out")
+
+    def init(self, *arguments: Any, **options: Any) -> Params:
+        return self.inner.init(*arguments, **options)
+
+    def apply(self, params: Params) -> Params:
+        """These parameters, the shared ones all as the first component has them."""
+        first = {name: jax.tree.map(_first_everywhere, getattr(params, name)) for name in self.names}
+        return _replace(params, **first)
+
+    def m_step(self, stats: Stats) -> Params:
+        """The maximum under the statement: shared parameters from the pooled statistics."""
+        params = self.inner.m_step(stats)
+        share: Callable = getattr(self.inner, "share", self._pooled)
+        values = {name: share(stats, name) for name in self.names}
+        return _replace(
+            params, **{name: jnp.broadcast_to(value, getattr(params, name).shape) for name, value in values.items()}
+        )
+
+    def num_parameters(self, params: Params) -> int:
+        """Free parameters, shared ones counted once."""
+        fields = {field.name for field in dataclasses.fields(params)}
+        total = self.inner.num_parameters(params)
+        count = getattr(params, self.names[0]).shape[0]
+        if set(self.names) == fields:
+            return total // count
+        theta = jax.eval_shape(self.inner.unconstrain, params)
+        each = sum(tree.size(getattr(theta, name)) for name in self.names) // count
+        return total - (count - 1) * each
+
+    def unconstrain(self, params: Params) -> Any:
+        """The inner coordinates, shared ones once."""
+        theta = self.inner.unconstrain(params)
+        return _replace(
+            theta, **{name: (getattr(theta, name)[:1], _emptied(getattr(theta, name))) for name in self.names}
+        )
+
+    def constrain(self, theta: Any) -> Params:
+        """Inverse of `unconstrain`."""
+        full = {name: getattr(theta, name)[0] + _refilled(getattr(theta, name)[1]) for name in self.names}
+        return self.inner.constrain(_replace(theta, **full))
+
+    def _pooled(self, stats: Stats, name: str) -> jax.Array:
+        """The M-step from the sum of the statistics, where these are one component's after the other."""
+        together = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, keepdims=True), stats)
+        return getattr(self.inner.m_step(together), name)
+
+
+def _emptied(leaf: jax.Array) -> jax.Array:
+    return jnp.zeros((0, *leaf.shape), leaf.dtype)
+
+
+def _refilled(leaf: jax.Array) -> jax.Array:
+    return jnp.zeros(leaf.shape[1:], leaf.dtype)
+
+
+def _first_everywhere(leaf: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(leaf[:1], leaf.shape)

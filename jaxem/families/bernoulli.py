@@ -1,0 +1,271 @@
+"""Yes or no, and numbers of successes: independent columns of Bernoulli or binomial observations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks, numerics, special, tree
+from ..priors import Beta
+from ..protocols import Data
+from ..record import record
+from . import columns
+
+
+@record
+class BernoulliParams:
+    """probability (K, D): of a 1, or of a success, in each column."""
+
+    probability: jax.Array
+
+
+@record
+class BernoulliStats:
+    """count (K,) = sum r; successes and failures (K, D), of observed entries only; base (K,) = sum r h(x)."""
+
+    count: jax.Array
+    successes: jax.Array
+    failures: jax.Array
+    base: jax.Array
+
+
+@record(kw_only=False)
+class Bernoulli:
+    """Independent yes/no columns: log p(x|k) = sum_d x_d log p_kd + (1 - x_d) log(1 - p_kd).
+
+    Data (N, D) or (N,), entries 0 or 1 (or booleans); missing entries (NaN, or -1 among whole
+    numbers) are integrated out. prior: a Beta. Bishop, PRML, section 9.3.3.
+    """
+
+    prior: Beta | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = shareable = ("probability",)
+
+    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> BernoulliParams:
+        return _pooled(self, x, checks.columns("x", x).shape[1], weights, num_components)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        return columns.filled(x, tree.float_dtype(x))
+
+    def log_prob(self, params: BernoulliParams, x: jax.Array) -> jax.Array:
+        """Log-probability of every row under every component: (N, D) -> (K, N)."""
+        return columns.score(_natural(params), self._outcomes(x, params.probability.dtype))
+
+    def stats(self, params: BernoulliParams, x: jax.Array, responsibilities: jax.Array) -> BernoulliStats:
+        """Expected successes and failures: x (N, D), responsibilities (K, N)."""
+        outcomes = self._outcomes(x, params.probability.dtype)
+        return _stats(params, responsibilities, outcomes, jnp.zeros(responsibilities.shape[0], outcomes.dtype))
+
+    def m_step(self, stats: BernoulliStats) -> BernoulliParams:
+        """Successes / (successes + failures); with a prior, the posterior mode."""
+        return _m_step(stats, self.prior)
+
+    def q_function(self, params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
+        """sum successes log p + failures log(1 - p)."""
+        return _q_function(params, stats)
+
+    def log_prior(self, params: BernoulliParams) -> jax.Array:
+        return _log_prior(params, self.prior)
+
+    def degenerate(self, stats: BernoulliStats) -> jax.Array:
+        return columns.empty(stats.count)
+
+    def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
+        """One row (N, D) of 0 and 1 from the component that each label (N,) names."""
+        return jax.random.bernoulli(key, params.probability[labels]).astype(params.probability.dtype)
+
+    def num_parameters(self, params: BernoulliParams) -> int:
+        return params.probability.size
+
+    def floats_per_row(self, params: BernoulliParams) -> int:
+        return 2 * params.probability.shape[1]
+
+    shared_floats_per_row = floats_per_row
+
+    def unconstrain(self, params: BernoulliParams) -> BernoulliParams:
+        return _unconstrain(params)
+
+    def constrain(self, theta: BernoulliParams) -> BernoulliParams:
+        return _constrain(theta)
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        columns.check(name, x, lambda values: (values == 0) | (values == 1), "0 or 1")
+
+    def _outcomes(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Successes and failures of every entry: (2 D, N)."""
+        values, observed = columns.read(x, dtype)
+        return jnp.concatenate([values, observed - values], axis=1).T
+
+
+@record(kw_only=False)
+class Binomial:
+    """Successes among trials: log p(x|k) = sum_d log C(t_d, x_d) + x_d log p_kd + (t_d - x_d) log(1 - p_kd).
+
+    trials: a whole number, or one a column (D,). Where trials vary by row, leave it out and give the
+    data as a pair (successes, trials), of shapes (N, D) and (N, D) or (N,). Missing entries (NaN, or
+    -1 among whole numbers) are integrated out. prior: a Beta.
+    Do & Batzoglou (2008), What is the expectation maximization algorithm?, Nature Biotechnology 26.
+    """
+
+    trials: jax.Array | int | None = None
+    prior: Beta | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = shareable = ("probability",)
+
+    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> BernoulliParams:
+        return _pooled(self, x, checks.columns("x", columns.pair(x)[0]).shape[1], weights, num_components)
+
+    def features(self, x: Data) -> jax.Array:
+        successes, _ = columns.pair(x)
+        if not isinstance(x, (tuple, list)):
+            return columns.filled(successes, tree.float_dtype(x))
+        values, trials, observed = self._read(x, tree.float_dtype(x))
+        share = jnp.where(observed & (trials > 0), values / jnp.where(trials > 0, trials, 1), jnp.nan)
+        return columns.filled(share, share.dtype)
+
+    def log_prob(self, params: BernoulliParams, x: Data) -> jax.Array:
+        """Log-probability of every row under every component: (N, D) -> (K, N)."""
+        outcomes, base = self._outcomes(x, params.probability.dtype)
+        return columns.score(_natural(params), outcomes) + base
+
+    def stats(self, params: BernoulliParams, x: Data, responsibilities: jax.Array) -> BernoulliStats:
+        """Expected successes and failures: x (N, D), responsibilities (K, N)."""
+        outcomes, base = self._outcomes(x, params.probability.dtype)
+        return _stats(params, responsibilities, outcomes, columns.sums(responsibilities, base[None])[:, 0])
+
+    def m_step(self, stats: BernoulliStats) -> BernoulliParams:
+        """Successes / trials; with a prior, the posterior mode."""
+        return _m_step(stats, self.prior)
+
+    def q_function(self, params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
+        """sum successes log p + failures log(1 - p) + log C(trials, successes)."""
+        return _q_function(params, stats)
+
+    def log_prior(self, params: BernoulliParams) -> jax.Array:
+        return _log_prior(params, self.prior)
+
+    def degenerate(self, stats: BernoulliStats) -> jax.Array:
+        return columns.empty(stats.count)
+
+    def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
+        """Successes (N, D) from the component that each label (N,) names; needs `trials`."""
+        if self.trials is None:
+            raise ValueError("trials must be given to sample: Binomial(trials=...), a number or one a column")
+        probability = params.probability[labels]
+        trials = jnp.asarray(self.trials, probability.dtype)
+        return jax.random.binomial(key, trials, probability, shape=probability.shape, dtype=probability.dtype)
+
+    def num_parameters(self, params: BernoulliParams) -> int:
+        return params.probability.size
+
+    def floats_per_row(self, params: BernoulliParams) -> int:
+        return 4 * params.probability.shape[1]
+
+    shared_floats_per_row = floats_per_row
+
+    def unconstrain(self, params: BernoulliParams) -> BernoulliParams:
+        return _unconstrain(params)
+
+    def constrain(self, theta: BernoulliParams) -> BernoulliParams:
+        return _constrain(theta)
+
+    def check(self, x: Data, name: str = "x") -> None:
+        successes, given = columns.pair(x)
+        rows = checks.columns(name, successes)
+        trials = self._trials(given, rows.shape)
+        if given is not None:
+            columns.check(f"{name}[1]", x[1], _whole, "whole numbers of trials, at least 0", missing=False)
+        if not checks.is_concrete(trials):
+            columns.check(name, successes, _whole, "whole numbers of successes, at least 0")
+            return
+        most = np.broadcast_to(np.asarray(trials), rows.shape)
+        columns.check(
+            name,
+            successes,
+            lambda v: _whole(v) & (v <= most),
+            "whole numbers of successes, at least 0 and at most trials",
+        )
+
+    def _trials(self, given: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+        if (given is None) == (self.trials is None):
+            raise ValueError(
+                "trials must be given once: Binomial(trials) with a number (or one a column), or Binomial() with data "
+                "(successes, trials) where trials vary by row"
+            )
+        trials = jnp.asarray(self.trials) if given is None else given
+        if given is None and trials.shape not in ((), (shape[1],)):
+            raise ValueError(
+                f"trials must be a number, or one a column ({shape[1]},); got shape {trials.shape}. Where trials vary "
+                "by row, give the data as (successes, trials) to Binomial()"
+            )
+        return trials
+
+    def _read(self, x: Data, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+        successes, given = columns.pair(x)
+        values, observed = columns.read(successes, dtype)
+        trials = jnp.broadcast_to(self._trials(given, values.shape).astype(dtype), values.shape)
+        return values, jnp.where(observed, trials, 0), observed
+
+    def _outcomes(self, x: Data, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Successes and failures of every entry (2 D, N), and sum_d log C(t_d, x_d) (N,)."""
+        values, trials, _ = self._read(x, dtype)
+        ways = -jnp.log1p(trials) - special.log_beta(trials - values + 1, values + 1)
+        return jnp.concatenate([values, trials - values], axis=1).T, jnp.sum(ways, axis=1)
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    return (values >= 0) & (values == np.floor(values))
+
+
+def _natural(params: BernoulliParams) -> jax.Array:
+    p = params.probability
+    return jnp.concatenate([numerics.safe_log(p), numerics.safe_log(1 - p)], axis=1)
+
+
+def _pooled(
+    family: Bernoulli | Binomial, x: Data, num_columns: int, weights: jax.Array | None, num_components: int
+) -> BernoulliParams:
+    neutral = BernoulliParams(probability=jnp.full((1, num_columns), 0.5, tree.float_dtype(x)))
+    return columns.pooled(family, neutral, x, weights, num_components)
+
+
+def _stats(
+    params: BernoulliParams, responsibilities: jax.Array, outcomes: jax.Array, base: jax.Array
+) -> BernoulliStats:
+    totals = columns.sums(responsibilities, outcomes)
+    half = totals.shape[1] // 2
+    return BernoulliStats(
+        count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+        successes=totals[:, :half] + columns.PSEUDO_COUNT * params.probability,
+        failures=totals[:, half:] + columns.PSEUDO_COUNT * (1 - params.probability),
+        base=base,
+    )
+
+
+def _m_step(stats: BernoulliStats, prior: Beta | None) -> BernoulliParams:
+    successes, failures = stats.successes, stats.failures
+    if prior is not None:
+        more, less = prior.pseudo_counts(successes)
+        successes, failures = jnp.maximum(successes + more, 0), jnp.maximum(failures + less, 0)
+    return BernoulliParams(probability=numerics.safe_divide(successes, successes + failures))
+
+
+def _q_function(params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
+    totals = jnp.concatenate([stats.successes, stats.failures], axis=1)
+    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
+
+
+def _log_prior(params: BernoulliParams, prior: Beta | None) -> jax.Array:
+    return jnp.zeros((), params.probability.dtype) if prior is None else prior.log_prob(params.probability)
+
+
+def _unconstrain(params: BernoulliParams) -> BernoulliParams:
+    return BernoulliParams(probability=jax.scipy.special.logit(params.probability))
+
+
+def _constrain(theta: BernoulliParams) -> BernoulliParams:
+    return BernoulliParams(probability=jax.nn.sigmoid(theta.probability))
+
+
+BinomialParams = BernoulliParams

@@ -1,0 +1,260 @@
+"""One of several values, and counts of values: categorical columns and multinomial rows."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks, numerics, tree
+from ..priors import Dirichlet
+from ..record import record, static
+from . import columns
+
+
+@record
+class CategoricalParams:
+    """probability (K, D, V): of each value in each column; 0 for values that a column does not have."""
+
+    probability: jax.Array
+
+
+@record
+class CategoricalStats:
+    """count (K,) = sum r; values (K, D, V): expected numbers of each value, of observed entries only."""
+
+    count: jax.Array
+    values: jax.Array
+
+
+@record(kw_only=False)
+class Categorical:
+    """Independent categorical columns: log p(x|k) = sum_d log p_k,d,x_d. With a mixture: latent class analysis.
+
+    num_values: how many values every column has, or a tuple of one number a column. Data (N, D) or
+    (N,), whole numbers 0..num_values-1; missing entries (-1, or NaN in a float array) are
+    integrated out. prior: a Dirichlet on every column's probabilities, with a scalar concentration.
+    Raises TypeError or ValueError for a num_values that is not at least 1.
+    Goodman (1974), Exploratory latent structure analysis, Biometrika 61.
+    """
+
+    num_values: int | tuple[int, ...] = static()
+    prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = shareable = ("probability",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_values, Sequence):
+            object.__setattr__(self, "num_values", tuple(int(value) for value in self.num_values))
+        for value in self.num_values if isinstance(self.num_values, tuple) else (self.num_values,):
+            checks.positive_integer("num_values", value)
+
+    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> CategoricalParams:
+        has = self._has(checks.columns("x", x).shape[1])
+        flat = jnp.asarray(has / has.sum(axis=1, keepdims=True), tree.float_dtype(x))
+        return columns.pooled(self, CategoricalParams(probability=flat[None]), x, weights, num_components)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        return self._indicators(x, tree.float_dtype(x)).T
+
+    def log_prob(self, params: CategoricalParams, x: jax.Array) -> jax.Array:
+        """Log-probability of every row under every component: (N, D) -> (K, N)."""
+        logs = numerics.safe_log(params.probability)
+        return columns.score(logs.reshape(logs.shape[0], -1), self._indicators(x, logs.dtype))
+
+    def stats(self, params: CategoricalParams, x: jax.Array, responsibilities: jax.Array) -> CategoricalStats:
+        """Expected numbers of every value: x (N, D), responsibilities (K, N)."""
+        totals = columns.sums(responsibilities, self._indicators(x, responsibilities.dtype))
+        return CategoricalStats(
+            count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+            values=totals.reshape(params.probability.shape) + columns.PSEUDO_COUNT * params.probability,
+        )
+
+    def m_step(self, stats: CategoricalStats) -> CategoricalParams:
+        """Shares of the values; with a prior, the posterior mode."""
+        values = stats.values
+        if self.prior is not None:
+            has = self._has(values.shape[1])
+            values = jnp.where(has, jnp.maximum(values + self.prior.pseudo_counts(values), 0), 0)
+        return CategoricalParams(probability=numerics.safe_divide(values, jnp.sum(values, axis=-1, keepdims=True)))
+
+    def q_function(self, params: CategoricalParams, stats: CategoricalStats) -> jax.Array:
+        """sum values log p."""
+        return columns.expected_score(numerics.safe_log(params.probability), stats.values)
+
+    def log_prior(self, params: CategoricalParams) -> jax.Array:
+        total = jnp.zeros((), params.probability.dtype)
+        if self.prior is not None:
+            for d, has in enumerate(self._has(params.probability.shape[1])):
+                total += jnp.sum(jax.vmap(self.prior.log_prob)(params.probability[:, d, : has.sum()]))
+        return total
+
+    def degenerate(self, stats: CategoricalStats) -> jax.Array:
+        return columns.empty(stats.count)
+
+    def sample(self, key: jax.Array, params: CategoricalParams, labels: jax.Array) -> jax.Array:
+        """One row (N, D) of whole numbers from the component that each label (N,) names."""
+        return jax.random.categorical(key, numerics.safe_log(params.probability)[labels], axis=-1)
+
+    def num_parameters(self, params: CategoricalParams) -> int:
+        count, num_columns, _ = params.probability.shape
+        return count * int(np.sum(self._has(num_columns)[:, 1:]))
+
+    def floats_per_row(self, params: CategoricalParams) -> int:
+        return params.probability.size // params.probability.shape[0]
+
+    shared_floats_per_row = floats_per_row
+
+    def unconstrain(self, params: CategoricalParams) -> CategoricalParams:
+        """Log-ratios against the first value, (K, D, V - 1)."""
+        has = self._has(params.probability.shape[1])
+        logs = jnp.log(jnp.where(has, params.probability, 1))
+        return CategoricalParams(probability=jnp.where(has[:, 1:], logs[..., 1:] - logs[..., :1], 0))
+
+    def constrain(self, theta: CategoricalParams) -> CategoricalParams:
+        """Inverse of `unconstrain`."""
+        ratios = theta.probability
+        logs = jnp.concatenate([jnp.zeros_like(ratios[..., :1]), ratios], axis=-1) if ratios.size else None
+        if logs is None:
+            return CategoricalParams(probability=jnp.ones((*ratios.shape[:-1], 1), ratios.dtype))
+        has = self._has(ratios.shape[-2])
+        return CategoricalParams(probability=jax.nn.softmax(logs, axis=-1, where=jnp.asarray(has)))
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        rows = checks.columns(name, x)
+        most = self._has(rows.shape[1]).sum(axis=1)
+        expected = f"whole numbers from 0 to {most[0] - 1}" if len(set(most)) == 1 else f"whole numbers below {most}"
+        columns.check(name, x, lambda v: (v >= 0) & (v < most) & (v == np.floor(v)), f"{expected} (num_values - 1)")
+
+    def _has(self, num_columns: int) -> np.ndarray:
+        """Which values each column has: (D, V)."""
+        given = self.num_values
+        most = np.array(given if isinstance(given, tuple) else (given,) * num_columns)
+        if len(most) != num_columns:
+            raise ValueError(
+                f"num_values must be one number, or one a column; got {len(most)} for {num_columns} columns of x"
+            )
+        return np.arange(most.max()) < most[:, None]
+
+    def _indicators(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """1 where a column has a value: (D V, N); a missing entry has none."""
+        rows = checks.columns("x", x)
+        values = np.arange(self._has(rows.shape[1]).shape[1])
+        return (rows.T[:, None, :] == values[None, :, None]).astype(dtype).reshape(-1, rows.shape[0])
+
+
+@record
+class MultinomialParams:
+    """probability (K, V): of each value."""
+
+    probability: jax.Array
+
+
+@record
+class MultinomialStats:
+    """count (K,) = sum r; values (K, V): expected numbers of each value; base (K,) = sum r log(t! / prod x!)."""
+
+    count: jax.Array
+    values: jax.Array
+    base: jax.Array
+
+
+@record(kw_only=False)
+class Multinomial:
+    """Rows of counts: log p(x|k) = log t! - sum_v log x_v! + sum_v x_v log p_kv, t = sum_v x_v.
+
+    trials: t of every row that is sampled; in data it may vary by row (documents of words).
+    Data (N, V) whole numbers; missing entries are not taken. prior: a Dirichlet.
+    Raises ValueError for rows that do not sum to `trials` where it is given.
+    Nigam et al. (2000), Text classification from labeled and unlabeled documents using EM, Machine Learning 39.
+    """
+
+    trials: int | None = static(default=None)
+    prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = shareable = ("probability",)
+
+    def __post_init__(self) -> None:
+        if self.trials is not None:
+            checks.positive_integer("trials", self.trials)
+
+    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> MultinomialParams:
+        values = checks.columns("x", x).shape[1]
+        flat = jnp.full((1, values), 1 / values, tree.float_dtype(x))
+        return columns.pooled(self, MultinomialParams(probability=flat), x, weights, num_components)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        values = checks.matrix("x", x)
+        return numerics.safe_divide(values, jnp.sum(values, axis=1, keepdims=True))
+
+    def log_prob(self, params: MultinomialParams, x: jax.Array) -> jax.Array:
+        """Log-probability of every row under every component: (N, V) -> (K, N)."""
+        values, base = self._read(x, params.probability.dtype)
+        return columns.score(numerics.safe_log(params.probability), values) + base
+
+    def stats(self, params: MultinomialParams, x: jax.Array, responsibilities: jax.Array) -> MultinomialStats:
+        """Expected numbers of every value: x (N, V), responsibilities (K, N)."""
+        values, base = self._read(x, params.probability.dtype)
+        return MultinomialStats(
+            count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+            values=columns.sums(responsibilities, values) + columns.PSEUDO_COUNT * params.probability,
+            base=columns.sums(responsibilities, base[None])[:, 0],
+        )
+
+    def m_step(self, stats: MultinomialStats) -> MultinomialParams:
+        """Shares of the values; with a prior, the posterior mode."""
+        values = stats.values
+        if self.prior is not None:
+            values = jnp.maximum(values + self.prior.pseudo_counts(values), 0)
+        return MultinomialParams(probability=numerics.safe_divide(values, jnp.sum(values, axis=-1, keepdims=True)))
+
+    def q_function(self, params: MultinomialParams, stats: MultinomialStats) -> jax.Array:
+        """sum values log p + base."""
+        return columns.expected_score(numerics.safe_log(params.probability), stats.values) + jnp.sum(stats.base)
+
+    def log_prior(self, params: MultinomialParams) -> jax.Array:
+        if self.prior is None:
+            return jnp.zeros((), params.probability.dtype)
+        return jnp.sum(jax.vmap(self.prior.log_prob)(params.probability))
+
+    def degenerate(self, stats: MultinomialStats) -> jax.Array:
+        return columns.empty(stats.count)
+
+    def sample(self, key: jax.Array, params: MultinomialParams, labels: jax.Array) -> jax.Array:
+        """Counts (N, V) from the component that each label (N,) names; needs `trials`."""
+        if self.trials is None:
+            raise ValueError("trials must be given to sample: Multinomial(trials=...)")
+        probability = params.probability[labels]
+        return jax.random.multinomial(key, jnp.asarray(self.trials, probability.dtype), probability)
+
+    def num_parameters(self, params: MultinomialParams) -> int:
+        count, values = params.probability.shape
+        return count * (values - 1)
+
+    def floats_per_row(self, params: MultinomialParams) -> int:
+        return 2 * params.probability.shape[1]
+
+    shared_floats_per_row = floats_per_row
+
+    def unconstrain(self, params: MultinomialParams) -> MultinomialParams:
+        return MultinomialParams(probability=numerics.simplex_to_real(params.probability))
+
+    def constrain(self, theta: MultinomialParams) -> MultinomialParams:
+        return MultinomialParams(probability=numerics.real_to_simplex(theta.probability))
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        columns.check(name, x, lambda v: (v >= 0) & (v == np.floor(v)), "whole numbers, at least 0", missing=False)
+        if self.trials is not None and checks.is_concrete(x):
+            totals = np.asarray(checks.columns(name, x)).astype(float).sum(axis=1)
+            if np.any(totals != self.trials):
+                row = np.argmax(totals != self.trials)
+                raise ValueError(
+                    f"{name} must have rows that sum to trials={self.trials}; row {row} sums to {totals[row]:g}"
+                )
+
+    def _read(self, x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Counts (V, N), and log t! - sum_v log x_v! (N,)."""
+        values = checks.columns("x", x).T.astype(dtype)
+        ways = jax.lax.lgamma(jnp.sum(values, axis=0) + 1) - jnp.sum(jax.lax.lgamma(values + 1), axis=0)
+        return values, ways

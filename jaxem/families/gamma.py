@@ -1,0 +1,157 @@
+"""Positive quantities of any skewness: independent columns of gamma observations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks, numerics, special, tree
+from ..record import record
+from . import columns
+
+
+@record
+class GammaParams:
+    """shape and rate (K, D): the mean of a column is shape / rate, its variance shape / rate^2."""
+
+    shape: jax.Array
+    rate: jax.Array
+
+
+@record
+class GammaStats:
+    """count (K,) = sum r; of observed entries, (K, D): observed = sum r, total = sum r x, logs = sum r log x."""
+
+    count: jax.Array
+    observed: jax.Array
+    total: jax.Array
+    logs: jax.Array
+
+
+@record(kw_only=False)
+class Gamma:
+    """Independent gamma columns: log p(x|k) = sum_d a log b - lgamma(a) + (a - 1) log x_d - b x_d, (a, b) of (k, d).
+
+    Data (N, D) or (N,), above 0; missing entries (NaN) are integrated out. A shape stays below
+    1/sqrt(eps): 7e7, or 3e3 in float32; a component that gets there is degenerate.
+    prior: a GammaStats as if seen before, (D,) or (K, D) each, with count 0; log_prior is then Q at
+    it, the log-density of the conjugate prior up to a constant. For a proper one, logs must be below
+    observed log(total / observed).
+    Minka (2002), Estimating a Gamma distribution; Dempster, Laird & Rubin (1977), section 4.2.
+    """
+
+    prior: GammaStats | None = dataclasses.field(default=None, kw_only=True)
+
+    # Either parameter, held, changes the M-step of the other.
+    separable = ()
+
+    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> GammaParams:
+        one = jnp.ones((1, checks.columns("x", x).shape[1]), tree.float_dtype(x))
+        return columns.pooled(self, GammaParams(shape=one, rate=one), x, weights, num_components)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        # The cube root of a gamma variable is nearly normal, whatever its shape (Wilson & Hilferty 1931).
+        return columns.filled(jnp.cbrt(checks.matrix("x", x)), tree.float_dtype(x))
+
+    def log_prob(self, params: GammaParams, x: jax.Array) -> jax.Array:
+        """Log-density of every row under every component: (N, D) -> (K, N)."""
+        natural = jnp.concatenate([_log_normalizer(params), -params.rate, params.shape - 1], axis=1)
+        return numerics.product(natural, self._read(x, params.rate.dtype), "kf,fn->kn")
+
+    def stats(self, params: GammaParams, x: jax.Array, responsibilities: jax.Array) -> GammaStats:
+        """Expected numbers, sums and sums of logarithms: x (N, D), responsibilities (K, N)."""
+        sums = columns.sums(responsibilities, self._read(x, params.rate.dtype))
+        observed, total, logs = jnp.split(sums, 3, axis=1)
+        # A vanishing pseudo-observation, its moments those of the current parameters, keeps a component without rows.
+        log_mean = jnp.log(params.shape) - jnp.log(params.rate)
+        return GammaStats(
+            count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+            observed=observed + columns.PSEUDO_COUNT,
+            total=total + columns.PSEUDO_COUNT * jnp.exp(log_mean),
+            logs=logs + columns.PSEUDO_COUNT * (log_mean - special.log_minus_digamma(params.shape)),
+        )
+
+    def m_step(self, stats: GammaStats) -> GammaParams:
+        """The root a of log a - digamma(a) = log mean - mean log, and a / mean; with a prior, the posterior mode."""
+        return self.m_step_given(stats)
+
+    def m_step_given(
+        self, stats: GammaStats, *, shape: jax.Array | None = None, rate: jax.Array | None = None
+    ) -> GammaParams:
+        """The M-step of one parameter with the other held, at (K, D) or what broadcasts to it; of both without any."""
+        stats = columns.with_prior(self.prior, stats)
+        mean, mean_log = stats.total / stats.observed, stats.logs / stats.observed
+        if shape is None and rate is not None:
+            shape = _inverse_digamma(jnp.log(rate) + mean_log)
+        elif shape is None:
+            shape = _shape_of_gap(jnp.log(mean) - mean_log)
+        shape = jnp.broadcast_to(shape, mean.shape)
+        return GammaParams(shape=shape, rate=shape / mean if rate is None else jnp.broadcast_to(rate, mean.shape))
+
+    def q_function(self, params: GammaParams, stats: GammaStats) -> jax.Array:
+        """sum observed (a log b - lgamma(a)) + (a - 1) logs - b total."""
+        return jnp.sum(
+            stats.observed * _log_normalizer(params) + (params.shape - 1) * stats.logs - params.rate * stats.total
+        )
+
+    def log_prior(self, params: GammaParams) -> jax.Array:
+        return jnp.zeros((), params.rate.dtype) if self.prior is None else self.q_function(params, self.prior)
+
+    def degenerate(self, stats: GammaStats) -> jax.Array:
+        """Components (K,) without rows, or whose entries in a column are all but equal."""
+        stuck = self.m_step(stats).shape >= 0.99 * _largest_shape(stats.total.dtype)
+        return columns.empty(stats.count) | jnp.any(stuck, axis=1)
+
+    def sample(self, key: jax.Array, params: GammaParams, labels: jax.Array) -> jax.Array:
+        """Rows (N, D), above 0, from the component that each label (N,) names."""
+        logs = jax.random.loggamma(key, params.shape[labels]) - jnp.log(params.rate[labels])
+        return jnp.maximum(jnp.exp(logs), jnp.finfo(logs.dtype).tiny)
+
+    def num_parameters(self, params: GammaParams) -> int:
+        return params.shape.size + params.rate.size
+
+    def floats_per_row(self, params: GammaParams) -> int:
+        return 4 * params.shape.shape[1]
+
+    def unconstrain(self, params: GammaParams) -> GammaParams:
+        return GammaParams(shape=jnp.log(params.shape), rate=jnp.log(params.rate))
+
+    def constrain(self, theta: GammaParams) -> GammaParams:
+        return GammaParams(shape=jnp.exp(theta.shape), rate=jnp.exp(theta.rate))
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        columns.check(name, x, lambda v: (v > 0) & (v < np.inf), "finite numbers above 0")
+
+    def _read(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Which entries are observed, they, and their logarithms: (3 D, N)."""
+        values, observed = columns.read(x, dtype)
+        logs = jnp.log(jnp.where(observed, values, 1))
+        return jnp.concatenate([observed.astype(dtype), values, logs], axis=1).T
+
+
+def _log_normalizer(params: GammaParams) -> jax.Array:
+    return params.shape * jnp.log(params.rate) - jax.lax.lgamma(params.shape)
+
+
+def _largest_shape(dtype: jnp.dtype) -> float:
+    """Beyond it, log mean - mean log is rounding."""
+    return float(jnp.finfo(dtype).eps) ** -0.5
+
+
+def _shape_of_gap(gap: jax.Array) -> jax.Array:
+    """The a with log a - digamma(a) = gap, at most the largest shape."""
+    gap = jnp.maximum(gap, 0.5 / _largest_shape(gap.dtype))
+    start = (3 - gap + jnp.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
+    return special.solve(special.log_minus_digamma, gap, start)
+
+
+def _inverse_digamma(y: jax.Array) -> jax.Array:
+    """The a with digamma(a) = y. Minka (2000), Estimating a Dirichlet distribution, appendix C."""
+
+    def step(_: int, a: jax.Array) -> jax.Array:
+        value, slope = jax.jvp(jax.lax.digamma, (a,), (jnp.ones_like(a),))
+        return a - (value - y) / slope
+
+    start = jnp.where(y > -2.22, jnp.exp(y) + 0.5, -1 / (jnp.minimum(y, -2.22) + np.euler_gamma))
+    return jax.lax.fori_loop(0, 6, step, start)

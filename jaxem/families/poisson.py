@@ -1,0 +1,231 @@
+"""Counts and waiting times at a constant rate: independent columns of Poisson or exponential observations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks, numerics, tree
+from ..priors import GammaPrior
+from ..protocols import Data
+from ..record import record
+from . import columns
+
+
+@record
+class RateParams:
+    """rate (K, D): events per unit of exposure, or of time, in each column."""
+
+    rate: jax.Array
+
+
+@record
+class RateStats:
+    """count (K,) = sum r; events and exposure (K, D), of observed entries only; base (K,) = sum r h(x)."""
+
+    count: jax.Array
+    events: jax.Array
+    exposure: jax.Array
+    base: jax.Array
+
+
+@record(kw_only=False)
+class Poisson:
+    """Independent counts: log p(x|k) = sum_d x_d log(e_d rate_kd) - e_d rate_kd - log x_d!, with e_d = 1 by default.
+
+    Data (N, D) or (N,), whole numbers; or a pair (counts, exposure), exposure (N, D) or (N,) and
+    positive. Missing counts (NaN, or -1 among whole numbers) are integrated out. prior: a
+    GammaPrior on every rate. McLachlan & Peel, Finite Mixture Models, section 5.2.
+    """
+
+    prior: GammaPrior | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = shareable = ("rate",)
+
+    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> RateParams:
+        return _pooled(self, x, columns.pair(x)[0], weights, num_components)
+
+    def features(self, x: Data) -> jax.Array:
+        counts, exposure = columns.pair(x)
+        dtype = tree.float_dtype(x)
+        values, observed = columns.read(counts, dtype)
+        rate = values if exposure is None else values / exposure
+        return columns.filled(jnp.where(observed, rate, jnp.nan), dtype)
+
+    def log_prob(self, params: RateParams, x: Data) -> jax.Array:
+        """Log-probability of every row under every component: (N, D) -> (K, N)."""
+        features, base = self._read(x, params.rate.dtype)
+        return columns.score(_natural(params), features) + base
+
+    def stats(self, params: RateParams, x: Data, responsibilities: jax.Array) -> RateStats:
+        """Expected events and exposure: x (N, D), responsibilities (K, N)."""
+        features, base = self._read(x, params.rate.dtype)
+        return _stats(params, responsibilities, features, columns.sums(responsibilities, base[None])[:, 0])
+
+    def m_step(self, stats: RateStats) -> RateParams:
+        """Events / exposure; with a prior, the posterior mode."""
+        return _m_step(stats, self.prior)
+
+    def q_function(self, params: RateParams, stats: RateStats) -> jax.Array:
+        """sum events log(rate) - exposure rate + base."""
+        return _q_function(params, stats)
+
+    def log_prior(self, params: RateParams) -> jax.Array:
+        return _log_prior(params, self.prior)
+
+    def degenerate(self, stats: RateStats) -> jax.Array:
+        return columns.empty(stats.count)
+
+    def sample(self, key: jax.Array, params: RateParams, labels: jax.Array) -> jax.Array:
+        """Counts (N, D), of exposure 1, from the component that each label (N,) names."""
+        return columns.poisson(key, params.rate[labels])
+
+    def num_parameters(self, params: RateParams) -> int:
+        return params.rate.size
+
+    def floats_per_row(self, params: RateParams) -> int:
+        return 4 * params.rate.shape[1]
+
+    shared_floats_per_row = floats_per_row
+
+    def unconstrain(self, params: RateParams) -> RateParams:
+        return RateParams(rate=jnp.log(params.rate))
+
+    def constrain(self, theta: RateParams) -> RateParams:
+        return RateParams(rate=jnp.exp(theta.rate))
+
+    def check(self, x: Data, name: str = "x") -> None:
+        counts, exposure = columns.pair(x)
+        columns.check(name, counts, lambda v: (v >= 0) & (v == np.floor(v)), "whole numbers, at least 0")
+        if exposure is not None:
+            columns.check(f"{name}[1]", x[1], lambda v: (v > 0) & (v < np.inf), "exposures above 0", missing=False)
+            rows = checks.columns(name, counts).shape
+            if exposure.shape not in (rows, (rows[0], 1)):
+                raise ValueError(f"{name}[1], the exposure, must have shape {rows} or ({rows[0]},); got {x[1].shape}")
+
+    def _read(self, x: Data, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """Counts and exposures (2 D, N), and the terms without parameters (N,)."""
+        counts, exposure = columns.pair(x)
+        values, observed = columns.read(counts, dtype)
+        base = -jax.lax.lgamma(values + 1)
+        if exposure is None:
+            exposed = observed.astype(dtype)
+        else:
+            exposed = jnp.where(observed, exposure.astype(dtype), 0)
+            base = base + values * jnp.log(jnp.where(observed, exposed, 1))
+        return jnp.concatenate([values, exposed], axis=1).T, jnp.sum(base, axis=1)
+
+
+@record(kw_only=False)
+class Exponential:
+    """Independent waiting times: log p(x|k) = sum_d log rate_kd - rate_kd x_d.
+
+    Data (N, D) or (N,), at least 0; missing entries (NaN) are integrated out. prior: a GammaPrior on
+    every rate. McLachlan & Peel, Finite Mixture Models, section 10.3.
+    """
+
+    prior: GammaPrior | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = shareable = ("rate",)
+
+    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> RateParams:
+        return _pooled(self, x, x, weights, num_components)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        return columns.filled(x, tree.float_dtype(x))
+
+    def log_prob(self, params: RateParams, x: jax.Array) -> jax.Array:
+        """Log-density of every row under every component: (N, D) -> (K, N)."""
+        return columns.score(_natural(params), self._read(x, params.rate.dtype))
+
+    def stats(self, params: RateParams, x: jax.Array, responsibilities: jax.Array) -> RateStats:
+        """Expected numbers and sums of waiting times: x (N, D), responsibilities (K, N)."""
+        features = self._read(x, params.rate.dtype)
+        return _stats(params, responsibilities, features, jnp.zeros(responsibilities.shape[0], features.dtype))
+
+    def m_step(self, stats: RateStats) -> RateParams:
+        """1 / mean waiting time; with a prior, the posterior mode."""
+        return _m_step(stats, self.prior)
+
+    def q_function(self, params: RateParams, stats: RateStats) -> jax.Array:
+        """sum events log(rate) - time rate."""
+        return _q_function(params, stats)
+
+    def log_prior(self, params: RateParams) -> jax.Array:
+        return _log_prior(params, self.prior)
+
+    def degenerate(self, stats: RateStats) -> jax.Array:
+        """Components (K,) without rows, or whose waiting times are all 0."""
+        return columns.empty(stats.count) | jnp.any(~jnp.isfinite(self.m_step(stats).rate), axis=1)
+
+    def sample(self, key: jax.Array, params: RateParams, labels: jax.Array) -> jax.Array:
+        """Waiting times (N, D) from the component that each label (N,) names."""
+        rate = params.rate[labels]
+        return jax.random.exponential(key, rate.shape, rate.dtype) / rate
+
+    def num_parameters(self, params: RateParams) -> int:
+        return params.rate.size
+
+    def floats_per_row(self, params: RateParams) -> int:
+        return 3 * params.rate.shape[1]
+
+    shared_floats_per_row = floats_per_row
+
+    def unconstrain(self, params: RateParams) -> RateParams:
+        return RateParams(rate=jnp.log(params.rate))
+
+    def constrain(self, theta: RateParams) -> RateParams:
+        return RateParams(rate=jnp.exp(theta.rate))
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        columns.check(name, x, lambda v: (v >= 0) & (v < np.inf), "finite waiting times, at least 0")
+
+    def _read(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Numbers and sums of waiting times: (2 D, N)."""
+        values, observed = columns.read(x, dtype)
+        return jnp.concatenate([observed.astype(dtype), values], axis=1).T
+
+
+def _natural(params: RateParams) -> jax.Array:
+    return jnp.concatenate([numerics.safe_log(params.rate), -params.rate], axis=1)
+
+
+def _pooled(
+    family: Poisson | Exponential, x: Data, values: jax.Array, weights: jax.Array | None, num_components: int
+) -> RateParams:
+    neutral = RateParams(rate=jnp.ones((1, checks.columns("x", values).shape[1]), tree.float_dtype(x)))
+    return columns.pooled(family, neutral, x, weights, num_components)
+
+
+def _stats(params: RateParams, responsibilities: jax.Array, features: jax.Array, base: jax.Array) -> RateStats:
+    totals = columns.sums(responsibilities, features)
+    half = totals.shape[1] // 2
+    # A vanishing pseudo-observation at the current rate, whatever the rate is, keeps a component without rows as it is.
+    scale = columns.PSEUDO_COUNT / (1 + params.rate)
+    return RateStats(
+        count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+        events=totals[:, :half] + scale * params.rate,
+        exposure=totals[:, half:] + scale,
+        base=base,
+    )
+
+
+def _m_step(stats: RateStats, prior: GammaPrior | None) -> RateParams:
+    events, exposure = stats.events, stats.exposure
+    if prior is not None:
+        more, longer = prior.pseudo_counts(events)
+        events, exposure = jnp.maximum(events + more, 0), exposure + longer
+    return RateParams(rate=events / exposure)
+
+
+def _q_function(params: RateParams, stats: RateStats) -> jax.Array:
+    totals = jnp.concatenate([stats.events, stats.exposure], axis=1)
+    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
+
+
+def _log_prior(params: RateParams, prior: GammaPrior | None) -> jax.Array:
+    return jnp.zeros((), params.rate.dtype) if prior is None else prior.log_prob(params.rate)
+
+
+PoissonParams = ExponentialParams = RateParams

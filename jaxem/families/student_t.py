@@ -1,0 +1,247 @@
+"""The multivariate t distribution: normal components with a latent scale a row, robust to outliers."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks
+from ..record import record, static
+from . import columns
+from . import covariance as shapes
+from .normal import Normal, NormalParams, NormalStats
+
+# Degrees of freedom: above, the density is the normal one to a tenth of a percent; below, it has no scale left.
+_MOST, _LEAST = 1e3, 1e-1
+
+
+@record
+class StudentTParams:
+    """mean (K, D); scale, stored as a Normal's covariance of that shape; degrees_of_freedom (K,)."""
+
+    mean: jax.Array
+    scale: jax.Array
+    degrees_of_freedom: jax.Array
+
+
+@record
+class StudentTStats:
+    """Expected statistics of the rows and of their latent scales u, all additive.
+
+    count (K,) = sum r; moments: a normal's, every row counted r E[u]; log_scales (K,) =
+    sum r (E[log u] - E[u]); base (K,): sum r times what the bound at the current parameters lacks.
+    """
+
+    count: jax.Array
+    moments: NormalStats
+    log_scales: jax.Array
+    base: jax.Array
+
+
+@record(kw_only=False)
+class StudentT:
+    """Multivariate t components: x | u ~ Normal(mean, scale / u), u ~ Gamma(nu / 2, nu / 2).
+
+    log p(x|k) = log G((nu+D)/2) - log G(nu/2) - (D log(nu pi) + log det S + (nu+D) log(1 + d/nu)) / 2
+    with d = (x - m)ᵀ S⁻¹ (x - m). scale: the shape of S, by any name that `Normal` has for covariances;
+    degrees_of_freedom: held at this number, or estimated (None, the default) within 0.1 and 1000, by
+    safeguarded Newton steps on the expected latent scales; prior: pseudo-statistics, as `pseudo_rows`
+    makes them. Data (N, D) or (N,), nothing missing.
+    Raises ValueError for an unknown scale or degrees of freedom that are not positive.
+    Liu & Rubin (1995), ML estimation of the t distribution using EM and its extensions, Statistica
+    Sinica 5; McLachlan & Peel, Finite Mixture Models, section 7.5.
+    """
+
+    scale: str = static(default="full")
+    degrees_of_freedom: jax.Array | float | None = None
+    prior: StudentTStats | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = ("scale", "degrees_of_freedom")
+    shareable = ("degrees_of_freedom",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", shapes.canonical(self.scale))
+        given = self.degrees_of_freedom
+        if checks.is_known(given) and not np.all(np.asarray(given) > 0):
+            raise ValueError(f"degrees_of_freedom must be above 0, or None to estimate them; got {given}")
+
+    @property
+    def _normal(self) -> Normal:
+        # Residuals about each component's own mean: outliers are what this family is for.
+        return Normal(self.scale, form="whitened", missing=False)
+
+    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> StudentTParams:
+        normal = self._normal.init(x, weights, num_components)
+        nu = 10.0 if self.degrees_of_freedom is None else self.degrees_of_freedom
+        nu = jnp.broadcast_to(jnp.asarray(nu, normal.mean.dtype), (num_components,))
+        return StudentTParams(mean=normal.mean, scale=normal.covariance, degrees_of_freedom=nu)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        return checks.matrix("x", x)
+
+    def log_prob(self, params: StudentTParams, x: jax.Array) -> jax.Array:
+        """Log-density of every row under every component: (N, D) -> (K, N)."""
+        constant, square = self._parts(params, x)
+        nu = params.degrees_of_freedom[:, None]
+        return constant[:, None] - 0.5 * (nu + params.mean.shape[-1]) * jnp.log1p(square / nu)
+
+    def stats(self, params: StudentTParams, x: jax.Array, responsibilities: jax.Array) -> StudentTStats:
+        """Expected statistics: x (N, D), responsibilities (K, N); E[u] = (nu + D) / (nu + d)."""
+        columns_here = params.mean.shape[-1]
+        _, square = self._parts(params, x)
+        nu = params.degrees_of_freedom[:, None]
+        shape, rate = 0.5 * (nu + columns_here), 0.5 * (nu + square)
+        mean = shape / rate
+        logs = jax.lax.digamma(shape) - jnp.log(rate)
+        # E[log p(x, u)] at these parameters falls short of log p(x) by the entropy of u given x.
+        entropy = shape - jnp.log(rate) + jax.lax.lgamma(shape) + (1 - shape) * jax.lax.digamma(shape)
+        base = entropy + (0.5 * columns_here - 1) * logs
+        normal = NormalParams(mean=params.mean, covariance=params.scale)
+        # The vanishing pseudo-row of an empty component has the moments of u under its current parameters.
+        own = jax.lax.digamma(0.5 * params.degrees_of_freedom) - jnp.log(0.5 * params.degrees_of_freedom) - 1
+        return StudentTStats(
+            count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+            moments=self._normal.stats(normal, x, responsibilities * mean),
+            log_scales=jnp.sum(responsibilities * (logs - mean), axis=1) + columns.PSEUDO_COUNT * own,
+            base=jnp.sum(responsibilities * base, axis=1),
+        )
+
+    def m_step(self, stats: StudentTStats) -> StudentTParams:
+        """Means weighted by E[u], scales, and the degrees of freedom that the latent scales tell."""
+        stats = self._with_prior(stats)
+        return self._with_normal(stats, self._normal.m_step(stats.moments))
+
+    def m_step_given(self, stats: StudentTStats, *, mean: jax.Array) -> StudentTParams:
+        """The M-step with the means held."""
+        stats = self._with_prior(stats)
+        return self._with_normal(stats, self._normal.m_step_given(stats.moments, mean=mean))
+
+    def share(self, stats: StudentTStats, name: str) -> jax.Array:
+        """The degrees of freedom that the latent scales of all components tell together."""
+        return _solve(jnp.sum(stats.log_scales) / jnp.sum(stats.count))
+
+    def q_function(self, params: StudentTParams, stats: StudentTStats) -> jax.Array:
+        """E[log Normal(x; m, S/u) + log Gamma(u; nu/2, nu/2)] + base; a bound of log p, tight where it was made."""
+        columns_here = params.mean.shape[-1]
+        moments = stats.moments
+        normal = self._normal.q_function(NormalParams(mean=params.mean, covariance=params.scale), moments)
+        # A normal's Q counts a log-determinant for each unit of E[u]; here it is one a row.
+        each = jnp.broadcast_to(params.scale, self._each_shape(params))
+        scales = self._normal.shape.log_scales(each, columns_here) + 0.5 * math.log(2 * math.pi)
+        surplus = jnp.sum((moments.rows - stats.count[:, None]) * scales)
+        return normal + surplus + jnp.sum(_log_gammas(params.degrees_of_freedom, stats) + stats.base)
+
+    def log_prior(self, params: StudentTParams) -> jax.Array:
+        """Q of the pseudo-statistics; up to a constant."""
+        return jnp.zeros((), params.mean.dtype) if self.prior is None else self.q_function(params, self.prior)
+
+    def rebase(self, stats: StudentTStats, params: StudentTParams) -> StudentTStats:
+        """The same statistics about the means of `params`."""
+        normal = NormalParams(mean=params.mean, covariance=params.scale)
+        return dataclasses.replace(stats, moments=self._normal.rebase(stats.moments, normal))
+
+    def degenerate(self, stats: StudentTStats) -> jax.Array:
+        return columns.empty(stats.count) | self._normal.degenerate(stats.moments)
+
+    def sample(self, key: jax.Array, params: StudentTParams, labels: jax.Array) -> jax.Array:
+        """One row (N, D) from the component that each label (N,) names."""
+        key_scale, key_noise = jax.random.split(key)
+        nu = params.degrees_of_freedom[labels]
+        scale = jax.random.gamma(key_scale, 0.5 * nu) / (0.5 * nu)
+        mean = params.mean[labels]
+        noise = jax.random.normal(key_noise, mean.shape, mean.dtype)
+        each = jnp.broadcast_to(params.scale, self._each_shape(params))[labels]
+        return mean + self._normal.shape.colour(each, noise) / jnp.sqrt(scale)[:, None]
+
+    def num_parameters(self, params: StudentTParams) -> int:
+        normal = NormalParams(mean=params.mean, covariance=params.scale)
+        estimated = params.mean.shape[0] if self.degrees_of_freedom is None else 0
+        return self._normal.num_parameters(normal) + estimated
+
+    def floats_per_row(self, params: StudentTParams) -> int:
+        normal = NormalParams(mean=params.mean, covariance=params.scale)
+        return 4 * params.mean.shape[0] + self._normal.floats_per_row(normal)
+
+    def unconstrain(self, params: StudentTParams) -> StudentTParams:
+        """Means, scales in a normal's coordinates, log degrees of freedom (none where they are held)."""
+        normal = self._normal.unconstrain(NormalParams(mean=params.mean, covariance=params.scale))
+        nu = jnp.log(params.degrees_of_freedom) if self.degrees_of_freedom is None else jnp.zeros((0,))
+        return StudentTParams(mean=normal.mean, scale=normal.covariance, degrees_of_freedom=nu)
+
+    def constrain(self, theta: StudentTParams) -> StudentTParams:
+        """Inverse of `unconstrain`."""
+        normal = self._normal.constrain(NormalParams(mean=theta.mean, covariance=theta.scale))
+        nu = jnp.exp(theta.degrees_of_freedom) if self.degrees_of_freedom is None else self._held(theta.mean)
+        return StudentTParams(mean=normal.mean, scale=normal.covariance, degrees_of_freedom=nu)
+
+    def check(self, x: jax.Array, name: str = "x") -> None:
+        checks.finite_matrix(name, x)
+
+    def _with_prior(self, stats: StudentTStats) -> StudentTStats:
+        """Statistics and pseudo-statistics together, about the reference of the former."""
+        if self.prior is None:
+            return stats
+        mean = stats.moments.reference / stats.moments.rows
+        nothing = StudentTParams(mean=mean, scale=stats.moments.second, degrees_of_freedom=stats.count)
+        return columns.with_prior(self.rebase(self.prior, nothing), stats)
+
+    def _held(self, mean: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(self.degrees_of_freedom, mean.dtype), mean.shape[:1])
+
+    def _each_shape(self, params: StudentTParams) -> tuple[int, ...]:
+        shape = params.scale.shape
+        return (params.mean.shape[0], *shape) if self._normal.tied else shape
+
+    def _with_normal(self, stats: StudentTStats, normal: NormalParams) -> StudentTParams:
+        """The normal's M-step divides by the sum of r E[u]; the scale's own divisor is the number of rows."""
+        weighted, rows = stats.moments.count, stats.count
+        ratio = jnp.sum(weighted) / jnp.sum(rows) if self._normal.tied else weighted / rows
+        ratio = ratio.reshape(ratio.shape + (1,) * (normal.covariance.ndim - ratio.ndim))
+        nu = _solve(stats.log_scales / rows) if self.degrees_of_freedom is None else self._held(normal.mean)
+        return StudentTParams(mean=normal.mean, scale=normal.covariance * ratio, degrees_of_freedom=nu)
+
+    def _parts(self, params: StudentTParams, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The part of log p without rows (K,), and Mahalanobis distances squared (K, N)."""
+        columns_here = params.mean.shape[-1]
+        rows = checks.matrix("x", x)
+        if rows.shape[1] != columns_here:
+            raise ValueError(f"x must have {columns_here} columns, as the parameters have; got shape {jnp.shape(x)}")
+        each = jnp.broadcast_to(params.scale, self._each_shape(params))
+        whitener, half_logdet = self._normal.shape.whitener(each, columns_here)
+        square = self._normal.shape.square(whitener, rows.T[None] - params.mean[:, :, None])
+        nu = params.degrees_of_freedom
+        gammas = jax.lax.lgamma(0.5 * (nu + columns_here)) - jax.lax.lgamma(0.5 * nu)
+        return gammas - 0.5 * columns_here * jnp.log(nu * math.pi) - half_logdet, square
+
+
+def _log_gammas(nu: jax.Array, stats: StudentTStats) -> jax.Array:
+    """Sum of r E[log Gamma(u; nu/2, nu/2)] without the terms that hold no nu: (K,)."""
+    half = 0.5 * nu
+    return stats.count * (half * jnp.log(half) - jax.lax.lgamma(half)) + half * stats.log_scales
+
+
+def _solve(mean_log: jax.Array) -> jax.Array:
+    """nu with log(nu/2) - digamma(nu/2) + 1 + mean_log = 0, mean_log (K,) = E[log u] - E[u] <= -1.
+
+    Newton's method for the logarithm of nu, started below the root of a concave bound; the left side
+    falls in nu, so a bracket is kept and every step that leaves it is replaced by its middle.
+    """
+    target = -(mean_log + 1)
+
+    def body(_: int, bracket: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        t, low, high = bracket
+        half = jnp.exp(t)
+        excess = t - jax.lax.digamma(half) - target
+        low, high = jnp.where(excess > 0, t, low), jnp.where(excess > 0, high, t)
+        slope = 1 - half * jax.scipy.special.polygamma(1, half)
+        step = t - excess / slope
+        inside = (step > low) & (step < high)
+        return jnp.where(inside, step, 0.5 * (low + high)), low, high
+
+    low, high = (jnp.full_like(target, math.log(0.5 * limit)) for limit in (_LEAST, _MOST))
+    # log(h) - digamma(h) lies between 1/(2h) and 1/h.
+    start = jnp.clip(-jnp.log(jnp.maximum(target, 1e-12)) - 0.3, low, high)
+    t, _, _ = jax.lax.fori_loop(0, 40, body, (start, low, high))
+    return 2 * jnp.exp(t)

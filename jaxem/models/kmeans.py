@@ -1,0 +1,352 @@
+"""k-means: hard EM in the limit of small, equal, spherical clusters."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import checks, numerics, seeding, tree
+from ..latents import Exact, Hard
+from ..protocols import Data
+from ..record import record, static
+
+INITS = ("k-means++", "greedy-k-means++", "k-means||", "random_rows")
+
+# A power of two, so that an empty cluster keeps its centre to the last bit.
+_PSEUDO_COUNT = 2.0**-60
+
+# Rounds of k-means||, each drawing twice as many candidates as there are clusters.
+_ROUNDS = 5
+
+
+@record
+class KMeansParams:
+    """centers (K, D)."""
+
+    centers: jax.Array
+
+
+@record
+class KMeansStats:
+    """count (K,), reference = count c (K, D), first = sum r (x - c) (K, D), about the centres c of the E-step.
+
+    scatter: sum r |x - c|^2; loglik: minus the inertia at the centres of the E-step.
+    """
+
+    count: jax.Array
+    reference: jax.Array
+    first: jax.Array
+    scatter: jax.Array
+    loglik: jax.Array
+
+
+@record(kw_only=False)
+class KMeans:
+    """Lloyd's algorithm: rows go to the nearest centre whole, centres go to the mean of their rows.
+
+    num_clusters: K; refill: give an empty cluster one of the farthest rows, as scikit-learn does.
+    Data: (N, D), or (N,) for one column; raw columns, so their units matter. Row weights count rows.
+
+    It is hard EM for a mixture of spherical normals of equal weight, whose common variance goes to
+    0: of likelihood and posterior, only distances are left. The objective, `loglik`, is minus the
+    inertia, the sum of squared distances to the nearest centre: the classification log-likelihood up
+    to scale and constant. So `tol` is in squared units of x per row; `tol=0` runs to the fixed point.
+    The only posterior is hard, so Exact() and Hard() are the same here. Of equally near centres the
+    first is taken. A row that refills a cluster leaves its own, so that the inertia never rises;
+    statistics add over parts of the data only where no part has an empty cluster, or without `refill`.
+    Source: Lloyd, Least squares quantization in PCM (1982); Bishop, PRML, sections 9.1 and 9.3.2.
+    Raises TypeError or ValueError for a num_clusters that is not a whole number of at least 1.
+    """
+
+    num_clusters: int = static()
+    refill: bool = static(default=True, kw_only=True)
+
+    likelihood = False
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("num_clusters", self.num_clusters)
+
+    def init(
+        self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++"
+    ) -> KMeansParams:
+        """Centres at rows of x (pure in `key`, so `vmap` over keys gives many). Rows of weight 0 are never seeds.
+
+        method: "k-means++" (Arthur & Vassilvitskii 2007), "greedy-k-means++" (the same, the best of
+        2 + log K candidates for every seed), "k-means||" (Bahmani et al. 2012: candidates drawn
+        many at a time, then k-means++ among them) or "random_rows".
+        """
+        checks.choice("method", method, INITS)
+        self.check(x, weights)
+        return self._init(checks.random_key(key), x, weights, method)
+
+    @functools.partial(jax.jit, static_argnames="method")
+    def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> KMeansParams:
+        rows, count = checks.matrix("x", x), self.num_clusters
+        if method == "k-means||":
+            return KMeansParams(centers=_kmeans_parallel(key, rows, weights, count))
+        seed = {
+            "k-means++": seeding.kmeans_plusplus,
+            "greedy-k-means++": seeding.greedy_kmeans_plusplus,
+            "random_rows": seeding.random_rows,
+        }[method]
+        return KMeansParams(centers=rows[seed(key, rows, weights, count)[0]])
+
+    def e_step(
+        self, params: KMeansParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+    ) -> KMeansStats:
+        """Counts and moments of the rows nearest to each centre, and minus the inertia.
+
+        Goes over the rows in blocks by itself: an empty cluster is known only after all of them.
+        """
+        if not isinstance(expect, (Exact, Hard)):
+            raise TypeError(f"expect must be Exact() or Hard() for k-means; got {expect!r}")
+        return self._e_step(params, x, weights)
+
+    @jax.jit
+    def _e_step(self, params: KMeansParams, x: Data, weights: jax.Array | None) -> KMeansStats:
+        rows, centers = self._rows(params, x), params.centers
+        label, distance = _nearest(centers, rows, weights)
+        stats = tree.sum_over_blocks(
+            lambda block, inside: _moments(centers, block[0], block[1], inside),
+            (rows, label),
+            weights,
+            _block_size(centers, rows),
+        )
+        stats = dataclasses.replace(
+            stats,
+            count=stats.count + _PSEUDO_COUNT,
+            reference=stats.reference + _PSEUDO_COUNT * centers,
+        )
+        if not self.refill or self.num_clusters == 1:
+            return stats
+        return jax.lax.cond(
+            jnp.any(self.degenerate(stats)),
+            lambda stats: _refill(stats, self.degenerate(stats), centers, rows, weights, label, distance),
+            lambda stats: stats,
+            stats,
+        )
+
+    def m_step(self, stats: KMeansStats) -> KMeansParams:
+        """The mean of each cluster's rows; an empty cluster keeps its centre."""
+        count = stats.count[:, None]
+        return KMeansParams(centers=stats.reference / count + stats.first / count)
+
+    def q_function(self, params: KMeansParams, stats: KMeansStats) -> jax.Array:
+        """Minus the squared distances of rows to their clusters' centres, summed; linear in stats of one reference."""
+        return -self.rebase(stats, params).scatter
+
+    def log_prior(self, params: KMeansParams) -> jax.Array:
+        """0: there is no prior."""
+        return jnp.zeros((), params.centers.dtype)
+
+    def rebase(self, stats: KMeansStats, params: KMeansParams) -> KMeansStats:
+        """The same statistics about the centres of `params`, exactly."""
+        count = stats.count[:, None]
+        delta = stats.reference / count - params.centers
+        first = stats.first + count * delta
+        return dataclasses.replace(
+            stats,
+            reference=count * params.centers,
+            first=first,
+            scatter=stats.scatter + jnp.sum(delta * (stats.first + first)),
+        )
+
+    def degenerate(self, stats: KMeansStats) -> jax.Array:
+        """Clusters (K,) that are empty."""
+        # Every block has added a pseudo-count: a million blocks are still nothing.
+        return stats.count <= 2**20 * _PSEUDO_COUNT
+
+    @jax.jit
+    def predict(self, params: KMeansParams, x: Data) -> jax.Array:
+        """The nearest centre of each row: (N,), whole numbers."""
+        return _nearest(params.centers, self._rows(params, x), None)[0]
+
+    @jax.jit
+    def transform(self, params: KMeansParams, x: Data) -> jax.Array:
+        """Distance of each row to each centre: (N, K)."""
+        rows, centers = self._rows(params, x), params.centers
+
+        def distances(rows: jax.Array) -> jax.Array:
+            square = jnp.sum(jnp.square(rows[:, None] - centers), axis=-1)
+            return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+        return tree.map_over_blocks(distances, rows, _block_size(centers, rows))
+
+    def inertia(self, params: KMeansParams, x: Data, weights: jax.Array | None = None) -> jax.Array:
+        """Sum over rows of weight x squared distance to the nearest centre."""
+        return -self.partial().e_step(params, x, weights).loglik
+
+    def num_parameters(self, params: KMeansParams) -> int:
+        """Free parameters: K D."""
+        return int(jnp.size(params.centers))
+
+    def unconstrain(self, params: KMeansParams) -> KMeansParams:
+        """Centres are free as they are."""
+        return params
+
+    def constrain(self, theta: KMeansParams) -> KMeansParams:
+        """Inverse of `unconstrain`."""
+        return theta
+
+    def check(self, x: Data, weights: jax.Array | None = None) -> None:
+        """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
+        checks.finite_matrix("x", x)
+        rows = tree.num_rows(x)
+        checks.row_weights(weights, rows)
+        checks.enough_rows(rows, weights, self.num_clusters, "clusters")
+
+    def partial(self) -> "KMeans":
+        """The same model on a part of the rows, where an empty cluster means nothing."""
+        return dataclasses.replace(self, refill=False)
+
+    def _rows(self, params: KMeansParams, x: Data) -> jax.Array:
+        rows, shape = checks.matrix("x", x), (self.num_clusters, jnp.shape(params.centers)[-1])
+        if jnp.shape(params.centers) != shape:
+            raise ValueError(f"centers must have shape (num_clusters, D); got {jnp.shape(params.centers)}")
+        if rows.shape[1] != shape[1]:
+            raise ValueError(f"x must have {shape[1]} columns, as the centers have; got shape {jnp.shape(x)}")
+        return rows
+
+
+def _block_size(centers: jax.Array, rows: jax.Array) -> int:
+    """Rows a block, all blocks about equally long: their scores against all centres fit the fast memory.
+
+    At least two blocks, since what leaves a loop is in memory: otherwise XLA would find the nearest
+    centre again for every column that needs it.
+    """
+    largest = tree.rows_per_block(32 * max(64, centers.shape[0]), rows.dtype)
+    return -(-rows.shape[0] // max(2, -(-rows.shape[0] // largest)))
+
+
+def _anchor(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """A point (D,) amid the rows, from which expanded distances are taken: near enough not to cancel.
+
+    The mean, rounded to a power of two near the spread, so that differences of rows that are short
+    in binary stay exact, and ties stay ties whatever the block.
+    """
+    total = rows.shape[0] if weights is None else jnp.sum(weights)
+    mean = numerics.weighted_sum(rows.T, weights) / total
+    spread = jnp.sqrt(numerics.weighted_sum(jnp.square(rows - mean).T, weights) / total)
+    grid = jnp.exp2(jnp.floor(jnp.log2(jnp.where(spread > 0, spread, 1))))
+    return jax.lax.stop_gradient(jnp.where(spread > 0, jnp.round(mean / grid) * grid, mean))
+
+
+def _nearest(centers: jax.Array, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """First nearest centre of each row (N,), and the squared distance to it, up to rounding of the spread."""
+    anchor = _anchor(rows, weights)
+    size = _block_size(centers, rows)
+    centers = jax.lax.stop_gradient(centers - anchor)
+    half = 0.5 * jnp.sum(jnp.square(centers), axis=1, keepdims=True)
+
+    def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = rows - anchor
+        score, label = numerics.first_argmax(numerics.product(centers, rows, "kd,nd->kn") - half)
+        return label, jnp.sum(jnp.square(rows), axis=1) - 2 * score
+
+    return tree.map_over_blocks(block, rows, size)
+
+
+def _moments(centers: jax.Array, rows: jax.Array, label: jax.Array, weights: jax.Array | None) -> KMeansStats:
+    """Statistics of rows that go to the centres that `label` (N,) names, residuals taken exactly."""
+    residual = rows - centers.at[label].get(mode="promise_in_bounds")
+    one = jnp.ones_like(rows[:, :1]) if weights is None else weights.astype(rows.dtype)[:, None]
+    # A scatter of short rows is several times faster than a product with indicators.
+    sums = jnp.zeros((len(centers), rows.shape[1] + 1), rows.dtype)
+    sums = sums.at[label].add(jnp.concatenate([one * residual, one], axis=1), mode="promise_in_bounds")
+    scatter = jnp.sum(one * jnp.square(residual))
+    count = sums[:, -1]
+    return KMeansStats(
+        count=count, reference=count[:, None] * centers, first=sums[:, :-1], scatter=scatter, loglik=-scatter
+    )
+
+
+def _refill(
+    stats: KMeansStats,
+    empty: jax.Array,
+    centers: jax.Array,
+    rows: jax.Array,
+    weights: jax.Array | None,
+    label: jax.Array,
+    distance: jax.Array,
+) -> KMeansStats:
+    """Statistics in which each empty cluster (K,) has one of the farthest rows, which its own cluster gave up.
+
+    Candidates are the farthest rows of some K classes of row numbers: found without sorting.
+    """
+    count, eps = len(centers), jnp.finfo(rows.dtype).eps
+    classes = 32 * -(-count // 32)
+    usable = distance if weights is None else jnp.where(weights > 0, distance, -jnp.inf)
+    padded = jnp.pad(usable, (0, -len(rows) % classes), constant_values=-jnp.inf).reshape(-1, classes)
+    top, lap = numerics.first_argmax(padded)
+    candidate = jnp.minimum(lap * classes + jnp.arange(classes), len(rows) - 1)
+
+    # What is moved is taken exactly. A row on its centre, up to rounding, has nothing to give.
+    donor, point = label[candidate], rows[candidate]
+    gap = point - centers[donor]
+    far = (top > -jnp.inf) & jnp.any(jnp.abs(gap) > 8 * eps * jnp.abs(point), axis=1)
+    square = jnp.where(far, jnp.sum(jnp.square(gap), axis=1), -1)
+    index = jnp.arange(classes)
+    before = (square > square[:, None]) | ((square == square[:, None]) & (index < index[:, None]))
+    rank = jnp.sum(before, axis=1)
+
+    # The candidate of rank i goes to the i-th empty cluster; K stands for none.
+    order = (
+        jnp.full(classes, count)
+        .at[jnp.where(empty, jnp.cumsum(empty) - 1, classes)]
+        .set(jnp.arange(count), mode="drop")
+    )
+    target = jnp.where(far, order[rank], count)
+    weight = jnp.ones(classes, rows.dtype) if weights is None else weights[candidate].astype(rows.dtype)
+    given = jnp.where(target < count, weight, 0)
+
+    def lost(values: jax.Array) -> jax.Array:
+        return jnp.zeros((count, *values.shape[1:]), rows.dtype).at[donor].add(values)
+
+    left = stats.count - lost(given)
+    # Where next to nothing is left, differences would be rounding: such a cluster counts as empty.
+    bare = (left <= jnp.sqrt(eps) * stats.count) & ~empty
+    left = jnp.where(bare, _PSEUDO_COUNT, left)
+    first = jnp.where(bare[:, None], 0, stats.first - lost(given[:, None] * gap))
+    return dataclasses.replace(
+        stats,
+        count=left.at[target].set(weight, mode="drop"),
+        reference=(left[:, None] * centers).at[target].set(weight[:, None] * point, mode="drop"),
+        first=first.at[target].set(0, mode="drop"),
+        scatter=stats.scatter - jnp.sum(given * jnp.square(gap).T),
+    )
+
+
+def _kmeans_parallel(key: jax.Array, rows: jax.Array, weights: jax.Array | None, count: int) -> jax.Array:
+    """k-means|| (Bahmani et al. 2012): centres (K, D) among the rows.
+
+    A fixed number of rows, 2 K a round, in place of independent draws: shapes stay static.
+    """
+    weights = jnp.ones(len(rows), rows.dtype) if weights is None else weights.astype(rows.dtype)
+    many = min(2 * count, len(rows))
+    first, _ = seeding.random_rows(key, rows, weights, 1)
+
+    def go_to(candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which candidate (N,) is nearest, and the squared distance to it, exactly."""
+        points = rows[candidates]
+        label, _ = _nearest(points, rows, weights)
+        return label, jnp.sum(jnp.square(rows - points[label]), axis=1)
+
+    def draw(carry: tuple[jax.Array, jax.Array], turn: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        distance, nearest = carry
+        noise = jax.random.gumbel(jax.random.fold_in(key, turn), distance.shape, rows.dtype)
+        score, drawn = jax.lax.top_k(numerics.safe_log(weights * distance) + noise, many)
+        # Once rows run out, the first candidate stands in: it is never nearer than itself.
+        drawn = jnp.where(score > -jnp.inf, drawn, first[0])
+        label, fresh = go_to(drawn)
+        closer = fresh < distance
+        nearest = jnp.where(closer, 1 + (turn - 1) * many + label, nearest)
+        return (jnp.minimum(fresh, distance), nearest), drawn
+
+    start = (go_to(first)[1], jnp.zeros(len(rows), jnp.int32))
+    (_, nearest), drawn = jax.lax.scan(draw, start, jnp.arange(1, _ROUNDS + 1, dtype=jnp.int32))
+    candidates = jnp.concatenate([first, drawn.ravel()])
+    mass = jnp.zeros(len(candidates), rows.dtype).at[nearest].add(weights)
+    seeds, _ = seeding.kmeans_plusplus(jax.random.fold_in(key, 0), rows[candidates], mass, count)
+    return rows[candidates[seeds]]

@@ -1,0 +1,147 @@
+"""Parameters that are held, or shared by all components."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxem import (
+    Bernoulli,
+    BernoulliParams,
+    Beta,
+    Binomial,
+    Fixed,
+    LinearRegression,
+    Mixture,
+    MixtureParams,
+    Normal,
+    NormalParams,
+    Poisson,
+    StudentT,
+    Tied,
+    ZeroInflated,
+    em_fit,
+    fit_restarts,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+RNG = np.random.default_rng(4)
+X = RNG.normal(size=(80, 2)) * [1.0, 2.0] + 5.0 * RNG.integers(0, 2, 80)[:, None]
+HEADS = np.array([5.0, 9.0, 8.0, 4.0, 7.0])
+
+
+def test_held_weights_stay_and_do_not_count_as_free():
+    model = Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})
+    params = model.init(jax.random.key(0), HEADS)
+    np.testing.assert_array_equal(params.weights, [0.5, 0.5])
+    assert model.num_parameters(params) == 2
+    np.testing.assert_array_equal(em_fit(model, params, HEADS).params.weights, [0.5, 0.5])
+    runs = fit_restarts(model, jax.random.key(0), HEADS, num_restarts=4, tol=1e-14)
+    np.testing.assert_allclose(np.sort(runs.best.params.components.probability[:, 0]), [0.5195831, 0.796789], atol=1e-5)
+
+
+def test_a_start_elsewhere_is_moved_to_the_held_values():
+    model = Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})
+    start = MixtureParams(
+        weights=jnp.array([0.1, 0.9]), components=BernoulliParams(probability=jnp.array([[0.6], [0.5]]))
+    )
+    step = em_fit(model, start, HEADS, tol=-1.0, max_steps=1)
+    np.testing.assert_allclose(step.params.components.probability[:, 0], [0.71301224, 0.58133931], atol=1e-8)
+    assert step.largest_decrease == 0
+
+
+def test_held_means_give_covariances_about_them():
+    centres = jnp.array([[0.0, 0.5], [4.0, 6.0]])
+    model = Mixture(Fixed(Normal("full"), {"mean": centres}), 2)
+    fit = em_fit(model, model.init(jax.random.key(0), X), X, tol=1e-12)
+    share = np.asarray(model.posterior(fit.params, X))
+    for k in range(2):
+        deviations = X - np.asarray(centres[k])
+        expected = (share[:, k, None] * deviations).T @ deviations / share[:, k].sum()
+        np.testing.assert_allclose(fit.params.components.covariance[k], expected, rtol=1e-5)
+
+
+def test_held_values_may_be_traced_and_vmapped():
+    start = MixtureParams(
+        weights=jnp.array([0.5, 0.5]), components=BernoulliParams(probability=jnp.array([[0.6], [0.5]]))
+    )
+
+    def fit(weight):
+        model = Fixed(Mixture(Binomial(10), 2), {"weights": jnp.stack([weight, 1 - weight])})
+        return em_fit(model, start, HEADS, tol=-1.0, max_steps=5).objective
+
+    many = jax.vmap(fit)(jnp.array([0.5, 0.4]))
+    np.testing.assert_allclose(many, [fit(jnp.array(0.5)), fit(jnp.array(0.4))])
+
+
+def test_shared_rates_are_the_rate_of_all_rows():
+    counts = RNG.poisson(4.0, (50, 1))
+    model = Mixture(Tied(Poisson(), "rate"), 2)
+    fit = em_fit(model, model.init(jax.random.key(0), counts), counts, max_steps=3, tol=-1.0)
+    np.testing.assert_allclose(fit.params.components.rate, counts.mean(), rtol=1e-12)
+    assert model.num_parameters(fit.params) == 2
+
+
+def test_shared_degrees_of_freedom_are_one_number():
+    model = Mixture(Tied(StudentT(), "degrees_of_freedom"), 2)
+    fit = em_fit(model, model.init(jax.random.key(0), X), X, max_steps=30)
+    nu = fit.params.components.degrees_of_freedom
+    assert nu[0] == nu[1]
+    assert model.num_parameters(fit.params) == Mixture(StudentT(), 2).num_parameters(fit.params) - 1
+    theta = model.unconstrain(fit.params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(theta)) == model.num_parameters(fit.params)
+
+
+def test_statements_compose():
+    model = Fixed(Mixture(Tied(LinearRegression(), "variance"), 2), {"weights": jnp.array([0.3, 0.7])})
+    x = (X[:, :1], X[:, 1])
+    fit = em_fit(model, model.init(jax.random.key(0), x), x, max_steps=20)
+    assert fit.params.components.variance[0] == fit.params.components.variance[1]
+    np.testing.assert_array_equal(fit.params.weights, [0.3, 0.7])
+    assert model.num_parameters(fit.params) == 5
+
+
+def test_fixed_and_shared_inflation():
+    counts = np.where(RNG.random(200) < 0.4, 0, RNG.poisson(5.0, 200))
+    held = Mixture(Fixed(ZeroInflated(Poisson()), {"inflation": 0.4}), 1)
+    fit = em_fit(held, held.init(jax.random.key(0), counts), counts)
+    assert float(fit.params.components.inflation[0]) == 0.4
+    shared = Mixture(Tied(ZeroInflated(Poisson()), "inflation"), 2)
+    fit = em_fit(shared, shared.init(jax.random.key(0), counts), counts, max_steps=20)
+    assert fit.params.components.inflation[0] == fit.params.components.inflation[1]
+
+
+@pytest.mark.parametrize(
+    ("statement", "error", "message"),
+    [
+        (
+            lambda: Fixed(LinearRegression(), {"intercept": 0.0}),
+            TypeError,
+            "'intercept' of LinearRegression cannot be held",
+        ),
+        (lambda: Fixed(Normal(), {"variance": 1.0}), TypeError, "'variance' of Normal.*covariance"),
+        (lambda: Fixed(Mixture(Normal(), 2), {}), TypeError, "values must be a dict"),
+        (lambda: Fixed(Mixture(Normal(), 2), {"weights": np.array([0.5, 0.6])}), ValueError, "weights must sum to 1"),
+        (
+            lambda: Fixed(Mixture(Normal(), 2), {"weights": np.array([1.0])}),
+            ValueError,
+            r"weights must have shape \(2,\)",
+        ),
+        (lambda: Tied(Normal(), "mean"), TypeError, "'mean' of Normal cannot be shared"),
+        (lambda: Tied(Mixture(Normal(), 2), "weights"), TypeError, "nothing can be shared"),
+        (lambda: Tied(Bernoulli(prior=Beta(2.0, 2.0)), "probability"), TypeError, "with a prior cannot be shared"),
+        (lambda: Fixed("Normal", {"mean": 0.0}), TypeError, "inner must be a model or a family"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(statement, error, message):
+    with pytest.raises(error, match=message):
+        statement()
+
+
+def test_a_fixed_covariance_leaves_the_means_free():
+    model = Mixture(Fixed(Normal("spherical"), {"covariance": jnp.array([1.0, 1.0])}), 2)
+    fit = em_fit(model, model.init(jax.random.key(0), X), X, tol=-1.0, max_steps=100)
+    share = np.asarray(model.posterior(fit.params, X))
+    np.testing.assert_allclose(fit.params.components.mean, share.T @ X / share.sum(axis=0)[:, None], rtol=1e-9)
+    assert isinstance(fit.params.components, NormalParams)
