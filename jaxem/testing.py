@@ -62,6 +62,33 @@ class _Case:
         return [self.e_step(self.params, _rows(self.x, part)) for part in (slice(half), slice(half, None))]
 
     @functools.cached_property
+    def unconstrain(self) -> Callable:
+        return jax.jit(lambda params: self.model.unconstrain(params))
+
+    @functools.cached_property
+    def constrain(self) -> Callable:
+        return jax.jit(lambda theta: self.model.constrain(theta))
+
+    @functools.cached_property
+    def posterior(self) -> np.ndarray:
+        return np.asarray(self.model.posterior(self.params, self.x))
+
+    @functools.cached_property
+    def surrogate(self) -> Callable:
+        """Values and gradients of Q and of the log-prior, in unconstrained coordinates; as NumPy arrays."""
+        _, constrain = _coordinates(self, self.params)
+
+        @jax.jit
+        def both(theta: Any, stats: Any) -> Any:
+            def prior(theta: Any) -> jax.Array:
+                return jnp.asarray(self.model.log_prior(constrain(theta)) if self.has("log_prior") else 0.0)
+
+            of_q = jax.value_and_grad(lambda theta: self.model.q_function(constrain(theta), stats))(theta)
+            return of_q, jax.value_and_grad(prior)(theta)
+
+        return lambda theta, stats: jax.tree.map(np.asarray, both(theta, stats))
+
+    @functools.cached_property
     def fit(self) -> Callable:
         """em_fit as users jit it, its traces counted."""
 
@@ -173,7 +200,7 @@ def _linear(case: _Case) -> bool | None:
 
 def _coordinates(case: _Case, params: Params) -> tuple[Any, Callable[[Any], Params]]:
     if case.has("unconstrain", "constrain"):
-        return case.model.unconstrain(params), case.model.constrain
+        return case.unconstrain(params), case.constrain
     return params, lambda theta: theta
 
 
@@ -182,7 +209,8 @@ def _bijection(case: _Case) -> bool | None:
     """constrain undoes unconstrain."""
     if not case.has("unconstrain", "constrain"):
         return False
-    case.close(case.model.constrain(case.model.unconstrain(case.params)), case.params, "params")
+    theta, constrain = _coordinates(case, case.params)
+    case.close(constrain(theta), case.params, "params")
     return None
 
 
@@ -192,9 +220,8 @@ def _fisher(case: _Case) -> bool | None:
     if not case.has("q_function"):
         return False
     theta, constrain = _coordinates(case, case.params)
-    stats = case.stats
     score = jax.jit(jax.grad(lambda theta: case.model.e_step(constrain(theta), case.x).loglik))(theta)
-    slope = jax.jit(jax.grad(lambda theta: case.model.q_function(constrain(theta), stats)))(theta)
+    (_, slope), _ = case.surrogate(theta, case.stats)
     case.close(score, slope, "gradient", 10)
     return None
 
@@ -204,23 +231,20 @@ def _maximal(case: _Case) -> bool | None:
     """The gradient of Q + log-prior is 0 at the M-step, and no random direction improves it."""
     if not case.has("q_function"):
         return False
-    stats = case.stats
-    theta, constrain = _coordinates(case, case.m_step(stats))
+    theta, _ = _coordinates(case, case.m_step(case.stats))
 
-    def surrogate(theta: Any) -> jax.Array:
-        params = constrain(theta)
-        prior = case.model.log_prior(params) if case.has("log_prior") else 0.0
-        return case.model.q_function(params, stats) + prior
+    def total(theta: Any) -> tuple[Any, Any]:
+        of_q, of_prior = case.surrogate(theta, case.stats)
+        return _add(of_q, of_prior)
 
-    top, slope = jax.jit(jax.value_and_grad(surrogate))(theta)
-    scale = case.rows
-    slope = jax.tree.map(lambda leaf: np.asarray(leaf) / scale, slope)
+    top, slope = total(theta)
+    slope = jax.tree.map(lambda leaf: leaf / case.rows, slope)
     case.close(slope, jax.tree.map(np.zeros_like, slope), "gradient per row", 100)
     random = case.random
-    steps = jax.tree.map(lambda leaf: (1e-2 * random.normal(size=(8, *leaf.shape))).astype(leaf.dtype), theta)
-    moved = jax.jit(jax.vmap(lambda step: surrogate(tree.add(theta, step))))(steps)
-    highest = np.max(moved)
-    assert not highest > top + case.rtol * (abs(top) + 1), f"a step from the M-step raises Q from {top} to {highest}"
+    for _ in range(8):
+        away = jax.tree.map(lambda leaf: leaf + (1e-2 * random.normal(size=leaf.shape)).astype(leaf.dtype), theta)
+        other, _ = total(away)
+        assert not other > top + case.rtol * (abs(top) + 1), f"a step from the M-step raises Q from {top} to {other}"
     return None
 
 
@@ -288,8 +312,9 @@ def _blocks(case: _Case) -> None:
     """Statistics gathered in blocks, the last one ragged, are those of all rows at once."""
     size = max(1, case.rows // 3 - 1)
     gather = jax.jit(lambda weights: EM(gather=Blocks(size)).init(case.model, case.params, case.x, weights).stats)
-    case.close(gather(None), case.stats)
-    weights = _integer_weights(case).astype(tree.float_dtype(case.x))
+    dtype = tree.float_dtype(case.x)
+    case.close(gather(np.ones(case.rows, dtype)), case.stats)
+    weights = _integer_weights(case).astype(dtype)
     case.close(gather(weights), case.e_step(case.params, case.x, weights))
 
 
@@ -298,7 +323,7 @@ def _bound(case: _Case) -> bool | None:
     """log p(x) = ELBO(q) + KL(q || posterior) for arbitrary q, where the posterior is discrete."""
     if not case.has("posterior", "stats", "q_function"):
         return False
-    posterior = np.asarray(case.model.posterior(case.params, case.x))
+    posterior = case.posterior
     # Latents that cannot be (a label says so, or the support) have no place in a q with a finite bound.
     q = np.where(posterior > 0, case.random.exponential(size=posterior.shape), 0).astype(posterior.dtype)
     q = q / np.sum(q, axis=1, keepdims=True)
@@ -319,8 +344,7 @@ def _brute(case: _Case) -> bool | None:
     """The log-likelihood is the log of the sum over all latent configurations of exp(complete log-likelihood)."""
     if not case.has("posterior", "stats", "q_function"):
         return False
-    few = _rows(case.x, slice(3))
-    possible = np.asarray(case.model.posterior(case.params, few)) > 0
+    few, possible = _rows(case.x, slice(3)), case.posterior[:3] > 0
     count = possible.shape[1]
 
     def complete(labels: jax.Array) -> jax.Array:
@@ -328,6 +352,8 @@ def _brute(case: _Case) -> bool | None:
         return case.model.q_function(case.params, case.model.stats(case.params, few, sure))
 
     configurations = np.asarray(list(itertools.product(*(np.flatnonzero(row) for row in possible))))
-    total = jax.scipy.special.logsumexp(jax.jit(jax.vmap(complete))(configurations))
-    case.close(total, case.e_step(case.params, few).loglik, "log-likelihood")
+    every = np.asarray(jax.jit(jax.vmap(complete))(configurations))
+    total = np.max(every) + np.log(np.sum(np.exp(every - np.max(every))))
+    only_few = (np.arange(case.rows) < 3).astype(tree.float_dtype(few))
+    case.close(total, case.e_step(case.params, case.x, only_few).loglik, "log-likelihood")
     return None

@@ -1,9 +1,18 @@
 """What all tests share."""
 
+import gc
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_of_this_file_only() -> Iterator[None]:
+    """Every compiled program holds memory maps, of which a process has only so many: none outlives its file."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

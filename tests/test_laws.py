@@ -12,22 +12,28 @@ from jaxem import Mixture, Normal, from_functions
 from jaxem.testing import LAWS, check_model
 
 
+def _dear(name: str) -> set[str]:
+    """Op by op, an E-step compiles dozens of programs: for one entry a family, not for its variants."""
+    return {"eager, jit and vmap agree"} if "," in name else set()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_laws_in_float64(name, x64):
     model, x = zoo()[name]
     x = jax.tree.map(jnp.asarray, x)
-    params = model.init(jax.random.key(1), x)
+    method = "random_rows" if name == "kmeans" else "random_responsibilities"  # the quickest to compile
+    params = model.init(jax.random.key(1), x, method=method)
     # k-means has no posterior that these two could be stated for.
     absent = {"lower bound", "brute force"} if name == "kmeans" else set()
-    assert set(check_model(model, params, x)) == set(LAWS) - absent
+    assert set(check_model(model, params, x, skip=_dear(name))) == set(LAWS) - absent - _dear(name)
 
 
-@pytest.mark.parametrize("name", ["full", "diag", "full, six columns"])
+@pytest.mark.parametrize("name", ["full", "diag", "full, five columns"])
 def test_laws_survive_float32(name):
     model, x = zoo()[name]
     x = jnp.asarray(x, jnp.float32)
-    params = model.init(jax.random.key(1), x)
-    assert set(check_model(model, params, x)) == set(LAWS) - {"float32"}
+    params = model.init(jax.random.key(1), x, method="random_responsibilities")
+    assert set(check_model(model, params, x, skip=_dear(name))) == set(LAWS) - {"float32"} - _dear(name)
 
 
 class _Broken:

@@ -14,7 +14,6 @@ from jaxem import (
     Background,
     Bernoulli,
     BernoulliParams,
-    Binomial,
     Categorical,
     CategoricalParams,
     LinearRegression,
@@ -255,7 +254,6 @@ def test_boundary_optima_end_without_nan():
     yes = np.array([[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1]] * 5)
     for family, x in (
         (Bernoulli(), yes),
-        (Binomial(1), yes),
         (Categorical(3), yes),
         (Poisson(), np.where(yes, 0, 4)),
     ):

@@ -38,7 +38,7 @@ from jaxem import (
 _rng = np.random.default_rng(7)
 _labels = _rng.integers(0, 3, 40)
 _points = np.array([[0.0, 0.0], [4.0, 1.0], [1.0, 5.0]])[_labels] + _rng.normal(size=(40, 2)) @ [[1.0, 0.4], [0.0, 0.7]]
-_many = np.hstack([_points, _rng.normal(size=(40, 4)) + _labels[:, None]])
+_many = np.hstack([_points, _rng.normal(size=(40, 3)) + _labels[:, None]])
 _yes = (_rng.random((40, 4)) < np.array([[0.2], [0.5], [0.8]])[_labels]).astype(np.int32)
 _trials = _rng.integers(3, 12, (40, 2))
 _successes = _rng.binomial(_trials, np.array([0.2, 0.5, 0.8])[_labels][:, None])
@@ -101,8 +101,8 @@ def zoo() -> dict:
             "full, expanded": lambda: (Mixture(Normal("full", form="expanded"), 3), _points),
             "diag, expanded": lambda: (Mixture(Normal("diag", form="expanded"), 3), _points),
             "spherical, expanded": lambda: (Mixture(Normal("spherical", form="expanded"), 3), _points),
-            "full, six columns": lambda: (Mixture(Normal("full"), 2), _many),
-            "diag, six columns": lambda: (Mixture(Normal("diag"), 2), _many),
+            "full, five columns": lambda: (Mixture(Normal("full"), 2), _many),
+            "diag, five columns": lambda: (Mixture(Normal("diag"), 2), _many),
             "one column": lambda: (Mixture(Normal(), 2), _points[:, 0]),
             "one component": lambda: (Mixture(Normal(), 1), _points),
             "full, prior": lambda: (Mixture(Normal(prior=_strict(2)), 3, prior=Dirichlet(2.0)), _points),
