@@ -17,6 +17,9 @@ INITS = ("k-means++", "greedy-k-means++", "k-means||", "random_rows")
 # A power of two, so that an empty cluster keeps its centre to the last bit.
 _PSEUDO_COUNT = 2.0**-60
 
+# Rows that the anchor of expanded distances is taken from.
+_ANCHOR_ROWS = 1024
+
 # Rounds of k-means||, each drawing twice as many candidates as there are clusters.
 _ROUNDS = 5
 
@@ -107,7 +110,8 @@ class KMeans:
     @jax.jit
     def _e_step(self, params: KMeansParams, x: Data, weights: jax.Array | None) -> KMeansStats:
         rows, centers = self._rows(params, x), params.centers
-        label, distance = _nearest(centers, rows, weights)
+        anchor = _anchor(rows, weights)
+        label, score = _nearest(centers, rows, anchor)
         stats = tree.sum_over_blocks(
             lambda block, inside: _moments(centers, block[0], block[1], inside),
             (rows, label),
@@ -121,12 +125,12 @@ class KMeans:
         )
         if not self.refill or self.num_clusters == 1:
             return stats
-        return jax.lax.cond(
-            jnp.any(self.degenerate(stats)),
-            lambda stats: _refill(stats, self.degenerate(stats), centers, rows, weights, label, distance),
-            lambda stats: stats,
-            stats,
-        )
+
+        def refilled(stats: KMeansStats) -> KMeansStats:
+            distance = jnp.sum(jnp.square(rows - anchor), axis=1) - 2 * score
+            return _refill(stats, self.degenerate(stats), centers, rows, weights, label, distance)
+
+        return jax.lax.cond(jnp.any(self.degenerate(stats)), refilled, lambda stats: stats, stats)
 
     def m_step(self, stats: KMeansStats) -> KMeansParams:
         """The mean of each cluster's rows; an empty cluster keeps its centre."""
@@ -161,7 +165,8 @@ class KMeans:
     @jax.jit
     def predict(self, params: KMeansParams, x: Data) -> jax.Array:
         """The nearest centre of each row: (N,), whole numbers."""
-        return _nearest(params.centers, self._rows(params, x), None)[0]
+        rows = self._rows(params, x)
+        return _nearest(params.centers, rows, _anchor(rows, None))[0]
 
     @jax.jit
     def transform(self, params: KMeansParams, x: Data) -> jax.Array:
@@ -223,29 +228,30 @@ def _block_size(centers: jax.Array, rows: jax.Array) -> int:
 def _anchor(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
     """A point (D,) amid the rows, from which expanded distances are taken: near enough not to cancel.
 
-    The mean, rounded to a power of two near the spread, so that differences of rows that are short
-    in binary stay exact, and ties stay ties whatever the block.
+    The mean of some rows, rounded to a power of two near their spread, so that differences of rows
+    that are short in binary stay exact, and ties stay ties. (Of all rows it would take a good part of a
+    step, and of the centres every restart would have its own.)
     """
-    total = rows.shape[0] if weights is None else jnp.sum(weights)
-    mean = numerics.weighted_sum(rows.T, weights) / total
-    spread = jnp.sqrt(numerics.weighted_sum(jnp.square(rows - mean).T, weights) / total)
-    grid = jnp.exp2(jnp.floor(jnp.log2(jnp.where(spread > 0, spread, 1))))
-    return jax.lax.stop_gradient(jnp.where(spread > 0, jnp.round(mean / grid) * grid, mean))
+    stride = max(1, rows.shape[0] // _ANCHOR_ROWS)
+    some = rows[::stride]
+    weights = jnp.ones_like(some[:, 0]) if weights is None else weights[::stride].astype(rows.dtype)
+    total = jnp.sum(weights)
+    mean = numerics.safe_divide(numerics.weighted_sum(some.T, weights), total)
+    variance = numerics.safe_divide(numerics.weighted_sum(jnp.square(some - mean).T, weights), total)
+    grid = jnp.exp2(jnp.floor(0.5 * jnp.log2(jnp.where(variance > 0, variance, 1))))
+    return jnp.where(variance > 0, jnp.round(mean / grid) * grid, mean)
 
 
-def _nearest(centers: jax.Array, rows: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """First nearest centre of each row (N,), and the squared distance to it, up to rounding of the spread."""
-    anchor = _anchor(rows, weights)
-    size = _block_size(centers, rows)
+def _nearest(centers: jax.Array, rows: jax.Array, anchor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First nearest centre c of each row (N,), and c·x - |c|²/2 with both about the anchor: larger is nearer."""
     centers = jax.lax.stop_gradient(centers - anchor)
     half = 0.5 * jnp.sum(jnp.square(centers), axis=1, keepdims=True)
 
     def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = rows - anchor
-        score, label = numerics.first_argmax(numerics.product(centers, rows, "kd,nd->kn") - half)
-        return label, jnp.sum(jnp.square(rows), axis=1) - 2 * score
+        score, label = numerics.first_argmax(numerics.product(centers, rows - anchor, "kd,nd->kn") - half)
+        return label, score
 
-    return tree.map_over_blocks(block, rows, size)
+    return tree.map_over_blocks(block, rows, _block_size(centers, rows))
 
 
 def _moments(centers: jax.Array, rows: jax.Array, label: jax.Array, weights: jax.Array | None) -> KMeansStats:
@@ -330,7 +336,7 @@ def _kmeans_parallel(key: jax.Array, rows: jax.Array, weights: jax.Array | None,
     def go_to(candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which candidate (N,) is nearest, and the squared distance to it, exactly."""
         points = rows[candidates]
-        label, _ = _nearest(points, rows, weights)
+        label, _ = _nearest(points, rows, _anchor(rows, weights))
         return label, jnp.sum(jnp.square(rows - points[label]), axis=1)
 
     def draw(carry: tuple[jax.Array, jax.Array], turn: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
