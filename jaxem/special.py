@@ -87,3 +87,9 @@ def _even_series(coefficients: list[float], a: jax.Array) -> jax.Array:
     for c in reversed(coefficients):
         total = (total + c) * square
     return total
+
+
+def inverse_log_minus_digamma(gap: jax.Array) -> jax.Array:
+    """The a > 0 with log a - digamma(a) = gap > 0. Start: Minka (2002), Estimating a gamma distribution."""
+    start = (3 - gap + jnp.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
+    return solve(log_minus_digamma, gap, start)

@@ -23,8 +23,9 @@ REMEDIES = {
     ),
     Status.DEGENERATE: (
         "a component died, or its covariance is singular to this precision: it collapsed onto a few rows or onto a "
-        "plane, where the likelihood has no maximum. Use a prior (jaxem.default_prior(x, num_components, covariance)), "
-        "fewer components, a simpler covariance, no constant columns, more restarts, or float64"
+        "plane, where the likelihood has no maximum. Use a prior (jaxem.default_prior(x, num_components, covariance); "
+        "jaxem.pseudo_rows for other families; jaxem.Dirichlet on the weights where components die), fewer components, "
+        "a simpler covariance, no constant columns, more restarts, or float64"
     ),
     Status.DECREASED: (
         "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "

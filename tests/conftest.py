@@ -7,6 +7,11 @@ import jax
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_notebooks.py"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _compiled_programs_of_this_file_only() -> Iterator[None]:
     """Every compiled program holds memory maps, of which a process has only so many: none outlives its file."""

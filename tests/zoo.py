@@ -100,7 +100,6 @@ def zoo() -> dict:
             "spherical": lambda: (Mixture(Normal("spherical"), 3), _points),
             "full, expanded": lambda: (Mixture(Normal("full", form="expanded"), 3), _points),
             "diag, expanded": lambda: (Mixture(Normal("diag", form="expanded"), 3), _points),
-            "spherical, expanded": lambda: (Mixture(Normal("spherical", form="expanded"), 3), _points),
             "full, five columns": lambda: (Mixture(Normal("full"), 2), _many),
             "diag, five columns": lambda: (Mixture(Normal("diag"), 2), _many),
             "one column": lambda: (Mixture(Normal(), 2), _points[:, 0]),
@@ -109,10 +108,6 @@ def zoo() -> dict:
             "tied, prior": lambda: (Mixture(Normal("tied", prior=_strict(2)), 3), _points),
             "diag, prior": lambda: (
                 Mixture(Normal("diag", prior=default_prior(jnp.asarray(_points), 3, "diag")), 3),
-                _points,
-            ),
-            "spherical, prior": lambda: (
-                Mixture(Normal("spherical", prior=default_prior(jnp.asarray(_points), 3, "spherical")), 3),
                 _points,
             ),
             "tied diagonal": lambda: (Mixture(Normal("EEI"), 3), _points),
@@ -154,7 +149,7 @@ def zoo() -> dict:
                 Mixture(Background(Normal("full"), bounding_volume(jnp.asarray(_points))), 2),
                 _points,
             ),
-            "fixed weights": lambda: (
+            "binomial, weights held": lambda: (
                 Fixed(Mixture(Binomial(12), 3), {"weights": jnp.array([0.2, 0.3, 0.5])}),
                 _successes,
             ),
@@ -162,15 +157,17 @@ def zoo() -> dict:
                 Mixture(Fixed(Normal(), {"mean": jnp.array([[0.0, 0.0], [3.0, 3.0]])}), 2),
                 _points,
             ),
-            "shared degrees of freedom": lambda: (Mixture(Tied(StudentT(), "degrees_of_freedom"), 2), _points),
-            "shared variance": lambda: (Mixture(Tied(LinearRegression(), "variance"), 2), (_design, _response)),
+            "student t, shared": lambda: (Mixture(Tied(StudentT(), "degrees_of_freedom"), 2), _points),
+            "linear regression, shared": lambda: (
+                Mixture(Tied(LinearRegression(), "variance"), 2),
+                (_design, _response),
+            ),
             "gamma": lambda: (Mixture(Gamma(), 3), _sizes),
             "gamma, shape held, missing": lambda: (
                 Mixture(Fixed(Gamma(), {"shape": jnp.asarray(2.0)}), 2),
                 _holes(_sizes),
             ),
-            "gamma, prior": lambda: (Mixture(Gamma(prior=pseudo_rows(Gamma(), jnp.asarray(_sizes), 2.0)), 2), _sizes),
-            "negative binomial, missing": lambda: (Mixture(NegativeBinomial(), 2), _holes(_visits)),
+            "negative binomial": lambda: (Mixture(NegativeBinomial(), 2), _holes(_visits)),
             "directions": lambda: (Mixture(VonMisesFisher(), 3), _directions),
             "directions, circle, shared": lambda: (Mixture(Tied(VonMisesFisher(), "concentration"), 3), _circle),
             "kmeans": lambda: (KMeans(3), _points),

@@ -142,8 +142,7 @@ def _largest_shape(dtype: jnp.dtype) -> float:
 def _shape_of_gap(gap: jax.Array) -> jax.Array:
     """The a with log a - digamma(a) = gap, at most the largest shape."""
     gap = jnp.maximum(gap, 0.5 / _largest_shape(gap.dtype))
-    start = (3 - gap + jnp.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
-    return special.solve(special.log_minus_digamma, gap, start)
+    return special.inverse_log_minus_digamma(gap)
 
 
 def _inverse_digamma(y: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks
+from .. import checks, special
 from ..record import record, static
 from . import columns
 from . import covariance as shapes
@@ -49,6 +49,10 @@ class StudentT:
     degrees_of_freedom: held at this number, or estimated (None, the default) within 0.1 and 1000, by
     safeguarded Newton steps on the expected latent scales; prior: pseudo-statistics, as `pseudo_rows`
     makes them. Data (N, D) or (N,), nothing missing.
+
+    The latent scales are statistics beside the others, so one pass over the rows tells all parameters (EM;
+    for estimated degrees of freedom the ECME of Liu & Rubin takes a second pass, at the new mean and scale,
+    and fewer steps; with held ones the two are the same).
     Raises ValueError for an unknown scale or degrees of freedom that are not positive.
     Liu & Rubin (1995), ML estimation of the t distribution using EM and its extensions, Statistica
     Sinica 5; McLachlan & Peel, Finite Mixture Models, section 7.5.
@@ -223,25 +227,7 @@ def _log_gammas(nu: jax.Array, stats: StudentTStats) -> jax.Array:
 
 
 def _solve(mean_log: jax.Array) -> jax.Array:
-    """nu with log(nu/2) - digamma(nu/2) + 1 + mean_log = 0, mean_log (K,) = E[log u] - E[u] <= -1.
-
-    Newton's method for the logarithm of nu, started below the root of a concave bound; the left side
-    falls in nu, so a bracket is kept and every step that leaves it is replaced by its middle.
-    """
-    target = -(mean_log + 1)
-
-    def body(_: int, bracket: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        t, low, high = bracket
-        half = jnp.exp(t)
-        excess = t - jax.lax.digamma(half) - target
-        low, high = jnp.where(excess > 0, t, low), jnp.where(excess > 0, high, t)
-        slope = 1 - half * jax.scipy.special.polygamma(1, half)
-        step = t - excess / slope
-        inside = (step > low) & (step < high)
-        return jnp.where(inside, step, 0.5 * (low + high)), low, high
-
-    low, high = (jnp.full_like(target, math.log(0.5 * limit)) for limit in (_LEAST, _MOST))
-    # log(h) - digamma(h) lies between 1/(2h) and 1/h.
-    start = jnp.clip(-jnp.log(jnp.maximum(target, 1e-12)) - 0.3, low, high)
-    t, _, _ = jax.lax.fori_loop(0, 40, body, (start, low, high))
-    return 2 * jnp.exp(t)
+    """nu with log(nu/2) - digamma(nu/2) = -1 - mean_log, mean_log (K,) = E[log u] - E[u] <= -1; within its limits."""
+    # Beyond the upper limit the left side, about 1 / nu, is next to nothing.
+    half = special.inverse_log_minus_digamma(jnp.maximum(-1 - mean_log, 0.5 / _MOST))
+    return jnp.clip(2 * half, _LEAST, _MOST)
