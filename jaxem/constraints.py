@@ -30,7 +30,7 @@ def _delegate(self: Any, name: str) -> Any:
     if name in _AT_PARAMS:
         return lambda params, *rest, **options: found(self.apply(params), *rest, **options)
     if name in _FORMS:
-        return lambda: dataclasses.replace(self, inner=found())
+        return lambda: self if found() is self.inner else dataclasses.replace(self, inner=found())
     return found
 
 

@@ -307,8 +307,8 @@ def fit_restarts(
     jobs = _prepare(model, key, x, weights, starts, algorithm, num_restarts, function, lanes, capacity)
 
     run = functools.partial(_drive, x=x, weights=weights, algorithm=algorithm, tol=tol, lanes=lanes)
-    coarse = hasattr(model, "coarse") and num_restarts * work >= _COARSE_WORK
-    bulk = model.coarse() if coarse else model
+    bulk = model.coarse() if hasattr(model, "coarse") and num_restarts * work >= _COARSE_WORK else model
+    coarse = bulk is not model  # a model without a cheaper form gives itself
     kept = None
     if screen is not None:
         jobs = run(bulk, jobs, max_steps=jnp.minimum(screen.steps, max_steps))

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 from zoo import zoo
 
-from jaxem import EMError, Mixture, Normal, Screen, Status, em_fit, fit_restarts
+from jaxem import (
+    Background,
+    EMError,
+    Fixed,
+    Mixture,
+    Normal,
+    Poisson,
+    Product,
+    Screen,
+    Status,
+    em_fit,
+    fit_restarts,
+)
 from jaxem import restarts as restarts_module
 
 R = 12
@@ -138,6 +150,19 @@ def test_coarse_arithmetic_that_fails_is_mended_by_the_model(monkeypatch):
     assert runs.best.status == Status.CONVERGED
     exact = np.sort([np.var(np.asarray(x[:50], float)), np.var(np.asarray(x[50:], float))])
     np.testing.assert_allclose(np.sort(np.ravel(runs.best.params.components.covariance)), exact, rtol=1e-3)
+
+
+def test_only_a_cheaper_form_is_another_model():
+    assert Mixture(Normal("diag"), 2).coarse() != Mixture(Normal("diag"), 2)
+    weights = {"weights": jnp.array([0.5, 0.5])}
+    for model in (
+        Mixture(Poisson(), 2),
+        Mixture(Product({"a": Poisson()}), 2),
+        Mixture(Background(Poisson(), 1.0), 2),
+        Fixed(Mixture(Poisson(), 2), weights),
+    ):
+        assert model.coarse() is model
+    assert Fixed(Mixture(Normal(), 2), weights).coarse().inner.family.form == "expanded"
 
 
 def test_restarts_under_jit_and_compiled_once(case, x64):

@@ -102,7 +102,8 @@ class Background:
         self.family.check(x, name)
 
     def coarse(self) -> "Background":
-        return dataclasses.replace(self, family=self.family.coarse()) if hasattr(self.family, "coarse") else self
+        family = self.family.coarse() if hasattr(self.family, "coarse") else self.family
+        return self if family is self.family else dataclasses.replace(self, family=family)
 
 
 def bounding_volume(x: jax.Array) -> jax.Array:

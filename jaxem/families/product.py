@@ -113,6 +113,8 @@ class Product:
 
     def coarse(self) -> "Product":
         """Every family in its cheapest arithmetic."""
+        if not any(hasattr(f, "coarse") for f in self.families.values()):
+            return self
         return Product({name: f.coarse() if hasattr(f, "coarse") else f for name, f in self.families.items()})
 
     def _parts(self, x: Data, name: str = "x") -> list[tuple[str, Family, Data]]:

@@ -236,8 +236,9 @@ class Mixture:
         return self.floats_per_row(params, x) - shared
 
     def coarse(self) -> "Mixture":
-        """The same model in its cheapest arithmetic, for the bulk of many restarts."""
-        return dataclasses.replace(self, family=self.family.coarse()) if hasattr(self.family, "coarse") else self
+        """The same model in its cheapest arithmetic, for the bulk of many restarts; itself where there is none."""
+        family = self.family.coarse() if hasattr(self.family, "coarse") else self.family
+        return self if family is self.family else dataclasses.replace(self, family=family)
 
     @property
     def _total(self) -> int:
