@@ -40,11 +40,22 @@ def _replace(params: Params, **values: Any) -> Params:
 
 def _given_names(inner: Any) -> tuple[str, ...]:
     """Parameters that the M-step can be given."""
+    if isinstance(inner, (Fixed, Tied)):
+        return _given_names(inner.inner)
     function = getattr(inner, "m_step_given", None)
     return () if function is None else tuple(inspect.signature(function).parameters)[1:]
 
 
+def _stated(inner: Any) -> tuple[str, ...]:
+    """Parameters that a statement further inside is about: a second one could only contradict it."""
+    if not isinstance(inner, (Fixed, Tied)):
+        return ()
+    return (*(inner.values if isinstance(inner, Fixed) else inner.names), *_stated(inner.inner))
+
+
 def _refuse(inner: Any, what: str, names: Any, known: tuple[str, ...]) -> None:
+    """Raise TypeError for names of parameters that an exact M-step cannot treat so."""
+    known = tuple(name for name in known if name not in _stated(inner))
     unknown = [name for name in names if name not in known]
     if unknown:
         possible = f"can be {what}: {', '.join(known)}" if known else f"nothing can be {what}"
@@ -61,7 +72,7 @@ class Fixed:
     `Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})` or
     `Mixture(Fixed(Normal("diag"), {"mean": centres}), 3)`. Starts take the values too, and held
     parameters do not count as free. Values may be traced.
-    Raises TypeError for a parameter that the M-step cannot hold exactly.
+    Raises TypeError for a parameter that the M-step cannot hold exactly, or that `inner` states already.
     """
 
     inner: Any
@@ -97,8 +108,12 @@ class Fixed:
 
     def m_step(self, stats: Stats) -> Params:
         """The maximum over all other parameters."""
+        return self.m_step_given(stats)
+
+    def m_step_given(self, stats: Stats, **held: Any) -> Params:
+        """The same, with more parameters held by a statement around this one."""
         separable = getattr(self.inner, "separable", ())
-        given = {name: value for name, value in self.values.items() if name not in separable}
+        given = {**{name: value for name, value in self.values.items() if name not in separable}, **held}
         return self.apply(self.inner.m_step_given(stats, **given) if given else self.inner.m_step(stats))
 
     def num_parameters(self, params: Params) -> int:
@@ -128,7 +143,7 @@ class Tied:
     `Mixture(Tied(StudentT(), "degrees_of_freedom"), 3)`. They keep their shape, component axis
     first, all components equal: the maximum given the sum of the components' statistics.
     For covariances there are the tied shapes of `Normal` itself.
-    Raises TypeError for a parameter that the M-step cannot share exactly.
+    Raises TypeError for a parameter that the M-step cannot share exactly, or that `inner` states already.
     """
 
     inner: Any
@@ -155,7 +170,11 @@ class Tied:
 
     def m_step(self, stats: Stats) -> Params:
         """The maximum under the statement: shared parameters from the pooled statistics."""
-        params = self.inner.m_step(stats)
+        return self.m_step_given(stats)
+
+    def m_step_given(self, stats: Stats, **held: Any) -> Params:
+        """The same, with parameters held by a statement around this one."""
+        params = self.inner.m_step_given(stats, **held) if held else self.inner.m_step(stats)
         share: Callable = getattr(self.inner, "share", self._pooled)
         values = {name: share(stats, name) for name in self.names}
         return _replace(

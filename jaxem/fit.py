@@ -156,7 +156,7 @@ def advance(
     slow = slow + jnp.where(slow < 1, rise / (1 - slow) ** 2, 0)
     left = jnp.where((slow >= 0) & (slow < 1), gain * slow / (1 - slow), jnp.inf)
     settled = (gain > resolution) & (left <= jnp.maximum(allowed, resolution))
-    patience = PATIENCE if getattr(model, "likelihood", True) else min(2, PATIENCE)
+    patience = PATIENCE if getattr(model, "likelihood", True) else PATIENCE // 2
     converged = (settled | (stalled >= patience)) & (tol >= 0)
 
     bad = ~finite | fell

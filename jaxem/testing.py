@@ -272,8 +272,9 @@ def _compose(case: _Case) -> None:
 @_law("eager, jit and vmap agree")
 def _transforms(case: _Case) -> None:
     eager = case.model.e_step(case.params, case.x)
-    other = case.m_step(eager)
+    other = case.model.m_step(eager)
     case.close(case.stats, eager, "jitted statistics")
+    case.close(case.m_step(eager), other, "jitted params")
     both = jax.tree.map(lambda a, b: np.stack([a, b]), case.params, other)
     many = jax.jit(jax.vmap(case.model.e_step, in_axes=(0, None)))(both, case.x)
     case.close(_rows(many, 0), eager, "vmapped statistics")

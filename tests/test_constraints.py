@@ -11,6 +11,7 @@ from jaxem import (
     Beta,
     Binomial,
     Fixed,
+    Gamma,
     LinearRegression,
     Mixture,
     MixtureParams,
@@ -102,6 +103,20 @@ def test_statements_compose():
     assert model.num_parameters(fit.params) == 5
 
 
+def test_a_statement_around_another_forgets_neither():
+    means = jnp.array([[0.0, 0.0], [5.0, 5.0]])
+    model = Mixture(Fixed(Tied(StudentT(), "degrees_of_freedom"), {"mean": means}), 2)
+    fit = em_fit(model, model.init(jax.random.key(0), X), X, max_steps=5)
+    np.testing.assert_array_equal(fit.params.components.mean, means)
+    assert fit.params.components.degrees_of_freedom[0] == fit.params.components.degrees_of_freedom[1]
+    assert fit.largest_decrease == 0
+    model = Mixture(Fixed(Fixed(Gamma(), {"shape": 2.0}), {"rate": 0.5}), 2)
+    positive = np.abs(X) + 0.1
+    components = em_fit(model, model.init(jax.random.key(0), positive), positive, max_steps=3).params.components
+    np.testing.assert_array_equal(components.shape, np.full((2, 2), 2.0))
+    np.testing.assert_array_equal(components.rate, np.full((2, 2), 0.5))
+
+
 def test_fixed_and_shared_inflation():
     counts = np.where(RNG.random(200) < 0.4, 0, RNG.poisson(5.0, 200))
     held = Mixture(Fixed(ZeroInflated(Poisson()), {"inflation": 0.4}), 1)
@@ -131,6 +146,8 @@ def test_fixed_and_shared_inflation():
         (lambda: Tied(Normal(), "mean"), TypeError, "'mean' of Normal cannot be shared"),
         (lambda: Tied(Mixture(Normal(), 2), "weights"), TypeError, "nothing can be shared"),
         (lambda: Tied(Bernoulli(prior=Beta(2.0, 2.0)), "probability"), TypeError, "with a prior cannot be shared"),
+        (lambda: Fixed(Tied(Poisson(), "rate"), {"rate": 1.0}), TypeError, "'rate' of Tied cannot be held"),
+        (lambda: Tied(Fixed(Poisson(), {"rate": 1.0}), "rate"), TypeError, "'rate' of Fixed cannot be shared"),
         (lambda: Fixed("Normal", {"mean": 0.0}), TypeError, "inner must be a model or a family"),
     ],
 )

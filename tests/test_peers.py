@@ -26,6 +26,7 @@ from jaxem import (
     PoissonParams,
     PoissonRegression,
     Product,
+    RegressionParams,
     StudentT,
     bounding_volume,
     datasets,
@@ -179,10 +180,9 @@ def test_poisson_regression_is_monotone_from_a_wild_start():
     y = RNG.poisson(np.exp(FEATURES @ (0.5 * LINE) + 1.0))
     model = Mixture(PoissonRegression(), 1)
     start = model.init(jax.random.key(0), (FEATURES, y))
-    wild = jax.tree.map(lambda leaf: leaf, start)
     wild = MixtureParams(
-        weights=wild.weights,
-        components=type(wild.components)(coefficients=jnp.array([[-2.0, 2.0, 1.0]]), intercept=jnp.array([-4.0])),
+        weights=start.weights,
+        components=RegressionParams(coefficients=jnp.array([[-2.0, 2.0, 1.0]]), intercept=jnp.array([-4.0])),
     )
     fit = em_fit(model, wild, (FEATURES, y), tol=1e-10, max_steps=2000).check()
     assert np.all(np.diff(history(fit)) >= -1e-9 * abs(history(fit)[0]))
