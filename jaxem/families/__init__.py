@@ -14,6 +14,11 @@ from .columns import pseudo_rows as pseudo_rows
 from .gamma import Gamma as Gamma
 from .gamma import GammaParams as GammaParams
 from .gamma import GammaStats as GammaStats
+from .generalized_linear import LogisticRegression as LogisticRegression
+from .generalized_linear import PoissonRegression as PoissonRegression
+from .generalized_linear import RegressionParams as RegressionParams
+from .linear_regression import LinearRegression as LinearRegression
+from .linear_regression import LinearRegressionParams as LinearRegressionParams
 from .negative_binomial import NegativeBinomial as NegativeBinomial
 from .negative_binomial import NegativeBinomialParams as NegativeBinomialParams
 from .negative_binomial import NegativeBinomialStats as NegativeBinomialStats
@@ -27,11 +32,6 @@ from .poisson import ExponentialParams as ExponentialParams
 from .poisson import Poisson as Poisson
 from .poisson import PoissonParams as PoissonParams
 from .product import Product as Product
-from .regression import LinearRegression as LinearRegression
-from .regression import LinearRegressionParams as LinearRegressionParams
-from .regression import LogisticRegression as LogisticRegression
-from .regression import PoissonRegression as PoissonRegression
-from .regression import RegressionParams as RegressionParams
 from .student_t import StudentT as StudentT
 from .student_t import StudentTParams as StudentTParams
 from .von_mises_fisher import VonMisesFisher as VonMisesFisher

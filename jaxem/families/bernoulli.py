@@ -30,6 +30,67 @@ class BernoulliStats:
     base: jax.Array
 
 
+def _pooled(
+    family: "Bernoulli | Binomial", x: Data, num_columns: int, weights: jax.Array | None, num_components: int
+) -> BernoulliParams:
+    neutral = BernoulliParams(probability=jnp.full((1, num_columns), 0.5, tree.float_dtype(x)))
+    return columns.pooled(family, neutral, x, weights, num_components)
+
+
+def _stats(
+    params: BernoulliParams, responsibilities: jax.Array, outcomes: jax.Array, base: jax.Array
+) -> BernoulliStats:
+    totals = columns.sums(responsibilities, outcomes)
+    half = totals.shape[1] // 2
+    return BernoulliStats(
+        count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+        successes=totals[:, :half] + columns.PSEUDO_COUNT * params.probability,
+        failures=totals[:, half:] + columns.PSEUDO_COUNT * (1 - params.probability),
+        base=base,
+    )
+
+
+def _natural(params: BernoulliParams) -> jax.Array:
+    p = params.probability
+    return jnp.concatenate([numerics.safe_log(p), numerics.safe_log(1 - p)], axis=1)
+
+
+def _m_step(family: "Bernoulli | Binomial", stats: BernoulliStats) -> BernoulliParams:
+    """Successes / (successes + failures); with a prior, the posterior mode."""
+    successes, failures = stats.successes, stats.failures
+    if family.prior is not None:
+        more, less = family.prior.pseudo_counts(successes)
+        successes, failures = jnp.maximum(successes + more, 0), jnp.maximum(failures + less, 0)
+    return BernoulliParams(probability=numerics.safe_divide(successes, successes + failures))
+
+
+def _q_function(family: "Bernoulli | Binomial", params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
+    """sum successes log p + failures log(1 - p) + base."""
+    totals = jnp.concatenate([stats.successes, stats.failures], axis=1)
+    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
+
+
+def _log_prior(family: "Bernoulli | Binomial", params: BernoulliParams) -> jax.Array:
+    probability = params.probability
+    return jnp.zeros((), probability.dtype) if family.prior is None else family.prior.log_prob(probability)
+
+
+def _degenerate(family: "Bernoulli | Binomial", stats: BernoulliStats) -> jax.Array:
+    return columns.empty(stats.count)
+
+
+def _num_parameters(family: "Bernoulli | Binomial", params: BernoulliParams) -> int:
+    return params.probability.size
+
+
+def _unconstrain(family: "Bernoulli | Binomial", params: BernoulliParams) -> BernoulliParams:
+    return BernoulliParams(probability=jax.scipy.special.logit(params.probability))
+
+
+def _constrain(family: "Bernoulli | Binomial", theta: BernoulliParams) -> BernoulliParams:
+    return BernoulliParams(probability=jax.nn.sigmoid(theta.probability))
+
+
 @record(kw_only=False)
 class Bernoulli:
     """Independent yes/no columns: log p(x|k) = sum_d x_d log p_kd + (1 - x_d) log(1 - p_kd).
@@ -57,37 +118,22 @@ class Bernoulli:
         outcomes = self._outcomes(x, params.probability.dtype)
         return _stats(params, responsibilities, outcomes, jnp.zeros(responsibilities.shape[0], outcomes.dtype))
 
-    def m_step(self, stats: BernoulliStats) -> BernoulliParams:
-        """Successes / (successes + failures); with a prior, the posterior mode."""
-        return _m_step(stats, self.prior)
-
-    def q_function(self, params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
-        """sum successes log p + failures log(1 - p)."""
-        return _q_function(params, stats)
-
-    def log_prior(self, params: BernoulliParams) -> jax.Array:
-        return _log_prior(params, self.prior)
-
-    def degenerate(self, stats: BernoulliStats) -> jax.Array:
-        return columns.empty(stats.count)
+    m_step = _m_step
+    q_function = _q_function
+    log_prior = _log_prior
+    degenerate = _degenerate
+    num_parameters = _num_parameters
+    unconstrain = _unconstrain
+    constrain = _constrain
 
     def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
         """One row (N, D) of 0 and 1 from the component that each label (N,) names."""
         return jax.random.bernoulli(key, params.probability[labels]).astype(params.probability.dtype)
 
-    def num_parameters(self, params: BernoulliParams) -> int:
-        return params.probability.size
-
     def floats_per_row(self, params: BernoulliParams) -> int:
         return 2 * params.probability.shape[1]
 
     shared_floats_per_row = floats_per_row
-
-    def unconstrain(self, params: BernoulliParams) -> BernoulliParams:
-        return _unconstrain(params)
-
-    def constrain(self, theta: BernoulliParams) -> BernoulliParams:
-        return _constrain(theta)
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         columns.check(name, x, lambda values: (values == 0) | (values == 1), "0 or 1")
@@ -134,19 +180,13 @@ class Binomial:
         outcomes, base = self._outcomes(x, params.probability.dtype)
         return _stats(params, responsibilities, outcomes, columns.sums(responsibilities, base[None])[:, 0])
 
-    def m_step(self, stats: BernoulliStats) -> BernoulliParams:
-        """Successes / trials; with a prior, the posterior mode."""
-        return _m_step(stats, self.prior)
-
-    def q_function(self, params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
-        """sum successes log p + failures log(1 - p) + log C(trials, successes)."""
-        return _q_function(params, stats)
-
-    def log_prior(self, params: BernoulliParams) -> jax.Array:
-        return _log_prior(params, self.prior)
-
-    def degenerate(self, stats: BernoulliStats) -> jax.Array:
-        return columns.empty(stats.count)
+    m_step = _m_step
+    q_function = _q_function
+    log_prior = _log_prior
+    degenerate = _degenerate
+    num_parameters = _num_parameters
+    unconstrain = _unconstrain
+    constrain = _constrain
 
     def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
         """Successes (N, D) from the component that each label (N,) names; needs `trials`."""
@@ -156,19 +196,10 @@ class Binomial:
         trials = jnp.asarray(self.trials, probability.dtype)
         return jax.random.binomial(key, trials, probability, shape=probability.shape, dtype=probability.dtype)
 
-    def num_parameters(self, params: BernoulliParams) -> int:
-        return params.probability.size
-
     def floats_per_row(self, params: BernoulliParams) -> int:
         return 4 * params.probability.shape[1]
 
     shared_floats_per_row = floats_per_row
-
-    def unconstrain(self, params: BernoulliParams) -> BernoulliParams:
-        return _unconstrain(params)
-
-    def constrain(self, theta: BernoulliParams) -> BernoulliParams:
-        return _constrain(theta)
 
     def check(self, x: Data, name: str = "x") -> None:
         successes, given = columns.pair(x)
@@ -216,56 +247,6 @@ class Binomial:
 
 def _whole(values: np.ndarray) -> np.ndarray:
     return (values >= 0) & (values == np.floor(values))
-
-
-def _natural(params: BernoulliParams) -> jax.Array:
-    p = params.probability
-    return jnp.concatenate([numerics.safe_log(p), numerics.safe_log(1 - p)], axis=1)
-
-
-def _pooled(
-    family: Bernoulli | Binomial, x: Data, num_columns: int, weights: jax.Array | None, num_components: int
-) -> BernoulliParams:
-    neutral = BernoulliParams(probability=jnp.full((1, num_columns), 0.5, tree.float_dtype(x)))
-    return columns.pooled(family, neutral, x, weights, num_components)
-
-
-def _stats(
-    params: BernoulliParams, responsibilities: jax.Array, outcomes: jax.Array, base: jax.Array
-) -> BernoulliStats:
-    totals = columns.sums(responsibilities, outcomes)
-    half = totals.shape[1] // 2
-    return BernoulliStats(
-        count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
-        successes=totals[:, :half] + columns.PSEUDO_COUNT * params.probability,
-        failures=totals[:, half:] + columns.PSEUDO_COUNT * (1 - params.probability),
-        base=base,
-    )
-
-
-def _m_step(stats: BernoulliStats, prior: Beta | None) -> BernoulliParams:
-    successes, failures = stats.successes, stats.failures
-    if prior is not None:
-        more, less = prior.pseudo_counts(successes)
-        successes, failures = jnp.maximum(successes + more, 0), jnp.maximum(failures + less, 0)
-    return BernoulliParams(probability=numerics.safe_divide(successes, successes + failures))
-
-
-def _q_function(params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
-    totals = jnp.concatenate([stats.successes, stats.failures], axis=1)
-    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
-
-
-def _log_prior(params: BernoulliParams, prior: Beta | None) -> jax.Array:
-    return jnp.zeros((), params.probability.dtype) if prior is None else prior.log_prob(params.probability)
-
-
-def _unconstrain(params: BernoulliParams) -> BernoulliParams:
-    return BernoulliParams(probability=jax.scipy.special.logit(params.probability))
-
-
-def _constrain(theta: BernoulliParams) -> BernoulliParams:
-    return BernoulliParams(probability=jax.nn.sigmoid(theta.probability))
 
 
 BinomialParams = BernoulliParams

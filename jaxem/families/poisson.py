@@ -30,6 +30,61 @@ class RateStats:
     base: jax.Array
 
 
+def _natural(params: RateParams) -> jax.Array:
+    return jnp.concatenate([numerics.safe_log(params.rate), -params.rate], axis=1)
+
+
+def _pooled(
+    family: "Poisson | Exponential", x: Data, values: jax.Array, weights: jax.Array | None, num_components: int
+) -> RateParams:
+    neutral = RateParams(rate=jnp.ones((1, checks.columns("x", values).shape[1]), tree.float_dtype(x)))
+    return columns.pooled(family, neutral, x, weights, num_components)
+
+
+def _stats(params: RateParams, responsibilities: jax.Array, features: jax.Array, base: jax.Array) -> RateStats:
+    totals = columns.sums(responsibilities, features)
+    half = totals.shape[1] // 2
+    # A vanishing pseudo-observation at the current rate, whatever the rate is, keeps a component without rows as it is.
+    scale = columns.PSEUDO_COUNT / (1 + params.rate)
+    return RateStats(
+        count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
+        events=totals[:, :half] + scale * params.rate,
+        exposure=totals[:, half:] + scale,
+        base=base,
+    )
+
+
+def _m_step(family: "Poisson | Exponential", stats: RateStats) -> RateParams:
+    """Events / exposure; with a prior, the posterior mode."""
+    events, exposure = stats.events, stats.exposure
+    if family.prior is not None:
+        more, longer = family.prior.pseudo_counts(events)
+        events, exposure = jnp.maximum(events + more, 0), exposure + longer
+    return RateParams(rate=events / exposure)
+
+
+def _q_function(family: "Poisson | Exponential", params: RateParams, stats: RateStats) -> jax.Array:
+    """sum events log(rate) - exposure rate + base."""
+    totals = jnp.concatenate([stats.events, stats.exposure], axis=1)
+    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
+
+
+def _log_prior(family: "Poisson | Exponential", params: RateParams) -> jax.Array:
+    return jnp.zeros((), params.rate.dtype) if family.prior is None else family.prior.log_prob(params.rate)
+
+
+def _num_parameters(family: "Poisson | Exponential", params: RateParams) -> int:
+    return params.rate.size
+
+
+def _unconstrain(family: "Poisson | Exponential", params: RateParams) -> RateParams:
+    return RateParams(rate=jnp.log(params.rate))
+
+
+def _constrain(family: "Poisson | Exponential", theta: RateParams) -> RateParams:
+    return RateParams(rate=jnp.exp(theta.rate))
+
+
 @record(kw_only=False)
 class Poisson:
     """Independent counts: log p(x|k) = sum_d x_d log(e_d rate_kd) - e_d rate_kd - log x_d!, with e_d = 1 by default.
@@ -63,16 +118,12 @@ class Poisson:
         features, base = self._read(x, params.rate.dtype)
         return _stats(params, responsibilities, features, columns.sums(responsibilities, base[None])[:, 0])
 
-    def m_step(self, stats: RateStats) -> RateParams:
-        """Events / exposure; with a prior, the posterior mode."""
-        return _m_step(stats, self.prior)
-
-    def q_function(self, params: RateParams, stats: RateStats) -> jax.Array:
-        """sum events log(rate) - exposure rate + base."""
-        return _q_function(params, stats)
-
-    def log_prior(self, params: RateParams) -> jax.Array:
-        return _log_prior(params, self.prior)
+    m_step = _m_step
+    q_function = _q_function
+    log_prior = _log_prior
+    num_parameters = _num_parameters
+    unconstrain = _unconstrain
+    constrain = _constrain
 
     def degenerate(self, stats: RateStats) -> jax.Array:
         return columns.empty(stats.count)
@@ -81,19 +132,10 @@ class Poisson:
         """Counts (N, D), of exposure 1, from the component that each label (N,) names."""
         return columns.poisson(key, params.rate[labels])
 
-    def num_parameters(self, params: RateParams) -> int:
-        return params.rate.size
-
     def floats_per_row(self, params: RateParams) -> int:
         return 4 * params.rate.shape[1]
 
     shared_floats_per_row = floats_per_row
-
-    def unconstrain(self, params: RateParams) -> RateParams:
-        return RateParams(rate=jnp.log(params.rate))
-
-    def constrain(self, theta: RateParams) -> RateParams:
-        return RateParams(rate=jnp.exp(theta.rate))
 
     def check(self, x: Data, name: str = "x") -> None:
         counts, exposure = columns.pair(x)
@@ -144,16 +186,12 @@ class Exponential:
         features = self._read(x, params.rate.dtype)
         return _stats(params, responsibilities, features, jnp.zeros(responsibilities.shape[0], features.dtype))
 
-    def m_step(self, stats: RateStats) -> RateParams:
-        """1 / mean waiting time; with a prior, the posterior mode."""
-        return _m_step(stats, self.prior)
-
-    def q_function(self, params: RateParams, stats: RateStats) -> jax.Array:
-        """sum events log(rate) - time rate."""
-        return _q_function(params, stats)
-
-    def log_prior(self, params: RateParams) -> jax.Array:
-        return _log_prior(params, self.prior)
+    m_step = _m_step
+    q_function = _q_function
+    log_prior = _log_prior
+    num_parameters = _num_parameters
+    unconstrain = _unconstrain
+    constrain = _constrain
 
     def degenerate(self, stats: RateStats) -> jax.Array:
         """Components (K,) without rows, or whose waiting times are all 0."""
@@ -164,19 +202,10 @@ class Exponential:
         rate = params.rate[labels]
         return jax.random.exponential(key, rate.shape, rate.dtype) / rate
 
-    def num_parameters(self, params: RateParams) -> int:
-        return params.rate.size
-
     def floats_per_row(self, params: RateParams) -> int:
         return 3 * params.rate.shape[1]
 
     shared_floats_per_row = floats_per_row
-
-    def unconstrain(self, params: RateParams) -> RateParams:
-        return RateParams(rate=jnp.log(params.rate))
-
-    def constrain(self, theta: RateParams) -> RateParams:
-        return RateParams(rate=jnp.exp(theta.rate))
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         columns.check(name, x, lambda v: (v >= 0) & (v < np.inf), "finite waiting times, at least 0")
@@ -185,47 +214,6 @@ class Exponential:
         """Numbers and sums of waiting times: (2 D, N)."""
         values, observed = columns.read(x, dtype)
         return jnp.concatenate([observed.astype(dtype), values], axis=1).T
-
-
-def _natural(params: RateParams) -> jax.Array:
-    return jnp.concatenate([numerics.safe_log(params.rate), -params.rate], axis=1)
-
-
-def _pooled(
-    family: Poisson | Exponential, x: Data, values: jax.Array, weights: jax.Array | None, num_components: int
-) -> RateParams:
-    neutral = RateParams(rate=jnp.ones((1, checks.columns("x", values).shape[1]), tree.float_dtype(x)))
-    return columns.pooled(family, neutral, x, weights, num_components)
-
-
-def _stats(params: RateParams, responsibilities: jax.Array, features: jax.Array, base: jax.Array) -> RateStats:
-    totals = columns.sums(responsibilities, features)
-    half = totals.shape[1] // 2
-    # A vanishing pseudo-observation at the current rate, whatever the rate is, keeps a component without rows as it is.
-    scale = columns.PSEUDO_COUNT / (1 + params.rate)
-    return RateStats(
-        count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
-        events=totals[:, :half] + scale * params.rate,
-        exposure=totals[:, half:] + scale,
-        base=base,
-    )
-
-
-def _m_step(stats: RateStats, prior: GammaPrior | None) -> RateParams:
-    events, exposure = stats.events, stats.exposure
-    if prior is not None:
-        more, longer = prior.pseudo_counts(events)
-        events, exposure = jnp.maximum(events + more, 0), exposure + longer
-    return RateParams(rate=events / exposure)
-
-
-def _q_function(params: RateParams, stats: RateStats) -> jax.Array:
-    totals = jnp.concatenate([stats.events, stats.exposure], axis=1)
-    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
-
-
-def _log_prior(params: RateParams, prior: GammaPrior | None) -> jax.Array:
-    return jnp.zeros((), params.rate.dtype) if prior is None else prior.log_prob(params.rate)
 
 
 PoissonParams = ExponentialParams = RateParams

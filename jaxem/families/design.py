@@ -1,0 +1,101 @@
+"""What regressions share: rows that are pairs (features, response), and weighted normal equations.
+
+Statistics are taken about the current coefficients, so that an M-step solves for a correction: what
+rounding a solution carries, the next step removes. z = (1, features); a line is (intercept, coefficients).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks, numerics, tree
+from ..protocols import Data, Params, Stats
+from . import columns
+
+
+def read(x: Data) -> tuple[jax.Array, jax.Array]:
+    """The design, a row of ones above the features (P + 1, N), and the response (N,), in one floating dtype."""
+    features, response = _both(x)
+    dtype = tree.float_dtype((features, response))
+    rows = checks.columns("x[0]", features).T.astype(dtype)
+    return jnp.concatenate([jnp.ones_like(rows[:1]), rows]), jnp.asarray(response, dtype).reshape(-1)
+
+
+def _both(x: Data, name: str = "x") -> tuple[jax.Array, jax.Array]:
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise TypeError(f"{name} must be a pair (features, response); got {type(x).__name__}")
+    return x[0], x[1]
+
+
+def check(x: Data, name: str = "x") -> None:
+    """Refuse eagerly what is not a pair of finite features (N, P) or (N,) and responses (N,)."""
+    features, response = _both(x, name)
+    rows = checks.columns(f"{name}[0]", features).shape[0]
+    if checks.columns(f"{name}[1]", response).shape != (rows, 1):
+        raise ValueError(
+            f"{name}[1], the response, must have shape ({rows},), one a row of features; got {response.shape}"
+        )
+    for part, values in (("[0]", features), ("[1]", response)):
+        if jnp.issubdtype(values.dtype, jnp.floating):
+            checks.finite_matrix(name + part, values)
+
+
+def points(x: Data) -> jax.Array:
+    """Features and response side by side (N, P + 1): points for seeding."""
+    design, response = read(x)
+    return jnp.concatenate([design[1:], response[None]]).T
+
+
+def line(params: Params) -> jax.Array:
+    """(intercept, coefficients): (K, P + 1)."""
+    return jnp.concatenate([params.intercept[:, None], params.coefficients], axis=1)
+
+
+def current(stats: Stats) -> jax.Array:
+    """The line (K, P + 1) that statistics were taken about."""
+    return stats.reference / stats.count[:, None]
+
+
+def predict(params: Params, design: jax.Array) -> jax.Array:
+    """The linear predictor of every row under every component: (P + 1, N) -> (K, N)."""
+    if params.coefficients.shape[1] + 1 != design.shape[0]:
+        raise ValueError(
+            f"x[0] must have {params.coefficients.shape[1]} features, as the parameters have; got {design.shape[0] - 1}"
+        )
+    return numerics.product(line(params), design, "kp,pn->kn")
+
+
+def given(params: Params, labels: jax.Array, features: jax.Array | None) -> jax.Array:
+    """The linear predictor (N,) of given features (N, P), each row under the component that its label names."""
+    if features is None:
+        raise TypeError(
+            "a regression cannot sample features: call family.sample(key, params.components, labels, features=...)"
+        )
+    lines = line(params)[labels]
+    rows = checks.columns("features", features).astype(lines.dtype)
+    return jnp.sum(lines * jnp.concatenate([jnp.ones_like(rows[:, :1]), rows], axis=1), axis=1)
+
+
+def gram(weights: jax.Array, design: jax.Array) -> jax.Array:
+    """sum_n w zzᵀ: (K, N), (P, N) -> (K, P, P), by one product with the monomials of z; vanishingly regular."""
+    i, j = np.tril_indices(design.shape[0])
+    entries = np.zeros((design.shape[0],) * 2, int)
+    entries[i, j] = entries[j, i] = np.arange(len(i))
+    sums = columns.sums(weights, design[i] * design[j])[:, entries]
+    return sums + columns.PSEUDO_COUNT * jnp.eye(design.shape[0], dtype=design.dtype)
+
+
+def times(gram: jax.Array, delta: jax.Array) -> jax.Array:
+    """gram delta: (K, P, P), (K, P) -> (K, P)."""
+    return jnp.sum(gram * delta[:, None, :], axis=-1)
+
+
+def solve(gram: jax.Array, cross: jax.Array) -> jax.Array:
+    """gram⁻¹ cross (K, P), columns scaled to unit length; directions that the features lack stay where they are."""
+    scale = jax.lax.rsqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    eps = jnp.finfo(gram.dtype).eps
+    floor = jnp.full_like(scale, 16 * gram.shape[-1] * eps)
+    factor, _ = numerics.floored_cholesky(gram * scale[:, :, None] * scale[:, None, :], floor)
+    inverse = numerics.inverse_lower(factor)
+    whitened = jnp.sum(inverse * (scale * cross)[:, None, :], axis=-1)
+    return scale * jnp.sum(inverse * whitened[:, :, None], axis=-2)

@@ -1,0 +1,157 @@
+"""Linear regression: the distribution of a response given features, a line a component."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .. import tree
+from ..protocols import Data
+from ..record import record
+from . import columns, design
+
+
+@record
+class LinearRegressionParams:
+    """coefficients (K, P); intercept (K,); variance (K,) of the response about its line."""
+
+    coefficients: jax.Array
+    intercept: jax.Array
+    variance: jax.Array
+
+
+@record
+class LinearRegressionStats:
+    """Normal equations about the current line, with z = (1, features), e = response - prediction; additive.
+
+    count (K,) = sum r; reference (K, P + 1) = count (intercept, coefficients); gram (K, P + 1, P + 1)
+    = sum r zzᵀ; cross (K, P + 1) = sum r z e; square (K,) = sum r e²; energy (K,) = sum r response².
+    """
+
+    count: jax.Array
+    reference: jax.Array
+    gram: jax.Array
+    cross: jax.Array
+    square: jax.Array
+    energy: jax.Array
+
+
+@record(kw_only=False)
+class LinearRegression:
+    """log p(y|f,k) = -(log 2 pi v_k + (y - b_k - f·c_k)² / v_k) / 2: least squares, weighted.
+
+    Data: a pair (features (N, P) or (N,), response (N,)), nothing missing. prior: pseudo-statistics, as
+    `pseudo_rows` makes them. DeSarbo & Cron (1988), A maximum likelihood methodology for clusterwise
+    linear regression, J. Classification 5.
+    """
+
+    prior: LinearRegressionStats | None = dataclasses.field(default=None, kw_only=True)
+
+    separable = shareable = ("variance",)
+
+    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> LinearRegressionParams:
+        matrix, _ = design.read(x)
+        one = jnp.ones(1, matrix.dtype)
+        flat = LinearRegressionParams(
+            coefficients=jnp.zeros((1, matrix.shape[0] - 1), matrix.dtype), intercept=0 * one, variance=one
+        )
+        return columns.pooled(self, flat, x, weights, num_components)
+
+    features = staticmethod(design.points)
+    check = staticmethod(design.check)
+
+    def log_prob(self, params: LinearRegressionParams, x: Data) -> jax.Array:
+        """Log-density of every response under every component: (K, N)."""
+        matrix, response = design.read(x)
+        residual = response - design.predict(params, matrix)
+        variance = params.variance[:, None]
+        return -0.5 * (jnp.log(2 * math.pi * variance) + jnp.square(residual) / variance)
+
+    def stats(self, params: LinearRegressionParams, x: Data, responsibilities: jax.Array) -> LinearRegressionStats:
+        """Weighted normal equations: responsibilities (K, N)."""
+        matrix, response = design.read(x)
+        residual = response - design.predict(params, matrix)
+        count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT
+        weighted = responsibilities * residual
+        return LinearRegressionStats(
+            count=count,
+            reference=count[:, None] * design.line(params),
+            gram=design.gram(responsibilities, matrix),
+            cross=columns.sums(weighted, matrix),
+            square=jnp.sum(weighted * residual, axis=1) + columns.PSEUDO_COUNT * params.variance,
+            energy=columns.sums(responsibilities, jnp.square(response)[None])[:, 0],
+        )
+
+    def m_step(self, stats: LinearRegressionStats) -> LinearRegressionParams:
+        """Weighted least squares, and the mean squared residual."""
+        return self._estimate(stats)[0]
+
+    def share(self, stats: LinearRegressionStats, name: str) -> jax.Array:
+        """The mean squared residual of all rows, each about its own component's line."""
+        return jnp.sum(stats.count * self.m_step(stats).variance) / jnp.sum(stats.count)
+
+    def q_function(self, params: LinearRegressionParams, stats: LinearRegressionStats) -> jax.Array:
+        """Expected complete-data log-likelihood of the responses."""
+        square = self.rebase(stats, params).square
+        return -0.5 * jnp.sum(stats.count * jnp.log(2 * math.pi * params.variance) + square / params.variance)
+
+    def log_prior(self, params: LinearRegressionParams) -> jax.Array:
+        """Q of the pseudo-statistics; up to a constant."""
+        return jnp.zeros((), params.variance.dtype) if self.prior is None else self.q_function(params, self.prior)
+
+    def rebase(self, stats: LinearRegressionStats, params: LinearRegressionParams) -> LinearRegressionStats:
+        """The same statistics about the lines of `params`, exactly."""
+        delta = design.line(params) - design.current(stats)
+        moved = design.times(stats.gram, delta)
+        return dataclasses.replace(
+            stats,
+            reference=stats.count[:, None] * design.line(params),
+            cross=stats.cross - moved,
+            square=stats.square - jnp.sum((2 * stats.cross - moved) * delta, axis=-1),
+        )
+
+    def degenerate(self, stats: LinearRegressionStats) -> jax.Array:
+        """Components (K,) without rows, or whose line passes through all of them."""
+        return columns.empty(stats.count) | self._estimate(stats)[1]
+
+    def sample(
+        self, key: jax.Array, params: LinearRegressionParams, labels: jax.Array, features: jax.Array | None = None
+    ) -> Data:
+        """Responses for given features (N, P), from the components that the labels (N,) name: (features, response)."""
+        mean = design.given(params, labels, features)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        return features, mean + jnp.sqrt(params.variance)[labels] * noise
+
+    def num_parameters(self, params: LinearRegressionParams) -> int:
+        return tree.size(params)
+
+    def floats_per_row(self, params: LinearRegressionParams) -> int:
+        return 3 * params.variance.size + (params.coefficients.shape[1] + 1) ** 2
+
+    def unconstrain(self, params: LinearRegressionParams) -> LinearRegressionParams:
+        return dataclasses.replace(params, variance=jnp.log(params.variance))
+
+    def constrain(self, theta: LinearRegressionParams) -> LinearRegressionParams:
+        return dataclasses.replace(theta, variance=jnp.exp(theta.variance))
+
+    def _estimate(self, stats: LinearRegressionStats) -> tuple[LinearRegressionParams, jax.Array]:
+        """M-step, and which components (K,) needed the variance's floor."""
+        line = design.current(stats)
+        if self.prior is not None:
+            at = LinearRegressionParams(coefficients=line[:, 1:], intercept=line[:, 0], variance=stats.square)
+            stats = columns.with_prior(self.rebase(self.prior, at), stats)
+        delta = design.solve(stats.gram, stats.cross)
+        moved = design.times(stats.gram, delta)
+        variance = (stats.square - jnp.sum((2 * stats.cross - moved) * delta, axis=-1)) / stats.count
+        eps = jnp.finfo(variance.dtype).eps
+        energy = jnp.sum(stats.energy) / jnp.sum(stats.count)
+        # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
+        lowest = jnp.maximum(
+            jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * delta.shape[1] * eps * stats.square / stats.count
+        )
+        line = line + delta
+        estimate = LinearRegressionParams(
+            coefficients=line[:, 1:], intercept=line[:, 0], variance=jnp.maximum(variance, lowest)
+        )
+        return estimate, variance < lowest
