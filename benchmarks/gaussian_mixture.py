@@ -32,15 +32,9 @@ Before a ratio is printed, both sides' log-likelihoods after equally many steps 
 compared: a disagreement ends the script.
 """
 
-import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +47,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
+from timing import Row, Timing, measure, take_turns
 
 from jaxem import Mixture, MixtureParams, Normal, NormalParams, Screen, em_fit, fit_restarts
 from jaxem.datasets import faithful
@@ -64,52 +59,6 @@ SCREEN = Screen(steps=30, keep=0.125)
 # Largest difference of log-likelihoods per row, after the same steps from the same start.
 AGREEMENT = {"float32": 1e-4, "float64": 1e-9}
 MB = 1e6
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    claim: str
-    ours: str
-    peer: str
-    ratio: str
-    target: str
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of the first call, and of the later ones."""
-
-    first: float
-    later: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.later)
-
-    @property
-    def compilation(self) -> float:
-        return max(0.0, self.first - self.median)
-
-    def __str__(self) -> str:
-        spread = f"{min(self.later):.3f} to {max(self.later):.3f}"
-        return f"median {self.median:.3f} s ({spread}), first call {self.compilation:.2f} s more"
-
-
-def take_turns(tasks: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Call every task in turn, `repeats` + 1 times: timings, and what each returned last."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    results: dict[str, Any] = {}
-    for _ in range(repeats + 1):
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            results[name] = jax.block_until_ready(task())
-            seconds[name].append(time.perf_counter() - start)
-    timings = {name: Timing(times[0], tuple(times[1:])) for name, times in seconds.items()}
-    for name, timing in timings.items():
-        print(f"  {name}: {timing}")
-    return timings, results
 
 
 def clusters(rows: int, columns: int, count: int, spread: float, dtype: str, seed: int = 0) -> np.ndarray:
@@ -413,34 +362,6 @@ def peak_memory(quick: bool, repeats: int) -> list[Row]:
     ]
 
 
-def machine() -> str:
-    """Cores, processor and versions, in one line."""
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    processor = names[0].split(":")[1].strip() if names else platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("jaxem", "jax", "scikit-learn", "gmmx", "numpy"))
-    return f"{cores} CPU cores ({processor}), Python {platform.python_version()}, {versions}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def print_table(rows: Sequence[Row]) -> None:
-    print("\n| claim | jaxem | peer | ratio | target |\n|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row.claim} | {row.ours} | {row.peer} | {row.ratio} | {row.target} |")
-    print(f"\n{machine()}.")
-
-
 CLAIMS: dict[str, Callable[[bool, int], list[Row]]] = {
     "a": one_fit,
     "b": overlapping_restarts,
@@ -449,25 +370,10 @@ CLAIMS: dict[str, Callable[[bool, int], list[Row]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="a,b,c,d", help="claims to measure, as in a,c")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does the script run?")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls after the first")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory:
-        print(json.dumps(measure_memory(*json.loads(options.memory))))
-        return
-    chosen = options.only.split(",")
-    if unknown := set(chosen) - set(CLAIMS):
-        parser.error(f"--only takes {', '.join(CLAIMS)}; got {', '.join(sorted(unknown))}")
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
-    print(machine())
-    rows = [row for name in chosen for row in CLAIMS[name](options.quick, options.repeats)]
-    print_table(rows)
-
+PACKAGES = ("jaxem", "jax", "scikit-learn", "gmmx", "numpy")
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--memory"]:
+        print(json.dumps(measure_memory(*json.loads(sys.argv[2]))))
+    else:
+        measure(__doc__.splitlines()[0], CLAIMS, PACKAGES, repeats=5)

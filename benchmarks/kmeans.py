@@ -22,24 +22,18 @@ more steps, and those count in "total". "Per restart and step" divides each side
 Before a ratio is printed, both sides' inertias from the same start are compared: a disagreement ends the script.
 """
 
-import argparse
-import importlib.metadata
-import os
-import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from sklearn.cluster import KMeans as SklearnKMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
+from timing import Row, Timing, measure, take_turns
 
 from jaxem import KMeans, KMeansParams, em_fit, fit_restarts
 
@@ -49,36 +43,9 @@ MAX_STEPS = 500
 AGREEMENT = 1e-4
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    claim: str
-    ours: str
-    peer: str
-    ratio: str
-    target: str
-
-
-def take_turns(tasks: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Call every task in turn, `repeats` + 1 times: seconds of all but the first, and what each returned last."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    results: dict[str, Any] = {}
-    for _ in range(repeats + 1):
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            results[name] = jax.block_until_ready(task())
-            seconds[name].append(time.perf_counter() - start)
-    for name, (first, *later) in seconds.items():
-        median = statistics.median(later)
-        print(f"  {name}: median {1e3 * median:.1f} ms ({1e3 * min(later):.1f} to {1e3 * max(later):.1f}), ", end="")
-        print(f"first call {max(0.0, first - median):.2f} s more")
-    return {name: times[1:] for name, times in seconds.items()}, results
-
-
-def ratio(seconds: dict[str, list[float]], peer: str) -> float:
+def ratio(timings: dict[str, Timing], peer: str) -> float:
     """How many times longer the peer took: the median over the turns."""
-    return statistics.median(p / o for p, o in zip(seconds[peer], seconds["jaxem"], strict=True))
+    return statistics.median(p / o for p, o in zip(timings[peer].later, timings["jaxem"].later, strict=True))
 
 
 def clusters(rows: int, columns: int, count: int, seed: int = 0) -> np.ndarray:
@@ -127,19 +94,21 @@ def one_fit(name: str, columns: int, count: int, target: str, quick: bool, repea
         "scikit-learn": lambda: fit_sklearn(x, start, STEPS),
     }
     tasks["scikit-learn, one thread"] = on_one_thread(tasks["scikit-learn"])
-    seconds, results = take_turns(tasks, repeats)
+    timings, results = take_turns(tasks, repeats)
     steps = {"jaxem": int(results["jaxem"].num_steps), "scikit-learn": results["scikit-learn"].n_iter_}
     if set(steps.values()) != {STEPS}:
         sys.exit(f"not the same work: steps taken {steps}, {STEPS} asked for")
     agree(-float(results["jaxem"].objective), results["scikit-learn"].inertia_)
-    return report(f"({name}) one fit, N = {rows}, D = {columns}, K = {count}", seconds, STEPS, "ms a step", 1e3, target)
+    per_step = {who: timing.per(STEPS) for who, timing in timings.items()}
+    return report(f"({name}) one fit, N = {rows}, D = {columns}, K = {count}", per_step, "ms a step", 1e3, target)
 
 
-def report(claim: str, seconds: dict[str, list[float]], units: float, unit: str, scale: float, target: str) -> Row:
-    both, alone = ratio(seconds, "scikit-learn"), ratio(seconds, "scikit-learn, one thread")
+def report(claim: str, timings: dict[str, Timing], unit: str, scale: float, target: str) -> Row:
+    both, alone = ratio(timings, "scikit-learn"), ratio(timings, "scikit-learn, one thread")
     print(f"  ratio to scikit-learn: {both:.2f}x; to scikit-learn on one thread: {alone:.2f}x")
-    ours, theirs = (scale * statistics.median(seconds[who]) / units for who in ("jaxem", "scikit-learn"))
-    return Row(claim, f"{ours:.3g} {unit}", f"{theirs:.3g} {unit}", f"{both:.2f}x (one thread: {alone:.2f}x)", target)
+    ours, theirs = (scale * timings[who].median for who in ("jaxem", "scikit-learn"))
+    peer = f"scikit-learn, {theirs:.3g} {unit}"
+    return Row(claim, f"{ours:.3g} {unit}", peer, f"{both:.2f}x (one thread: {alone:.2f}x)", target)
 
 
 def many_restarts(quick: bool, repeats: int) -> list[Row]:
@@ -153,7 +122,7 @@ def many_restarts(quick: bool, repeats: int) -> list[Row]:
         "scikit-learn": lambda: [fit_sklearn(x, start, MAX_STEPS) for start in centers],
     }
     tasks["scikit-learn, one thread"] = on_one_thread(tasks["scikit-learn"])
-    seconds, results = take_turns(tasks, repeats)
+    timings, results = take_turns(tasks, repeats)
     runs, fitted = results["jaxem"], results["scikit-learn"]
     agree(-float(runs.best.objective), min(model.inertia_ for model in fitted))
     same = np.isclose(-np.asarray(runs.objective), [model.inertia_ for model in fitted], rtol=1e-4)
@@ -161,10 +130,10 @@ def many_restarts(quick: bool, repeats: int) -> list[Row]:
     print(f"  steps each: jaxem {our_steps / restarts:.1f}, scikit-learn {their_steps / restarts:.1f}; ", end="")
     print(f"same ending: {int(np.sum(same))} of {restarts}")
     claim = f"(c) {restarts} restarts, N = {rows}, D = 8, K = 10"
-    per_step = {who: [t / (our_steps if who == "jaxem" else their_steps) for t in ts] for who, ts in seconds.items()}
+    per_step = {who: timing.per(our_steps if who == "jaxem" else their_steps) for who, timing in timings.items()}
     return [
-        report(f"{claim}, total", seconds, 1, "s", 1, "0.7x"),
-        report(f"{claim}, per restart and step", per_step, 1, "us", 1e6, "0.7x"),
+        report(f"{claim}, total", timings, "s", 1, "0.7x"),
+        report(f"{claim}, per restart and step", per_step, "us", 1e6, "0.7x"),
     ]
 
 
@@ -175,31 +144,5 @@ CLAIMS: dict[str, Callable[[bool, int], list[Row]]] = {
 }
 
 
-def machine() -> str:
-    """Cores, load and versions, in one line."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "scikit-learn", "numpy"))
-    return f"{cores} CPU cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, {versions}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="a,b,c", help="claims to measure, as in a,c")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does the script run?")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls after the first")
-    options = parser.parse_args()
-    chosen = options.only.split(",")
-    if unknown := set(chosen) - set(CLAIMS):
-        parser.error(f"--only takes {', '.join(CLAIMS)}; got {', '.join(sorted(unknown))}")
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
-    print(machine())
-    rows = [row for name in chosen for row in CLAIMS[name](options.quick, options.repeats)]
-    print("\n| claim | jaxem | scikit-learn | ratio | target |\n|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row.claim} | {row.ours} | {row.peer} | {row.ratio} | {row.target} |")
-    print(f"\n{machine()}.")
-
-
 if __name__ == "__main__":
-    main()
+    measure(__doc__.splitlines()[0], CLAIMS, ("jaxem", "jax", "scikit-learn", "numpy"), repeats=7)

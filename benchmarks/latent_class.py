@@ -12,14 +12,14 @@ both sides' log-likelihoods after the same number of steps from the same start a
 """
 
 import argparse
-import statistics
-import time
+import itertools
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from stepmix.stepmix import StepMix
+from timing import take_turns
 
 from jaxem import Categorical, CategoricalParams, Mixture, MixtureParams, em_fit, fit_restarts
 
@@ -71,6 +71,7 @@ def compare(rows: int, restarts: int, repeats: int) -> None:
     x = table(rows)
     as_floats = np.where(x < 0, np.nan, x)
     model = Mixture(Categorical(NUM_VALUES), CLASSES)
+    key, seeds = jax.random.key(0), itertools.count()
 
     for dtype in ("float64", "float32"):
         with jax.enable_x64(dtype == "float64"):
@@ -81,28 +82,15 @@ def compare(rows: int, restarts: int, repeats: int) -> None:
             print(f"{dtype}: log-likelihoods per row from one start, {STEPS} steps: they differ by {gap:.1e}")
             assert gap < (1e-9 if dtype == "float64" else 1e-4), "the two sides do not compute the same"
 
-            key = jax.random.key(0)
-            mine, other = [], []
-            for repeat in range(repeats + 1):
-                begin = time.perf_counter()
-                runs = fit_restarts(model, key, x, num_restarts=restarts, tol=-1.0, max_steps=STEPS)
-                jax.block_until_ready(runs)
-                seconds = time.perf_counter() - begin
-                if repeat == 0:
-                    first = seconds
-                else:
-                    mine.append(seconds)
-                    begin = time.perf_counter()
-                    peer(as_floats, STEPS, repeat, PEER_RESTARTS)
-                    other.append(time.perf_counter() - begin)
-            ours_each = statistics.median(mine) / restarts / STEPS
-            theirs_each = statistics.median(other) / PEER_RESTARTS / STEPS
-            print(
-                f"  jaxem:   {restarts} restarts in {statistics.median(mine):.2f} s ({first - mine[0]:.1f} s more the "
-                f"first time), {1e3 * ours_each:.2f} ms a restart and step"
-            )
-            print(f"  StepMix: {1e3 * theirs_each:.2f} ms a restart and step")
-            print(f"  ratio:   {theirs_each / ours_each:.1f}x")
+            tasks = {
+                "jaxem": lambda: fit_restarts(model, key, x, num_restarts=restarts, tol=-1.0, max_steps=STEPS),
+                "StepMix": lambda: peer(as_floats, STEPS, next(seeds), PEER_RESTARTS),
+            }
+            timings, _ = take_turns(tasks, repeats)
+            ours_each = timings["jaxem"].median / restarts / STEPS
+            theirs_each = timings["StepMix"].median / PEER_RESTARTS / STEPS
+            print(f"  a restart and step: jaxem {1e3 * ours_each:.2f} ms, StepMix {1e3 * theirs_each:.2f} ms: ", end="")
+            print(f"{theirs_each / ours_each:.1f}x")
 
 
 if __name__ == "__main__":
