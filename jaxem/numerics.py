@@ -24,7 +24,9 @@ def normalize(log_joint: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     A row that is impossible under every component has log-evidence -inf and responsibilities 0.
     """
-    top = jnp.maximum(jnp.max(log_joint, axis=0), jnp.finfo(log_joint.dtype).min)
+    # Its slope cancels, and must not be taken: a maximum's is 0 / 0 where XLA computes the scores twice, rounded
+    # in two ways, and none of them equals the largest.
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(log_joint, axis=0), jnp.finfo(log_joint.dtype).min))
     shifted = jnp.exp(log_joint - top)
     total = jnp.sum(shifted, axis=0)
     # The largest term is exp(0): the total is at least 1, or else 0 for an impossible row.
