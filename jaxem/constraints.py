@@ -17,7 +17,7 @@ from .protocols import Params, Stats
 from .record import record, static
 
 # Methods whose first argument is parameters: they see these as the statement has them.
-_AT_PARAMS = ("e_step", "log_prob", "log_prior", "posterior", "predict", "q_function", "stats")
+_AT_PARAMS = ("e_step", "log_prob", "log_prior", "m_step_for", "posterior", "predict", "q_function", "stats")
 # Methods that give another form of the model: the statement holds for that one too.
 _FORMS = ("coarse", "partial")
 
@@ -29,6 +29,8 @@ def _delegate(self: Any, name: str) -> Any:
     found = getattr(self.inner, name)
     if name in _AT_PARAMS:
         return lambda params, *rest, **options: found(self.apply(params), *rest, **options)
+    if name == "blocks":
+        return lambda params: tuple(block for block in found(params) if block not in _stated(self))
     if name in _FORMS:
         return lambda: self if found() is self.inner else dataclasses.replace(self, inner=found())
     return found
@@ -51,6 +53,30 @@ def _stated(inner: Any) -> tuple[str, ...]:
     if not isinstance(inner, (Fixed, Tied)):
         return ()
     return (*(inner.values if isinstance(inner, Fixed) else inner.names), *_stated(inner.inner))
+
+
+def _holdable(inner: Any) -> tuple[str, ...]:
+    """Parameters that an exact M-step can hold."""
+    return (*getattr(inner, "separable", ()), *_given_names(inner))
+
+
+def blocks(inner: Any, params: Params) -> tuple[str, ...]:
+    """Names of parameters over which there is an exact conditional M-step, all others held where they are."""
+    if not dataclasses.is_dataclass(params):
+        return ()
+    stated, holdable = _stated(inner), set(_holdable(inner))
+    names = [field.name for field in dataclasses.fields(params) if field.name not in stated]
+    return tuple(name for name in names if set(names) - {name} <= holdable)
+
+
+def m_step_for(inner: Any, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
+    """The M-step over these parameters alone, all others held where they are."""
+    held = {
+        field.name: getattr(params, field.name)
+        for field in dataclasses.fields(params)
+        if field.name not in (*names, *_stated(inner))
+    }
+    return Fixed(inner, held).m_step(stats) if held else inner.m_step(stats)
 
 
 def _refuse(inner: Any, what: str, names: Any, known: tuple[str, ...]) -> None:
@@ -87,8 +113,7 @@ class Fixed:
             return
         if not isinstance(self.values, Mapping) or not self.values:
             raise TypeError(f"values must be a dict of name -> value; got {self.values!r}")
-        known = (*getattr(self.inner, "separable", ()), *_given_names(self.inner))
-        _refuse(self.inner, "held", self.values, known)
+        _refuse(self.inner, "held", self.values, _holdable(self.inner))
         if hasattr(self.inner, "check_held"):
             self.inner.check_held(self.values)
 

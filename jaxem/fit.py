@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, tree
-from .em import EM
+from .em import EM, objective
 from .protocols import Data, Params
 from .record import record
 from .status import EMError, Status
@@ -26,8 +26,11 @@ class Result:
     """A fit. Under vmap every field has a leading axis.
 
     params: the fitted parameters; objective: log-likelihood + log-prior of exactly these params;
-    loglik; num_steps: EM steps taken; status: a `Status` as an int32 array; history (max_steps + 1,):
-    objective after i steps, NaN past the end (the first 1001 only where max_steps is traced);
+    loglik; num_steps: EM steps taken; num_passes: E-steps, counted in passes over the data, that of the
+    start included, and one for the last objective where an algorithm has not seen all rows; status: a
+    `Status` as an int32 array; history (max_steps + 1,): objective after i steps, NaN past the end (the first
+    1001 only where max_steps is traced); before the last step it is the algorithm's own account of it, where that
+    sees a part of the rows at a time, or a tempered posterior;
     largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
     """
 
@@ -35,6 +38,7 @@ class Result:
     objective: jax.Array
     loglik: jax.Array
     num_steps: jax.Array
+    num_passes: jax.Array
     status: jax.Array
     history: jax.Array
     largest_decrease: jax.Array
@@ -75,29 +79,21 @@ class Progress:
     largest_decrease: jax.Array
 
 
-def objective_of(model: Any, state: Any, dtype: Any) -> jax.Array:
-    """log-likelihood + log-prior at the state's parameters; NaN where the model tells no log-likelihood."""
-    if state.loglik is None:
-        return jnp.full((), jnp.nan, dtype)
-    prior = model.log_prior(state.params) if hasattr(model, "log_prior") else 0
-    return jnp.asarray(state.loglik + prior, dtype)
-
-
 def begin(
     model: Any, algorithm: Any, params: Params, x: Data, weights: jax.Array | None, key: jax.Array | None
 ) -> Progress:
     """A fit before its first step; NONFINITE at once if the start is."""
     dtype = tree.float_dtype(x)
     state = algorithm.init(model, params, x, weights, key)
-    objective = objective_of(model, state, dtype)
-    sound = tree.all_finite(state.params) & (jnp.isfinite(objective) | (state.loglik is None))
+    value = objective(model, state)
+    sound = tree.all_finite(state.params) & (jnp.isfinite(value) | (state.loglik is None))
     unknown = jnp.full((), jnp.nan, dtype)
     return Progress(
         state=state,
-        objective=objective,
+        objective=value,
         gain=unknown,
         ratio=unknown,
-        record=objective,
+        record=value,
         stalled=jnp.zeros((), jnp.int32),
         num_steps=jnp.zeros((), jnp.int32),
         status=jnp.where(sound, Status.RUNNING, Status.NONFINITE).astype(jnp.int32),
@@ -126,18 +122,18 @@ def advance(
     # A log-likelihood is rounded in units of one nat a row; another objective has no unit of its own.
     rounded = total if getattr(model, "likelihood", True) else jnp.zeros_like(total)
     state = algorithm.step(model, fit.state, x, weights)
-    objective = objective_of(model, state, dtype)
+    value = objective(model, state)
     known = state.loglik is not None
     num_steps = fit.num_steps + 1
 
     if known:
-        gain = objective - fit.objective
-        resolution = 2 * eps * jnp.maximum(jnp.abs(objective), rounded)
+        gain = value - fit.objective
+        resolution = 2 * eps * jnp.maximum(jnp.abs(value), rounded)
         allowed = tol * total
-        finite = jnp.isfinite(objective) & tree.all_finite(state.params)
-        fell = -gain > jnp.sqrt(eps) * jnp.maximum(jnp.abs(objective), rounded) if algorithm.monotone else False
-        progress = objective > fit.record + resolution
-        record = jnp.where(progress, objective, fit.record)
+        finite = jnp.isfinite(value) & tree.all_finite(state.params)
+        fell = -gain > jnp.sqrt(eps) * jnp.maximum(jnp.abs(value), rounded) if algorithm.monotone else False
+        progress = value > fit.record + resolution
+        record = jnp.where(progress, value, fit.record)
     else:
         # Without an objective the parameters themselves are watched: their moves shrink like its gains.
         gain = _largest_move(fit.state.params, state.params, dtype)
@@ -146,6 +142,9 @@ def advance(
         progress = gain > resolution
         record = fit.record
 
+    if getattr(algorithm, "inexact", lambda _: False)(model):
+        # One poor M-step does not end a fit: gains count by their envelope, which may halve in a step.
+        gain = jnp.fmax(gain, 0.5 * fit.gain)
     ratio = gain / fit.gain
     stalled = jnp.where(progress, 0, fit.stalled + 1)
     # The slower of the last two ratios, so that one lucky ratio does not stop a slow fit. A ratio that rises by
@@ -155,9 +154,16 @@ def advance(
     rise = jnp.maximum(ratio - fit.ratio - 4 * resolution / jnp.abs(fit.gain), 0)
     slow = slow + jnp.where(slow < 1, rise / (1 - slow) ** 2, 0)
     left = jnp.where((slow >= 0) & (slow < 1), gain * slow / (1 - slow), jnp.inf)
-    settled = (gain > resolution) & (left <= jnp.maximum(allowed, resolution))
+    left = getattr(state, "left", left)  # some algorithms know better
+    near = left <= jnp.maximum(allowed, resolution)
     patience = PATIENCE if getattr(model, "likelihood", True) else PATIENCE // 2
-    converged = (settled | (stalled >= patience)) & (tol >= 0)
+    if not getattr(algorithm, "stochastic", False):
+        converged = ((gain > resolution) & near) | (stalled >= patience)
+    else:
+        # Gains are noise, and say nothing.
+        converged = near if hasattr(state, "left") else jnp.array(False)
+    settled = getattr(state, "settled", True)
+    converged = converged & settled & (tol >= 0)
 
     bad = ~finite | fell
     status = jnp.where(
@@ -168,11 +174,12 @@ def advance(
     drop = jnp.maximum(-gain, 0) if known else jnp.zeros((), dtype)
     after = Progress(
         state=tree.where(bad, fit.state, state),
-        objective=jnp.where(bad, fit.objective, objective),
-        gain=gain,
+        objective=jnp.where(bad, fit.objective, value),
+        # While an objective is still being changed, what it did before is forgotten.
+        gain=jnp.where(settled, gain, jnp.nan),
         ratio=ratio,
-        record=record,
-        stalled=stalled,
+        record=jnp.where(settled, record, value),
+        stalled=jnp.where(settled, stalled, 0),
         num_steps=jnp.where(bad, fit.num_steps, num_steps),
         status=status,
         largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, drop), fit.largest_decrease),
@@ -180,13 +187,23 @@ def advance(
     return tree.where(fit.status == Status.RUNNING, after, fit)
 
 
-def ending(model: Any, fit: Progress) -> jax.Array:
-    """The final status: a fit that rests on a dead or collapsed component is DEGENERATE, however it ended."""
+def ended(model: Any, algorithm: Any, fit: Progress, x: Data, weights: jax.Array | None) -> Progress:
+    """The fit as it is reported: the objective of all rows at its parameters, and the final status.
+
+    A fit that rests on a dead or collapsed component is DEGENERATE, however it ended.
+    """
     status = jnp.where(fit.status == Status.RUNNING, Status.MAX_STEPS, fit.status)
-    if not hasattr(model, "degenerate"):
-        return status
-    collapsed = jnp.any(model.degenerate(fit.state.stats)) & tree.all_finite(fit.state.params)
-    return jnp.where(collapsed, Status.DEGENERATE, status).astype(jnp.int32)
+    state, value = fit.state, fit.objective
+    if hasattr(algorithm, "evaluated"):
+        state = algorithm.evaluated(model, fit.state, x, weights)
+    if state is not fit.state:
+        value = objective(model, state)
+        unsound = ~jnp.isfinite(value) if state.loglik is not None else False
+        status = jnp.where(unsound & (status != Status.NONFINITE), Status.NONFINITE, status)
+    if hasattr(model, "degenerate"):
+        collapsed = jnp.any(model.degenerate(state.stats)) & tree.all_finite(state.params)
+        status = jnp.where(collapsed, Status.DEGENERATE, status)
+    return dataclasses.replace(fit, state=state, objective=value, status=status.astype(jnp.int32))
 
 
 def like_step(model: Any, algorithm: Any, params: Params, x: Data, weights: jax.Array | None, key: Any) -> Params:
@@ -260,12 +277,15 @@ def _fit(
         return fit, history.at[fit.num_steps].set(fit.objective, mode="drop")
 
     fit, history = jax.lax.while_loop(running, body, (start, history))
+    fit = ended(model, algorithm, fit, x, weights)
+    history = history.at[fit.num_steps].set(fit.objective, mode="drop")
     return Result(
         params=fit.state.params,
         objective=fit.objective,
         loglik=fit.objective if fit.state.loglik is None else fit.state.loglik,
         num_steps=fit.num_steps,
-        status=ending(model, fit),
+        num_passes=fit.state.num_passes,
+        status=fit.status,
         history=history,
         largest_decrease=fit.largest_decrease,
     )

@@ -141,8 +141,8 @@ def inverse_lower(factor: jax.Array) -> jax.Array:
 
 
 def simplex_to_real(probabilities: jax.Array) -> jax.Array:
-    """Additive log-ratio: the simplex (..., K) to R^(K-1), against the last entry."""
-    logs = jnp.log(probabilities)
+    """Additive log-ratio: the simplex (..., K) to R^(K-1), against the last entry; finite on its boundary too."""
+    logs = jnp.log(jnp.where(probabilities == 0, jnp.finfo(probabilities.dtype).tiny, probabilities))
     return logs[..., :-1] - logs[..., -1:]
 
 

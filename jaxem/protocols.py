@@ -13,7 +13,8 @@ class Model(Protocol):
     """A latent-variable model, as the algorithms see it.
 
     `e_step` gives expected sufficient statistics that add over rows, with the log-likelihood at
-    `params` as their leaf `loglik`; `m_step` maximises `q_function + log_prior` given them.
+    `params` as their leaf `loglik`; `m_step` maximises `q_function + log_prior` given them (a model
+    without an `m_step` has its Q climbed by gradients).
 
     A model may also have (each is used where present): `init(key, x, weights)`,
     `check(x, weights)` and `check_params(params)` to refuse bad input eagerly, `degenerate(stats) ->
@@ -22,6 +23,7 @@ class Model(Protocol):
     for a cheaper model with the same parameters that does the bulk of many restarts, `partial()` for
     the model as it sees a part of the rows (where an E-step on all of them does more), `rebase`,
     `likelihood = False` where the objective is none and has no unit of its own,
+    `blocks(params)` and `m_step_for(params, stats, names)`, an M-step over some of the parameters;
     `unconstrain` and `constrain`, `num_parameters`, `log_prob`, `posterior`, `predict`, `sample`.
     """
 
@@ -81,27 +83,54 @@ class Family(Protocol):
 
 
 class Gather(Protocol):
-    """How statistics are summed over the data; `state` is what the slot remembers between steps."""
+    """How statistics are summed over the data; `state` is what the slot remembers between steps.
+
+    A gather may also have (each is used where present): `parts(x) -> int`, how many M-steps and `step`s
+    make one turn (1), `part` counts them; `passes(x) -> float`, passes over the data in a turn (1);
+    `complete = False` where statistics are not those of all rows at the parameters;
+    `stochastic = True` where they stay random; `monotone = False` where the objective may fall.
+    """
 
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
     ) -> tuple[Stats, Any]: ...
 
     def step(
-        self, model: Any, params: Params, state: Any, x: Data, weights: jax.Array | None, expect: Any
-    ) -> tuple[Stats, Any]: ...
+        self,
+        model: Any,
+        params: Params,
+        stats: Stats,
+        state: Any,
+        x: Data,
+        weights: jax.Array | None,
+        expect: Any,
+        part: jax.Array | int,
+    ) -> tuple[Stats, Any]:
+        """Statistics at `params`, given those of the step before."""
+        ...
 
 
 class Maximize(Protocol):
-    """How parameters are made from statistics; `state` is what the slot remembers between steps."""
+    """How parameters are made from statistics; `state` is what the slot remembers between steps.
 
-    def init(self, model: Any, params: Params) -> Any: ...
+    It may also have `parts(model, params) -> int`: how many E-steps and `step`s make one turn (1).
+    """
 
-    def step(self, model: Any, params: Params, stats: Stats, state: Any) -> tuple[Params, Any]: ...
+    def init(self, model: Any, params: Params, total: jax.Array) -> Any:
+        """total: the weight of all rows."""
+        ...
+
+    def step(
+        self, model: Any, params: Params, stats: Stats, state: Any, part: jax.Array | int
+    ) -> tuple[Params, Any]: ...
 
 
 class State(Protocol):
-    """What every algorithm's state shows: parameters and the log-likelihood at exactly these."""
+    """What every algorithm's state shows: parameters, and the log-likelihood at exactly these.
+
+    It may also have `left`, its own estimate of what is still to be gained, in place of the loop's, and
+    `settled`, False while the objective itself is still being changed.
+    """
 
     @property
     def params(self) -> Params: ...
@@ -112,9 +141,17 @@ class State(Protocol):
     @property
     def loglik(self) -> jax.Array | None: ...
 
+    @property
+    def num_passes(self) -> jax.Array: ...
+
 
 class Algorithm(Protocol):
-    """An EM step, and whether exact arithmetic would let it lower the objective."""
+    """An EM step, and whether exact arithmetic would let it lower the objective.
+
+    It may also have `stochastic = True`, where a fit never settles by itself; `inexact(model)`, True where gains
+    are irregular; and `evaluated(model, state, x, weights) -> state`: the state with the log-likelihood of
+    all rows at its parameters.
+    """
 
     @property
     def monotone(self) -> bool: ...

@@ -18,7 +18,7 @@ from .fit import (
     advance,
     begin,
     check_limits,
-    ending,
+    ended,
     history_capacity,
     like_step,
     with_status,
@@ -62,7 +62,7 @@ class Restarts:
 
     best: the Result of the restart with the highest objective among those that converged or ran out
     of steps (if all failed, the highest of the failed: look at its status); index: which it is;
-    params, objective, status, num_steps, largest_decrease: of all R restarts, leading axis R;
+    params, objective, status, num_steps, num_passes, largest_decrease: of all R restarts, leading axis R;
     total_weight: what objectives are divided by to compare them per row.
     """
 
@@ -72,6 +72,7 @@ class Restarts:
     objective: jax.Array
     status: jax.Array
     num_steps: jax.Array
+    num_passes: jax.Array
     largest_decrease: jax.Array
     total_weight: jax.Array
 
@@ -108,6 +109,7 @@ class _Jobs:
     loglik: jax.Array
     status: jax.Array
     num_steps: jax.Array
+    num_passes: jax.Array
     largest_decrease: jax.Array
     history: Any
 
@@ -151,18 +153,20 @@ def _drive(
 
     def put(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
         """Write restarts back; slot R stands for none."""
+        fits = jax.vmap(lambda fit: ended(model, algorithm, fit, x, weights))(fits)
         loglik = fits.objective if fits.state.loglik is None else fits.state.loglik
-        ended = dict(
+        endings = dict(
             params=fits.state.params,
             objective=fits.objective,
             loglik=loglik,
-            status=jax.vmap(functools.partial(ending, model))(fits),
+            status=fits.status,
             num_steps=fits.num_steps,
+            num_passes=jobs.num_passes.at[slots].get(mode="fill", fill_value=0) + fits.state.num_passes,
             largest_decrease=fits.largest_decrease,
         )
-        before = {name: getattr(jobs, name) for name in ended}
-        after = jax.tree.map(lambda all_, some: all_.at[slots].set(some, mode="drop"), before, ended)
-        return dataclasses.replace(jobs, **after)
+        before = {name: getattr(jobs, name) for name in endings}
+        after = jax.tree.map(lambda all_, some: all_.at[slots].set(some, mode="drop"), before, endings)
+        return _note(dataclasses.replace(jobs, **after), slots, fits)
 
     def go_on(carry: tuple) -> jax.Array:
         _, _, fits, head = carry
@@ -230,6 +234,7 @@ def _prepare(
         loglik=unknown,
         status=jnp.full(num_restarts, Status.RUNNING, jnp.int32),
         num_steps=jnp.zeros(num_restarts, jnp.int32),
+        num_passes=jnp.zeros_like(unknown),
         largest_decrease=jnp.zeros_like(unknown),
         history=jnp.full((num_restarts, capacity + 1), jnp.nan, unknown.dtype),
     )
@@ -259,6 +264,7 @@ def _finish(jobs: _Jobs, x: Data, weights: jax.Array | None) -> Restarts:
         objective=jobs.objective,
         status=jobs.status,
         num_steps=jobs.num_steps,
+        num_passes=jobs.num_passes,
         largest_decrease=jobs.largest_decrease,
         total_weight=tree.total_weight(x, weights),
     )
@@ -307,7 +313,15 @@ def fit_restarts(
     jobs = _prepare(model, key, x, weights, starts, algorithm, num_restarts, function, lanes, capacity)
 
     run = functools.partial(_drive, x=x, weights=weights, algorithm=algorithm, tol=tol, lanes=lanes)
-    bulk = model.coarse() if hasattr(model, "coarse") and num_restarts * work >= _COARSE_WORK else model
+    # What only parameters tell of a restart is enough to go on from where nothing is random or scheduled.
+    resumable = getattr(algorithm, "monotone", False)
+    if screen is not None and not resumable:
+        raise ValueError(
+            "screen needs an algorithm that can go on from parameters alone, without draws, batches or a schedule; "
+            f"got {algorithm!r}. Leave screen out"
+        )
+    large = num_restarts * work >= _COARSE_WORK
+    bulk = model.coarse() if resumable and large and hasattr(model, "coarse") else model
     coarse = bulk is not model  # a model without a cheaper form gives itself
     kept = None
     if screen is not None:

@@ -198,6 +198,17 @@ def _linear(case: _Case) -> bool | None:
     return None
 
 
+@_law("rebase is exact")
+def _rebase(case: _Case) -> bool | None:
+    """Statistics moved to the reference of other parameters lead to the same M-step."""
+    if not case.has("rebase"):
+        return False
+    best = case.m_step(case.stats)
+    moved = jax.jit(lambda stats, params: case.model.rebase(stats, params))(case.stats, best)
+    case.close(case.m_step(moved), best, "params", 10)
+    return None
+
+
 def _coordinates(case: _Case, params: Params) -> tuple[Any, Callable[[Any], Params]]:
     if case.has("unconstrain", "constrain"):
         return case.unconstrain(params), case.constrain

@@ -34,6 +34,8 @@ def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
     """`a` where the condition holds, else `b`; the condition covers each leaf's leading axes."""
 
     def select(x: jax.Array, y: jax.Array) -> jax.Array:
+        if x is y:
+            return x  # what a step hands on as it is costs nothing, however large
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
                 select(jax.random.key_data(x), jax.random.key_data(y)), impl=jax.random.key_impl(x)
@@ -79,8 +81,9 @@ def size(a: Tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(a))
 
 
-def _slice(rows: Tree, start: jax.Array, length: int) -> Tree:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0), rows)
+def rows_from(x: Tree, start: jax.Array | int, length: int) -> Tree:
+    """`length` rows of every leaf, from `start` on."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=0), x)
 
 
 def sum_over_blocks(
@@ -108,8 +111,8 @@ def sum_over_blocks(
         inside = None
         if weights is not None:
             fresh = start + jnp.arange(block_size) >= first
-            inside = jnp.where(fresh, _slice(weights, start, block_size), 0)
-        return function(_slice(x, start, block_size), inside)
+            inside = jnp.where(fresh, rows_from(weights, start, block_size), 0)
+        return function(rows_from(x, start, block_size), inside)
 
     def body(carry: tuple[Tree, Tree], index: jax.Array) -> tuple[tuple[Tree, Tree], None]:
         total, lost = carry
@@ -134,12 +137,12 @@ def map_over_blocks(function: Callable[[Tree], Tree], x: Tree, block_size: int) 
 
     def write(index: jax.Array, out: Tree) -> Tree:
         start = jnp.minimum(index * block_size, rows - block_size)
-        part = function(_slice(x, start, block_size))
+        part = function(rows_from(x, start, block_size))
         return jax.tree.map(
             lambda whole, piece: jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis=0), out, part
         )
 
-    shapes = jax.eval_shape(lambda: function(_slice(x, jnp.array(0), block_size)))
+    shapes = jax.eval_shape(lambda: function(rows_from(x, jnp.array(0), block_size)))
     empty = jax.tree.map(lambda s: jnp.zeros((rows, *s.shape[1:]), s.dtype), shapes)
     return jax.lax.fori_loop(0, -(-rows // block_size), write, empty)
 

@@ -3,3 +3,5 @@
 from .criteria import aic as aic
 from .criteria import bic as bic
 from .criteria import icl as icl
+from .free_energy import FreeEnergy as FreeEnergy
+from .free_energy import free_energy as free_energy

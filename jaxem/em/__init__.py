@@ -1,10 +1,29 @@
-"""The EM step: expect, gather, maximize."""
+"""The EM step: expect, gather, maximize, and the wrappers around it."""
 
 from ..latents import Exact as Exact
 from ..latents import Hard as Hard
+from ..latents import Sample as Sample
+from .accelerate import anderson as anderson
+from .accelerate import squarem as squarem
+from .annealing import annealed as annealed
+from .averaging import averaged as averaged
 from .gather import Blocks as Blocks
 from .gather import Full as Full
 from .maximize import ClosedForm as ClosedForm
+from .maximize import Conditional as Conditional
+from .maximize import Gradient as Gradient
+from .minibatch import Incremental as Incremental
+from .minibatch import PowerRate as PowerRate
+from .minibatch import Stepwise as Stepwise
+from .minibatch import VarianceReduced as VarianceReduced
 from .step import EM as EM
 from .step import EMState as EMState
+from .step import objective as objective
+from .variants import annealed_em as annealed_em
+from .variants import ecm as ecm
+from .variants import generalized_em as generalized_em
 from .variants import hard_em as hard_em
+from .variants import incremental_em as incremental_em
+from .variants import monte_carlo_em as monte_carlo_em
+from .variants import stepwise_em as stepwise_em
+from .variants import stochastic_em as stochastic_em

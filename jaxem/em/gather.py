@@ -1,22 +1,36 @@
-"""How expected statistics are summed over the rows."""
+"""How expected statistics are summed over the rows, all of them in every step."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .. import checks, tree
 from ..protocols import Data, Params, Stats
 from ..record import record, static
 
 
-def _sum(model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, block_size: int) -> Stats:
-    split = block_size < tree.num_rows(x)
-    part = model.partial() if split and hasattr(model, "partial") else model
+def e_step_in_blocks(
+    model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, block_size: int
+) -> Stats:
+    """The E-step on all rows, `block_size` of them in memory at a time."""
+    rows = tree.num_rows(x)
+    if block_size >= rows:
+        return model.e_step(params, x, weights, expect)
+    part = as_part(model)
+    if not expect.stochastic:
+        return tree.sum_over_blocks(lambda x, weights: part.e_step(params, x, weights, expect), x, weights, block_size)
 
-    def block(rows: Data, inside: jax.Array | None) -> Stats:
-        return part.e_step(params, rows, inside, expect)
+    def block(numbered: tuple[Data, jax.Array], inside: jax.Array | None) -> Stats:
+        x, number = numbered
+        return part.e_step(params, x, inside, expect.fold(number[0]))  # every block has draws of its own
 
-    return tree.sum_over_blocks(block, x, weights, block_size)
+    return tree.sum_over_blocks(block, (x, jnp.arange(rows)), weights, block_size)
+
+
+def as_part(model: Any) -> Any:
+    """The model as it sees a part of the rows."""
+    return model.partial() if hasattr(model, "partial") else model
 
 
 @record
@@ -29,15 +43,26 @@ class Full:
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
     ) -> tuple[Stats, None]:
-        return self.step(model, params, None, x, weights, expect)
+        return self._all(model, params, x, weights, expect), None
 
     def step(
-        self, model: Any, params: Params, state: None, x: Data, weights: jax.Array | None, expect: Any
+        self,
+        model: Any,
+        params: Params,
+        stats: Stats,
+        state: None,
+        x: Data,
+        weights: jax.Array | None,
+        expect: Any,
+        part: jax.Array | int,
     ) -> tuple[Stats, None]:
+        return self._all(model, params, x, weights, expect), None
+
+    def _all(self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any) -> Stats:
         if not hasattr(model, "floats_per_row"):
-            return model.e_step(params, x, weights, expect), None
+            return model.e_step(params, x, weights, expect)
         size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
-        return _sum(model, params, x, weights, expect, size), None
+        return e_step_in_blocks(model, params, x, weights, expect, size)
 
 
 @record(kw_only=False)
@@ -55,9 +80,17 @@ class Blocks:
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
     ) -> tuple[Stats, None]:
-        return self.step(model, params, None, x, weights, expect)
+        return e_step_in_blocks(model, params, x, weights, expect, self.block_size), None
 
     def step(
-        self, model: Any, params: Params, state: None, x: Data, weights: jax.Array | None, expect: Any
+        self,
+        model: Any,
+        params: Params,
+        stats: Stats,
+        state: None,
+        x: Data,
+        weights: jax.Array | None,
+        expect: Any,
+        part: jax.Array | int,
     ) -> tuple[Stats, None]:
-        return _sum(model, params, x, weights, expect, self.block_size), None
+        return e_step_in_blocks(model, params, x, weights, expect, self.block_size), None

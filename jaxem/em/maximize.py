@@ -1,17 +1,176 @@
 """How parameters are made from expected statistics."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
+
+from .. import checks, tree
 from ..protocols import Params, Stats
-from ..record import record
+from ..record import record, static
+
+# Lengths at which a gradient step that would lower Q is tried again.
+_SHORTER = tuple(2.0**-power for power in (0, 1, 2, 3, 5, 8, 12, 20))
 
 
 @record
 class ClosedForm:
-    """The model's own M-step."""
+    """The model's own M-step; for a model without one, `Gradient()`."""
 
-    def init(self, model: Any, params: Params) -> None:
-        return None
+    def init(self, model: Any, params: Params, total: jax.Array) -> Any:
+        return None if hasattr(model, "m_step") else Gradient().init(model, params, total)
 
-    def step(self, model: Any, params: Params, stats: Stats, state: None) -> tuple[Params, None]:
+    def step(self, model: Any, params: Params, stats: Stats, state: Any, part: jax.Array | int) -> tuple[Params, Any]:
+        if not hasattr(model, "m_step"):
+            return Gradient().step(model, params, stats, state, part)
         return model.m_step(stats), None
+
+
+@record
+class Ascent:
+    """What gradient steps remember: the optimiser's state, and the number of rows that Q is a sum over."""
+
+    optimizer: Any
+    total: jax.Array
+
+
+_LBFGS = optax.lbfgs(memory_size=8)
+
+
+@record(kw_only=False)
+class Gradient:
+    """Generalised EM: steps of an optax optimiser up Q + log-prior, per row, in unconstrained coordinates.
+
+    optimizer: any optax GradientTransformation, L-BFGS (the default) included; build it once, since
+    it is part of the jit key. num_steps: its steps in one EM step. Its state is carried from one EM
+    step to the next. A step that would lower Q is shortened, down to a millionth, or refused, and
+    the optimiser then starts anew: so no EM step lowers the objective (Dempster, Laird & Rubin 1977,
+    section 3: GEM). Statistics are at hand, so a gradient step does not touch the data.
+    Raises TypeError for what is no optax optimiser, for models without `q_function`, and for states of
+    another optimiser; ValueError for num_steps below 1.
+    """
+
+    optimizer: Any = static(default=_LBFGS)
+    num_steps: int = static(default=5)
+
+    inexact = True
+
+    def __post_init__(self) -> None:
+        if not (callable(getattr(self.optimizer, "init", None)) and callable(getattr(self.optimizer, "update", None))):
+            raise TypeError(
+                "optimizer must be an optax GradientTransformation, as optax.adam(1e-2) or optax.lbfgs(); "
+                f"got {self.optimizer!r}"
+            )
+        checks.positive_integer("num_steps", self.num_steps)
+
+    def init(self, model: Any, params: Params, total: jax.Array) -> Ascent:
+        if not hasattr(model, "q_function"):
+            raise TypeError(
+                "a gradient M-step climbs Q, and this model has no q_function(params, stats): give it one, or an m_step"
+            )
+        theta, _ = coordinates(model, params)
+        return Ascent(optimizer=self.optimizer.init(theta), total=total)
+
+    def step(
+        self, model: Any, params: Params, stats: Stats, state: Ascent, part: jax.Array | int
+    ) -> tuple[Params, Ascent]:
+        theta, constrain = coordinates(model, params)
+        self._check_state(theta, state)
+
+        def descent(theta: Any) -> jax.Array:
+            at = constrain(theta)
+            prior = model.log_prior(at) if hasattr(model, "log_prior") else 0
+            return -(model.q_function(at, stats) + prior) / state.total
+
+        update = optax.with_extra_args_support(self.optimizer).update
+
+        def one(_: int, carry: tuple[Any, Any, jax.Array, Any]) -> tuple[Any, Any, jax.Array, Any]:
+            theta, optimizer, value, slope = carry
+            move, remembered = update(slope, optimizer, theta, value=value, grad=slope, value_fn=descent)
+            lengths = jnp.asarray(_SHORTER, value.dtype)
+            tried = jax.vmap(lambda length: descent(_along(theta, move, length)))(lengths)
+            good = tried <= value  # False for NaN
+            length = lengths[jnp.argmax(good)]
+            moved = tree.all_finite(move) & jnp.any(good)
+            theta = tree.where(moved, _along(theta, move, length), theta)
+            optimizer = tree.where(moved, remembered, self.optimizer.init(theta))
+            return (theta, optimizer, *jax.value_and_grad(descent)(theta))
+
+        start = (theta, state.optimizer, *jax.value_and_grad(descent)(theta))
+        theta, optimizer, _, _ = jax.lax.fori_loop(0, self.num_steps, one, start)
+        return constrain(theta), dataclasses.replace(state, optimizer=optimizer)
+
+    def _check_state(self, theta: Any, state: Any) -> None:
+        expected = jax.eval_shape(self.optimizer.init, theta)
+        given = getattr(state, "optimizer", state)
+        made: Any = jax.tree.structure(given)
+        if made != jax.tree.structure(expected):
+            raise TypeError(
+                "this state was made by another optimiser: start from EM(...).init with the algorithm that steps it"
+            )
+
+
+@record(kw_only=False)
+class Conditional:
+    """ECM: Q is maximised over one block of parameters after the other, the rest held where they are.
+
+    blocks: names as the model's `blocks(params)` declares them, "weights" or "components.mean"; tuples of
+    names are one block; without any, every declared name is a block. Parameters in no block stay as
+    they are: frozen. multicycle: an E-step before every block (still one step a round of all blocks).
+    Meng & Rubin (1993), Maximum likelihood estimation via the ECM algorithm, Biometrika 80.
+    Raises TypeError for models that declare no blocks, ValueError for names that they do not have.
+    """
+
+    blocks: tuple[Any, ...] = static(default=())
+    multicycle: bool = static(default=False)
+
+    def __post_init__(self) -> None:
+        blocks = (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks)
+        blocks = tuple((block,) if isinstance(block, str) else tuple(block) for block in blocks)
+        names = [name for block in blocks for name in block]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"blocks must name a parameter once; got {twice[0]!r} more than once")
+        object.__setattr__(self, "blocks", blocks)
+
+    def init(self, model: Any, params: Params, total: jax.Array) -> None:
+        self._blocks(model, params)
+
+    def parts(self, model: Any, params: Params) -> int:
+        """E-steps in one round."""
+        return len(self._blocks(model, params)) if self.multicycle else 1
+
+    def step(self, model: Any, params: Params, stats: Stats, state: None, part: jax.Array | int) -> tuple[Params, None]:
+        rounds: list[Callable] = [
+            functools.partial(model.m_step_for, stats=stats, names=block) for block in self._blocks(model, params)
+        ]
+        if self.multicycle:
+            return jax.lax.switch(part, rounds, params), None
+        for maximize in rounds:
+            params = maximize(params)
+        return params, None
+
+    def _blocks(self, model: Any, params: Params) -> tuple[tuple[str, ...], ...]:
+        if not hasattr(model, "m_step_for"):
+            raise TypeError(f"{type(model).__name__} declares no blocks of parameters (blocks and m_step_for)")
+        declared = tuple(model.blocks(params))
+        names = [name for block in self.blocks for name in block]
+        unknown = [name for name in names if name not in declared]
+        if unknown:
+            raise ValueError(f"blocks must be among {', '.join(map(repr, declared))}; got {unknown[0]!r}")
+        return self.blocks or tuple((name,) for name in declared)
+
+
+def coordinates(model: Any, params: Params) -> tuple[Any, Callable[[Any], Params]]:
+    """Unconstrained coordinates of parameters and the way back; the parameters themselves where a model has none."""
+    if hasattr(model, "unconstrain") and hasattr(model, "constrain"):
+        return model.unconstrain(params), model.constrain
+    return params, lambda theta: theta
+
+
+def _along(theta: Any, move: Any, length: jax.Array) -> Any:
+    return jax.tree.map(lambda at, step: at + length * step, theta, move)

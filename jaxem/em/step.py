@@ -1,10 +1,12 @@
 """One EM step: maximize after gather after expect, as data."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from .. import protocols
+from .. import protocols, tree
 from ..latents import Exact
 from ..protocols import Data, Params, Stats
 from ..record import record
@@ -16,7 +18,9 @@ from .maximize import ClosedForm
 class EMState:
     """Parameters, and the statistics and log-likelihood at exactly these parameters.
 
-    `gather` and `maximize` hold what those slots remember; `key` drives what is random in them.
+    `gather` and `maximize` hold what those slots remember; `key` drives what is random; num_passes:
+    E-steps so far, counted in passes over the data. Where a gather sees a part of the rows at a time,
+    statistics and log-likelihood are its running account of all of them.
     """
 
     params: Params
@@ -25,6 +29,8 @@ class EMState:
     gather: Any
     maximize: Any
     key: jax.Array | None
+    num_steps: jax.Array
+    num_passes: jax.Array
 
 
 @record
@@ -41,26 +47,106 @@ class EM:
     maximize: protocols.Maximize = ClosedForm()
 
     @property
+    def stochastic(self) -> bool:
+        """Whether steps are random to the end, so that no fit can be told to have converged."""
+        return getattr(self.expect, "stochastic", False) or getattr(self.gather, "stochastic", False)
+
+    @property
     def monotone(self) -> bool:
         """Whether exact arithmetic would never lower the objective."""
-        return True
+        return not self.stochastic and getattr(self.gather, "monotone", True)
+
+    def inexact(self, model: Any) -> bool:
+        """Whether M-steps stop short of the maximum, some more than others."""
+        return getattr(self.maximize, "inexact", False) or not hasattr(model, "m_step")
+
+    @property
+    def complete(self) -> bool:
+        """Whether a state's statistics are those of all rows at its parameters."""
+        return getattr(self.gather, "complete", True)
 
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> EMState:
-        """The state at a start: one E-step."""
-        stats, gather = self.gather.init(model, params, x, weights, self.expect, key)
+        """The state at a start: one E-step. Raises TypeError where a random algorithm gets no key."""
+        step = jnp.zeros((), jnp.int32)
+        key, own = (None, None) if key is None else jax.random.split(key)
+        stats, gather = self.gather.init(model, params, x, weights, self._expect(step, key), own)
         return EMState(
             params=params,
             stats=stats,
             loglik=stats.loglik,
             gather=gather,
-            maximize=self.maximize.init(model, params),
+            maximize=self.maximize.init(model, params, tree.total_weight(x, weights)),
             key=key,
+            num_steps=step,
+            num_passes=jnp.asarray(min(1.0, self._passes(x)), tree.float_dtype(x)),
         )
 
     def step(self, model: Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
-        """M-step from the statistics at hand, then the E-step at the new parameters."""
-        params, maximize = self.maximize.step(model, state.params, state.stats, state.maximize)
-        stats, gather = self.gather.step(model, params, state.gather, x, weights, self.expect)
-        return EMState(params=params, stats=stats, loglik=stats.loglik, gather=gather, maximize=maximize, key=state.key)
+        """M-step from the statistics at hand, then the E-step at the new parameters.
+
+        Where slots work in parts, pieces of the data or blocks of parameters, a step is one turn of all.
+        """
+        pieces = self.gather.parts(x) if hasattr(self.gather, "parts") else 1
+        blocks = self.maximize.parts(model, state.params) if hasattr(self.maximize, "parts") else 1
+
+        def part(index: jax.Array | int, state: EMState) -> EMState:
+            params, maximize = self.maximized(model, state, index // pieces)
+            state = dataclasses.replace(state, maximize=maximize)
+            return self.moved(model, state, params, x, weights, index % pieces)
+
+        total = pieces * blocks
+        state = part(0, state) if total == 1 else jax.lax.fori_loop(0, total, part, state)
+        return dataclasses.replace(
+            state,
+            num_steps=state.num_steps + 1,
+            num_passes=state.num_passes + blocks * self._passes(x),
+        )
+
+    def maximized(self, model: Any, state: EMState, part: jax.Array | int = 0) -> tuple[Params, Any]:
+        """The parameters that a state's statistics lead to, and what the slot remembers then."""
+        return self.maximize.step(model, state.params, state.stats, state.maximize, part)
+
+    def moved(
+        self,
+        model: Any,
+        state: EMState,
+        params: Params,
+        x: Data,
+        weights: jax.Array | None = None,
+        part: jax.Array | int = 0,
+    ) -> EMState:
+        """The state at other parameters: the E-step there."""
+        key, own = state.key, None
+        if getattr(self.expect, "stochastic", False):
+            key, own = jax.random.split(jnp.asarray(state.key))
+        expect = self._expect(state.num_steps + 1, own)
+        stats, gather = self.gather.step(model, params, state.stats, state.gather, x, weights, expect, part)
+        return dataclasses.replace(state, params=params, stats=stats, loglik=stats.loglik, gather=gather, key=key)
+
+    def evaluated(self, model: Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
+        """The state with the log-likelihood of all rows at its parameters; itself where that is what it has."""
+        return state if self.complete else self.exactly(model, state, x, weights)
+
+    def exactly(self, model: Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
+        """The state after an E-step on all rows, without draws."""
+        expect = Exact() if getattr(self.expect, "stochastic", False) else self.expect
+        stats, _ = Full().init(model, state.params, x, weights, expect, None)
+        return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
+
+    def _expect(self, step: jax.Array, key: jax.Array | None) -> Any:
+        """What the slot `expect` is in this step."""
+        return self.expect.at(step, key) if hasattr(self.expect, "at") else self.expect
+
+    def _passes(self, x: Data) -> float:
+        """Passes over the data that a gather makes in a step."""
+        return self.gather.passes(x) if hasattr(self.gather, "passes") else 1.0
+
+
+def objective(model: Any, state: Any) -> jax.Array:
+    """log-likelihood + log-prior at a state's parameters; NaN where the model tells no log-likelihood."""
+    if state.loglik is None:
+        return jnp.full_like(state.num_passes, jnp.nan)
+    prior = model.log_prior(state.params) if hasattr(model, "log_prior") else 0
+    return jnp.asarray(state.loglik + prior, state.num_passes.dtype)

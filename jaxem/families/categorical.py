@@ -109,7 +109,8 @@ class Categorical:
     def unconstrain(self, params: CategoricalParams) -> CategoricalParams:
         """Log-ratios against the first value, (K, D, V - 1)."""
         has = self._has(params.probability.shape[1])
-        logs = jnp.log(jnp.where(has, params.probability, 1))
+        least = jnp.finfo(params.probability.dtype).tiny
+        logs = jnp.log(jnp.where(has, jnp.where(params.probability == 0, least, params.probability), 1))
         return CategoricalParams(probability=jnp.where(has[:, 1:], logs[..., 1:] - logs[..., :1], 0))
 
     def constrain(self, theta: CategoricalParams) -> CategoricalParams:

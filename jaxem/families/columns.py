@@ -108,7 +108,7 @@ def check(name: str, x: Any, valid: Callable[[np.ndarray], np.ndarray], expected
     rows = checks.columns(name, x)
     if not checks.is_concrete(x):
         return
-    values = np.asarray(rows).astype(float)
+    values = np.asarray(x).astype(float).reshape(len(x), -1)
     absent = values == -1 if np.issubdtype(rows.dtype, np.signedinteger) else np.isnan(values)
     good = np.broadcast_to(valid(np.where(np.isnan(values), 0, values)), values.shape)
     good = good | absent if missing else good & ~absent

@@ -175,9 +175,10 @@ class StudentT:
         return StudentTParams(mean=normal.mean, scale=normal.covariance, degrees_of_freedom=nu)
 
     def constrain(self, theta: StudentTParams) -> StudentTParams:
-        """Inverse of `unconstrain`."""
+        """Inverse of `unconstrain`, within the limits of estimated degrees of freedom."""
         normal = self._normal.constrain(NormalParams(mean=theta.mean, covariance=theta.scale))
-        nu = jnp.exp(theta.degrees_of_freedom) if self.degrees_of_freedom is None else self._held(theta.mean)
+        estimated = jnp.clip(jnp.exp(theta.degrees_of_freedom), _LEAST, _MOST)
+        nu = estimated if self.degrees_of_freedom is None else self._held(theta.mean)
         return StudentTParams(mean=normal.mean, scale=normal.covariance, degrees_of_freedom=nu)
 
     def check(self, x: jax.Array, name: str = "x") -> None:

@@ -1,4 +1,5 @@
 """Posteriors of latent variables, by structure."""
 
-from .categorical import Exact as Exact
-from .categorical import Hard as Hard
+from .expect import Exact as Exact
+from .expect import Hard as Hard
+from .expect import Sample as Sample

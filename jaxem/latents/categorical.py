@@ -1,33 +1,46 @@
 """One categorical latent a row: the posterior over components."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from .. import numerics
-from ..record import record
+from .expect import Exact, Hard, Sample
 
 
-@record
-class Exact:
-    """Take the exact posterior of the latents (the E-step of Dempster, Laird & Rubin 1977)."""
-
-
-@record
-class Hard:
-    """Give every row to its likeliest latents whole: classification EM (Celeux & Govaert 1992).
-
-    The objective is then the classification likelihood, sum_n max_z log p(x_n, z). Of equally
-    likely components the first is taken.
-    """
-
-
-def infer(log_joint: jax.Array, expect: Exact | Hard) -> tuple[jax.Array, jax.Array]:
+def infer(log_joint: jax.Array, expect: Any) -> tuple[jax.Array, jax.Array]:
     """log p(z = k, x_n) (K, N) -> responsibilities p(z = k | x_n) (K, N), log p(x_n) (N,).
 
-    Under Hard() the responsibilities are 0 or 1, and in place of log p(x_n) stands max_k log p(k, x_n).
-    Raises TypeError for an `expect` that a categorical latent does not know.
+    Under Hard() the responsibilities are 0 or 1, and in place of log p(x_n) stands max_k log p(k, x_n);
+    under Exact(T) they are tempered, and there stands T log sum_k p(k, x_n)^(1/T); under Sample(n)
+    they are shares of n draws. Raises TypeError for an `expect` that a categorical latent does not know.
     """
     if isinstance(expect, Exact):
-        return numerics.normalize(log_joint)
+        if expect.temperature is None:
+            return numerics.normalize(log_joint)
+        temperature = jnp.asarray(expect.temperature, log_joint.dtype)
+        tempered, evidence = numerics.normalize(log_joint / temperature)
+        return tempered, temperature * evidence
     if isinstance(expect, Hard):
         return numerics.first_largest(log_joint)
-    raise TypeError(f"expect must be Exact() or Hard() for a categorical latent; got {expect!r}")
+    if isinstance(expect, Sample):
+        exact, evidence = numerics.normalize(log_joint)
+        return _draw(exact, expect), evidence
+    raise TypeError(f"expect must be Exact(), Hard() or Sample() for a categorical latent; got {expect!r}")
+
+
+def _draw(responsibilities: jax.Array, expect: Sample) -> jax.Array:
+    """Shares of the components (K, N) among draws from responsibilities (K, N); an impossible row stays 0."""
+    key = expect.random_key()
+    upto = jnp.cumsum(responsibilities, axis=0)
+    total = upto[-1]
+
+    def draw(index: jax.Array, below: jax.Array) -> jax.Array:
+        level = total * jax.random.uniform(jax.random.fold_in(key, index), total.shape, total.dtype)
+        return below + (level < upto)
+
+    used = expect.num_samples if expect.used is None else expect.used
+    # Of each row, its draws up to component k; their differences over k are the draws of each.
+    below = jax.lax.fori_loop(0, used, draw, jnp.zeros_like(upto))
+    return jnp.diff(below, axis=0, prepend=0) / jnp.asarray(used, total.dtype)

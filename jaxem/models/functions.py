@@ -25,13 +25,12 @@ class FunctionModel:
     """A Model whose parts are plain functions; built by `from_functions`."""
 
     e_step_function: Callable = static()
-    m_step_function: Callable = static()
     optional: tuple[tuple[str, Callable], ...] = static(default=())
 
     def e_step(
         self, params: Params, x: Data, weights: jax.Array | None = None, expect: Exact = Exact()
     ) -> FunctionStats:
-        if not isinstance(expect, Exact):
+        if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"a model from functions takes its E-step as it is; expect must be Exact(), got {expect!r}")
         if weights is None:
             result = self.e_step_function(params, x)
@@ -50,31 +49,41 @@ class FunctionModel:
             loglik = jnp.sum(each if weights is None else weights * each)
         return FunctionStats(stats=stats, loglik=loglik)
 
-    def m_step(self, stats: FunctionStats) -> Params:
-        return self.m_step_function(stats.stats)
-
     def __getattr__(self, name: str) -> Any:
         # What was not given is absent, so that `hasattr` tells the truth about a user's model.
         function = dict(self.__dict__.get("optional", ())).get(name)
-        if function is not None:
-            # The user's Q takes the user's statistics; the library passes them with the log-likelihood.
-            return (lambda params, stats: function(params, stats.stats)) if name == "q_function" else function
-        raise AttributeError(f"this model has no {name}: pass {name}=... to from_functions")
+        if function is None:
+            raise AttributeError(f"this model has no {name}: pass {name}=... to from_functions")
+        return _OF_STATS[name](function) if name in _OF_STATS else function
 
 
-def from_functions(e_step: Callable, m_step: Callable, **optional: Callable) -> FunctionModel:
+# The user's functions take the user's statistics; the library passes them with the log-likelihood.
+_OF_STATS: dict[str, Callable[[Callable], Callable]] = {
+    "m_step": lambda function: lambda stats: function(stats.stats),
+    "m_step_for": lambda function: lambda params, stats, names: function(params, stats.stats, names),
+    "q_function": lambda function: lambda params, stats: function(params, stats.stats),
+    "rebase": lambda function: (
+        lambda stats, params: FunctionStats(stats=function(stats.stats, params), loglik=stats.loglik)
+    ),
+}
+
+
+def from_functions(e_step: Callable, m_step: Callable | None = None, **optional: Callable) -> FunctionModel:
     """A model from `e_step(params, x) -> stats` or `-> (stats, loglik)` and `m_step(stats) -> params`.
 
     Statistics are any pytree that adds over rows; `e_step` may take `weights=None` as well. Where
     neither it nor a `log_prob(params, x) -> (N,)` tells the log-likelihood, the objective is NaN and
-    convergence is judged by the parameters. Other optional functions are the methods of the Model
-    protocol: `init`, `q_function(params, stats)`, `log_prior`, `posterior`, `predict`, `sample`, ...
-    The functions are part of the jit key: define them once, outside of loops.
-    Raises TypeError for anything that cannot be called.
+    convergence is judged by the parameters. Without an m_step, `q_function(params, stats)` is climbed
+    by `Gradient()`. Other optional functions are the methods of the Model protocol: `init`,
+    `log_prior`, `unconstrain` and `constrain`, `posterior`, `predict`, `sample`, `rebase`, `blocks` and
+    `m_step_for`, ... The functions are part of the jit key: define them once, outside of loops.
+    Raises TypeError for anything that cannot be called, or with neither m_step nor q_function.
     """
-    for name, function in {"e_step": e_step, "m_step": m_step, **optional}.items():
+    if m_step is not None:
+        optional["m_step"] = m_step
+    for name, function in {"e_step": e_step, **optional}.items():
         if not callable(function):
             raise TypeError(f"{name} must be a function; got {type(function).__name__}")
-    return FunctionModel(
-        e_step_function=e_step, m_step_function=m_step, optional=tuple(sorted(optional.items(), key=lambda f: f[0]))
-    )
+    if "m_step" not in optional and "q_function" not in optional:
+        raise TypeError("m_step(stats) is needed, or q_function(params, stats) for a gradient M-step to climb")
+    return FunctionModel(e_step_function=e_step, optional=tuple(sorted(optional.items(), key=lambda f: f[0])))

@@ -103,8 +103,10 @@ class KMeans:
 
         Goes over the rows in blocks by itself: an empty cluster is known only after all of them.
         """
-        if not isinstance(expect, (Exact, Hard)):
-            raise TypeError(f"expect must be Exact() or Hard() for k-means; got {expect!r}")
+        if not isinstance(expect, (Exact, Hard)) or getattr(expect, "temperature", None) is not None:
+            raise TypeError(
+                f"expect must be Exact() or Hard() for k-means, whose only posterior is hard; got {expect!r}"
+            )
         return self._e_step(params, x, weights)
 
     @jax.jit

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, seeding, tree
+from .. import checks, constraints, numerics, seeding, tree
 from ..data import split
 from ..latents import Exact, categorical
 from ..priors import Dirichlet
@@ -132,12 +132,22 @@ class Mixture:
 
     def m_step(self, stats: MixtureStats) -> MixtureParams:
         """weights = counts / their sum (with a prior: + concentration - 1); the family's own M-step."""
-        counts = stats.counts
-        if self.prior is not None:
-            counts = jnp.maximum(counts + self.prior.pseudo_counts(counts), 0)
-        return MixtureParams(
-            weights=numerics.safe_divide(counts, jnp.sum(counts)), components=self.family.m_step(stats.components)
-        )
+        return MixtureParams(weights=self._weights(stats), components=self.family.m_step(stats.components))
+
+    def blocks(self, params: MixtureParams) -> tuple[str, ...]:
+        """Names of parameters with a conditional M-step of their own: "weights", "components.mean", ..."""
+        inside = constraints.blocks(self.family, params.components)
+        return ("weights", *(f"components.{name}" for name in inside)) if inside else ("weights", "components")
+
+    def m_step_for(self, params: MixtureParams, stats: MixtureStats, names: tuple[str, ...]) -> MixtureParams:
+        """The M-step over the named blocks alone, all other parameters held where they are."""
+        inside = tuple(name.removeprefix("components.") for name in names if name.startswith("components."))
+        if inside:
+            components = constraints.m_step_for(self.family, params.components, stats.components, inside)
+        else:
+            components = self.family.m_step(stats.components) if "components" in names else params.components
+        weights = self._weights(stats) if "weights" in names else params.weights
+        return MixtureParams(weights=weights, components=components)
 
     def q_function(self, params: MixtureParams, stats: MixtureStats) -> jax.Array:
         """sum_k counts_k log weights_k + the family's Q: expected complete-data log-likelihood."""
@@ -244,6 +254,12 @@ class Mixture:
     def _total(self) -> int:
         """Components, and those that the family adds by itself."""
         return self.num_components + getattr(self.family, "extra_components", 0)
+
+    def _weights(self, stats: MixtureStats) -> jax.Array:
+        counts = stats.counts
+        if self.prior is not None:
+            counts = jnp.maximum(counts + self.prior.pseudo_counts(counts), 0)
+        return numerics.safe_divide(counts, jnp.sum(counts))
 
     def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
         """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""

@@ -1,0 +1,126 @@
+"""Annealing: EM on a tempered posterior that cools to the exact one."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..latents import Exact
+from ..protocols import Data, Params, Stats
+from ..record import record, static
+from .step import EM, EMState
+
+# Steps at which a schedule is looked at before it is used; the last stands for the end.
+_PROBED = (0, 1, 2, 5, 10, 100, 10**6)
+
+
+@record
+class AnnealedState:
+    """inner: the EM state; settled: whether this and the objective before are both of temperature 1."""
+
+    inner: EMState
+    settled: jax.Array
+
+    @property
+    def params(self) -> Params:
+        return self.inner.params
+
+    @property
+    def stats(self) -> Stats:
+        return self.inner.stats
+
+    @property
+    def loglik(self) -> jax.Array | None:
+        return self.inner.loglik
+
+    @property
+    def num_passes(self) -> jax.Array:
+        return self.inner.num_passes
+
+
+@record
+class Annealed:
+    """Deterministic annealing: step k works on the posterior tempered by schedule(k), which ends at 1.
+
+    High temperatures blur the likelihood until it has one optimum, which is followed as it sharpens;
+    temperatures below 1 on the way (as in anti-annealing) are allowed. The objective is the tempered one
+    until temperature 1 is reached (see `Exact`), and a fit is not told to have converged before.
+    Ueda & Nakano (1998), Deterministic annealing EM algorithm, Neural Networks 11.
+    """
+
+    inner: EM
+    schedule: Any = static()
+
+    monotone = False
+    complete = False
+
+    @property
+    def stochastic(self) -> bool:
+        return self.inner.stochastic
+
+    def temperature(self, step: jax.Array) -> jax.Array:
+        """The temperature of a step, counted from 0, the start."""
+        if callable(self.schedule):
+            return jnp.asarray(self.schedule(step))
+        return jnp.asarray((*self.schedule, 1.0))[jnp.minimum(step, len(self.schedule))]
+
+    def init(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> AnnealedState:
+        inner = self._at(jnp.zeros((), jnp.int32)).init(model, params, x, weights, key)
+        return AnnealedState(inner=inner, settled=jnp.array(False))
+
+    def step(self, model: Any, state: AnnealedState, x: Data, weights: jax.Array | None = None) -> AnnealedState:
+        before = state.inner.num_steps
+        inner = self._at(before + 1).step(model, state.inner, x, weights)
+        settled = (self.temperature(before) == 1) & (self.temperature(before + 1) == 1)
+        return AnnealedState(inner=inner, settled=settled)
+
+    def evaluated(self, model: Any, state: AnnealedState, x: Data, weights: jax.Array | None = None) -> AnnealedState:
+        """The state with the log-likelihood itself, of all rows."""
+        inner = dataclasses.replace(self.inner, expect=Exact()).exactly(model, state.inner, x, weights)
+        return dataclasses.replace(state, inner=inner)
+
+    def _at(self, step: jax.Array) -> EM:
+        return dataclasses.replace(self.inner, expect=Exact(self.temperature(step)))
+
+
+def annealed(algorithm: EM, schedule: Sequence[float] | Callable) -> Annealed:
+    """EM whose posterior is tempered by a schedule: temperatures, one a step from the start on, then 1;
+    or a function of the step that comes to 1, as optax's schedules. See `Annealed`.
+
+    Raises TypeError or ValueError for a schedule that is empty, not positive, or does not end at 1.
+    """
+    if not isinstance(algorithm, EM) or not isinstance(algorithm.expect, Exact):
+        raise TypeError(f"annealed tempers the posterior of an EM(expect=Exact(), ...); got {algorithm!r}")
+    if not callable(schedule):
+        if isinstance(schedule, str) or not isinstance(schedule, (Sequence, np.ndarray)):
+            raise TypeError(
+                f"schedule must be temperatures, one a step, or a function step -> temperature; got {schedule!r}"
+            )
+        schedule = tuple(float(value) for value in schedule)
+    _check(schedule)
+    return Annealed(inner=algorithm, schedule=schedule)
+
+
+def _check(schedule: Callable | tuple[float, ...]) -> None:
+    """Raise ValueError for temperatures that are not positive and finite, or that do not end at 1."""
+    if callable(schedule):
+        steps: tuple[int, ...] = _PROBED
+        with jax.ensure_compile_time_eval():
+            values = tuple(float(schedule(jnp.asarray(step, jnp.int32))) for step in steps)
+    else:
+        steps, values = tuple(range(len(schedule))), schedule
+    if not values:
+        raise ValueError("schedule must have at least one temperature; got none. Without annealing, use EM()")
+    for step, value in zip(steps, values, strict=True):
+        if not (np.isfinite(value) and value > 0):
+            raise ValueError(f"schedule must be finite temperatures above 0; got {value:g} at step {step}")
+    if callable(schedule) and values[-1] != 1:
+        raise ValueError(
+            f"schedule must come to temperature 1 and stay there; got {values[-1]:g} at step {steps[-1]}. "
+            "For a temperature that stays, use EM(expect=Exact(temperature))"
+        )

@@ -1,0 +1,101 @@
+"""Averaging: the mean of what a stochastic algorithm wanders through."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..protocols import Data, Params, Stats
+from ..record import record, static
+from .maximize import ClosedForm
+from .minibatch import mix
+from .step import EM, EMState
+
+# Averages of fewer steps are not compared.
+_FEWEST = 8
+
+
+@record
+class AveragedState:
+    """inner: the EM state; mean: statistics averaged over the steps since `start`; params: their M-step.
+
+    anchor: params when the number of steps averaged was last a power of two; left: what is still to be
+    gained, told by how far the average has moved since then.
+    """
+
+    inner: EMState
+    mean: Stats
+    params: Params
+    anchor: Params
+    left: jax.Array
+
+    @property
+    def stats(self) -> Stats:
+        return self.inner.stats
+
+    @property
+    def loglik(self) -> jax.Array | None:
+        return self.inner.loglik
+
+    @property
+    def num_passes(self) -> jax.Array:
+        return self.inner.num_passes
+
+
+@record
+class Averaged:
+    """Polyak-Ruppert averaging: parameters from the mean of the statistics of all steps after the first `start`.
+
+    The algorithm itself goes on from its own parameters. Statistics are averaged, not parameters, so that the
+    result is in the domain; their weights grow with the step, so that the way there is soon forgotten
+    (Shamir & Zhang 2013, with eta = 1). Whenever the number of steps has doubled, the average is compared with
+    the one before: the rise of Q between them estimates what is left to gain, and a fit is told to
+    have converged when that is at most `tol` per unit of weight.
+    Polyak & Juditsky (1992), Acceleration of stochastic approximation by averaging; Cappé & Moulines (2009).
+    """
+
+    inner: EM
+    start: int = static(default=0)
+
+    stochastic = True
+    monotone = False
+    complete = False
+
+    def init(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> AveragedState:
+        inner = self.inner.init(model, params, x, weights, key)
+        left = jnp.full((), jnp.inf, inner.num_passes.dtype)
+        return AveragedState(inner=inner, mean=inner.stats, params=params, anchor=params, left=left)
+
+    def step(self, model: Any, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
+        inner = self.inner.step(model, state.inner, x, weights)
+        count = jnp.maximum(inner.num_steps - self.start, 1)
+        mean = mix(model, inner.params, state.mean, inner.stats, 2 / (count + 1))
+        params = model.m_step(mean)
+        doubled = (count & (count - 1) == 0) & (count > 1)
+        left = state.left
+        if hasattr(model, "q_function"):
+            rise = model.q_function(params, mean) - model.q_function(state.anchor, mean)
+            left = jnp.where(doubled & (count >= _FEWEST), jnp.abs(rise), left)
+        anchor = jax.tree.map(lambda new, old: jnp.where(doubled | (count == 1), new, old), params, state.anchor)
+        return AveragedState(inner=inner, mean=mean, params=params, anchor=anchor, left=left)
+
+    def evaluated(self, model: Any, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
+        """The state with the log-likelihood of all rows at the averaged parameters."""
+        whole = dataclasses.replace(state.inner, params=state.params)
+        inner = self.inner.exactly(model, whole, x, weights)
+        return dataclasses.replace(state, inner=dataclasses.replace(inner, params=state.params))
+
+
+def averaged(algorithm: EM, *, start: int = 0) -> Averaged:
+    """A stochastic algorithm whose result is the average of its steps after the first `start`; see `Averaged`.
+
+    Raises TypeError or ValueError for what is no EM(...) with the model's own M-step, or a negative start.
+    """
+    if not isinstance(algorithm, EM) or not isinstance(algorithm.maximize, ClosedForm):
+        raise TypeError(f"averaged takes an EM(...) with the model's own M-step; got {algorithm!r}")
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(f"start must be a whole number of steps, at least 0; got {start!r}")
+    return Averaged(inner=algorithm, start=start)

@@ -1,0 +1,359 @@
+"""Statistics from a part of the rows at a time: stepwise, incremental and variance-reduced EM."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks, tree
+from ..protocols import Data, Params, Stats
+from ..record import record, static
+from .gather import Full, as_part
+
+
+@record(kw_only=False)
+class PowerRate:
+    """rate(k) = (k + delay)^-power for the k-th update, k = 1, 2, ...: a step size that stochastic EM settles under.
+
+    power: in (1/2, 1], the conditions of Robbins & Monro; near 1/2 it learns fast, at 1 it averages.
+    Raises ValueError for another power, or a negative delay.
+    """
+
+    power: float = static(default=0.6)
+    delay: float = static(default=2.0)
+
+    def __post_init__(self) -> None:
+        if not 0.5 < self.power <= 1:
+            raise ValueError(
+                f"power must be above 1/2 and at most 1, or the noise never averages out; got {self.power}"
+            )
+        if not self.delay >= 0:
+            raise ValueError(f"delay must be at least 0; got {self.delay}")
+
+    def __call__(self, update: jax.Array) -> jax.Array:
+        return (update + self.delay) ** -self.power
+
+
+@record
+class Turn:
+    """Where a pass over batches stands: updates made, the order of the rows, the order of the batches, a key."""
+
+    update: jax.Array
+    rows: jax.Array | None
+    batches: jax.Array
+    key: jax.Array
+
+
+@record(kw_only=False)
+class Stepwise:
+    """Stepwise EM: a batch of rows a step, its statistics mixed into a running average of the others'.
+
+    s <- (1 - rate) s + rate (N / batch_size) s(batch), both about the current parameters.
+    batch_size: rows a step, or None for all of them (with `Sample()` that is SAEM); rate: a number in
+    (0, 1], or a function of the number k = 1, 2, ... of the update, `PowerRate()` by default; shuffle:
+    rows are put into random batches once, and batches into a new random order in every pass; without
+    it the batches are consecutive rows, still in a new order. Rows that fill no batch sit out.
+    A rate of 1 and all rows: batch EM. Until the end of a fit its log-likelihood is a running estimate.
+    Cappé & Moulines (2009), On-line EM algorithm for latent data models, JRSS B 71; Liang & Klein
+    (2009), Online EM for unsupervised models. With `Sample`: Delyon, Lavielle & Moulines (1999).
+    Raises TypeError or ValueError for a batch_size below 1 or above the number of rows, or a rate
+    outside (0, 1].
+    """
+
+    batch_size: int | None = static(default=None)
+    rate: Callable | float = static(default=PowerRate())
+    shuffle: bool = static(default=True)
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            checks.positive_integer("batch_size", self.batch_size)
+        check_rate(self.rate)
+
+    @property
+    def complete(self) -> bool:
+        """Whether this is batch EM."""
+        return self.batch_size is None and self.rate == 1
+
+    @property
+    def stochastic(self) -> bool:
+        return not self.complete
+
+    def passes(self, x: Data) -> float:
+        """Share of the rows that a step looks at."""
+        return (self.batch_size or tree.num_rows(x)) / tree.num_rows(x)
+
+    def init(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
+    ) -> tuple[Stats, Turn | jax.Array]:
+        first = jnp.ones((), jnp.int32)
+        if self.batch_size is None:
+            return Full().init(model, params, x, weights, expect, key)[0], first
+        turn = start_turn(self.batch_size, self.shuffle, x, key)
+        stats = batch_stats(model, params, turn, self.batch_size, x, weights, expect)
+        return stats, next_batch(turn)
+
+    def step(
+        self,
+        model: Any,
+        params: Params,
+        stats: Stats,
+        state: Any,
+        x: Data,
+        weights: jax.Array | None,
+        expect: Any,
+        part: jax.Array | int,
+    ) -> tuple[Stats, Any]:
+        if self.batch_size is None:
+            fresh = Full().init(model, params, x, weights, expect, None)[0]
+            return mix(model, params, stats, fresh, rate_at(self.rate, state)), state + 1
+        fresh = batch_stats(model, params, state, self.batch_size, x, weights, expect)
+        return mix(model, params, stats, fresh, rate_at(self.rate, state.update)), next_batch(state)
+
+
+@record
+class Anchored:
+    """A pass of variance-reduced EM: where its batches stand, and parameters with their statistics of all rows."""
+
+    turn: Turn
+    params: Params
+    stats: Stats
+
+
+@record(kw_only=False)
+class VarianceReduced:
+    """Stepwise EM whose noise vanishes at the maximum: a constant rate, and linear convergence.
+
+    A step is a pass over the batches, and then a full E-step at an anchor p0, whose statistics S0
+    correct each batch of the next pass: s <- (1 - rate) s + rate (S0 + (N / batch_size) (s(batch, p) -
+    s(batch, p0))). So after each step statistics and log-likelihood are exact, and a fit can converge;
+    a step costs three passes over the data.
+    batch_size, shuffle: as in `Stepwise`; rate: in (0, 1].
+    Chen, Zhu, Teh & Zhang (2018), Stochastic expectation maximization with variance reduction.
+    Raises as `Stepwise` does.
+    """
+
+    batch_size: int = static()
+    rate: Callable | float = static(default=0.1)
+    shuffle: bool = static(default=True)
+
+    monotone = False
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("batch_size", self.batch_size)
+        check_rate(self.rate)
+
+    def parts(self, x: Data) -> int:
+        """The batches, and the full E-step at the end."""
+        return tree.num_rows(x) // self.batch_size + 1
+
+    def passes(self, x: Data) -> float:
+        """Passes over the rows that a step makes."""
+        return 1 + 2 * (self.parts(x) - 1) * self.batch_size / tree.num_rows(x)
+
+    def init(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
+    ) -> tuple[Stats, Anchored]:
+        turn = start_turn(self.batch_size, self.shuffle, x, key)
+        stats = Full().init(model, params, x, weights, expect, None)[0]
+        return stats, Anchored(turn=turn, params=params, stats=stats)
+
+    def step(
+        self,
+        model: Any,
+        params: Params,
+        stats: Stats,
+        state: Anchored,
+        x: Data,
+        weights: jax.Array | None,
+        expect: Any,
+        part: jax.Array | int,
+    ) -> tuple[Stats, Anchored]:
+        def batch(_: None) -> tuple[Stats, Anchored]:
+            here, there = (
+                batch_stats(model, at, state.turn, self.batch_size, x, weights, expect) for at in (params, state.params)
+            )
+            # Differences about one reference cancel in the small.
+            corrected = jax.tree.map(
+                lambda all_, new, old: all_ + (new - old),
+                _rebase(model, state.stats, params),
+                here,
+                _rebase(model, there, params),
+            )
+            mixed = mix(model, params, stats, corrected, rate_at(self.rate, state.turn.update))
+            return mixed, dataclasses.replace(state, turn=next_batch(state.turn))
+
+        def everything(_: None) -> tuple[Stats, Anchored]:
+            all_ = Full().init(model, params, x, weights, expect, None)[0]
+            return all_, dataclasses.replace(state, params=params, stats=all_)
+
+        return jax.lax.cond(part == self.parts(x) - 1, everything, batch, None)
+
+
+@record
+class Pieces:
+    """Statistics of every piece of the data, leading axis one a piece; slack: log-likelihood minus Q of each."""
+
+    stats: Stats
+    slack: jax.Array
+
+
+@record(kw_only=False)
+class Incremental:
+    """Incremental EM: the E-step on one piece of the data at a time, an M-step after each.
+
+    A step goes once through all `num_blocks` pieces, and remembers the statistics of each: the
+    posterior of a piece is renewed while those of the others stay. What rises, and what is reported as
+    log-likelihood until the end of a fit, is the free energy: the lower bound under these posteriors.
+    Neal & Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
+    Raises TypeError or ValueError for a num_blocks below 1, or above the number of rows.
+    """
+
+    num_blocks: int = static()
+
+    complete = False
+
+    def __post_init__(self) -> None:
+        checks.positive_integer("num_blocks", self.num_blocks)
+
+    def parts(self, x: Data) -> int:
+        return self.num_blocks
+
+    def init(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
+    ) -> tuple[Stats, Pieces]:
+        def piece(index: jax.Array) -> tuple[Stats, jax.Array]:
+            return self._piece(model, params, x, weights, expect, index)
+
+        stats, slack = jax.lax.map(piece, jnp.arange(self.num_blocks))
+        return self._together(model, params, stats, slack), Pieces(stats=stats, slack=slack)
+
+    def step(
+        self,
+        model: Any,
+        params: Params,
+        stats: Stats,
+        state: Pieces,
+        x: Data,
+        weights: jax.Array | None,
+        expect: Any,
+        part: jax.Array | int,
+    ) -> tuple[Stats, Pieces]:
+        fresh, slack = self._piece(model, params, x, weights, expect, part)
+        every = jax.vmap(lambda old: _rebase(model, old, params))(state.stats)
+        every = jax.tree.map(lambda old, new: old.at[part].set(new), every, fresh)
+        slacks = state.slack.at[part].set(slack)
+        return self._together(model, params, every, slacks), Pieces(stats=every, slack=slacks)
+
+    def _piece(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, index: jax.Array | int
+    ) -> tuple[Stats, jax.Array]:
+        """Statistics of one piece, and what its free energy holds beside Q: the entropy of its posterior."""
+        rows = tree.num_rows(x)
+        if self.num_blocks > rows:
+            raise ValueError(f"num_blocks must be at most the number of rows, {rows}; got {self.num_blocks}")
+        # Slices of one length; rows of a neighbour count nothing.
+        bounds = np.arange(self.num_blocks + 1) * rows // self.num_blocks
+        size = int(np.max(np.diff(bounds)))
+        first, last = jnp.asarray(bounds)[index], jnp.asarray(bounds)[index + 1]
+        start = jnp.minimum(first, rows - size)
+        inside = None if weights is None else tree.rows_from(weights, start, size)
+        if rows % self.num_blocks:
+            number = start + jnp.arange(size)
+            inside = jnp.ones(size, tree.float_dtype(x)) if inside is None else inside
+            inside = jnp.where((number >= first) & (number < last), inside, 0)
+        expect = expect.fold(index) if expect.stochastic else expect
+        stats = as_part(model).e_step(params, tree.rows_from(x, start, size), inside, expect)
+        if stats.loglik is None or not hasattr(model, "q_function"):
+            return stats, jnp.full((), jnp.nan, tree.float_dtype(x))
+        return stats, stats.loglik - model.q_function(params, stats)
+
+    def _together(self, model: Any, params: Params, stats: Stats, slack: jax.Array) -> Stats:
+        """The sum of the pieces, with the free energy in place of the log-likelihood."""
+        total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
+        if total.loglik is None or not hasattr(model, "q_function"):
+            return dataclasses.replace(total, loglik=None)
+        return dataclasses.replace(total, loglik=model.q_function(params, total) + jnp.sum(slack))
+
+
+def check_rate(rate: Any) -> None:
+    """Raise TypeError or ValueError for a rate that is neither a number in (0, 1] nor a function into it."""
+    if callable(rate):
+        for update, value in zip(_PROBED, _probe(rate), strict=True):
+            if not 0 < value <= 1:
+                raise ValueError(f"rate must be in (0, 1]; got {value:g} in update {update}")
+    elif isinstance(rate, (bool, str)) or not isinstance(rate, (int, float)):
+        raise TypeError(f"rate must be a number in (0, 1], or a function of the update's number; got {rate!r}")
+    elif not 0 < rate <= 1:
+        raise ValueError(f"rate must be in (0, 1]; got {rate}. At 0 nothing is learned")
+
+
+# Updates at which a rate is looked at before it is used.
+_PROBED = (1, 2, 10, 1000)
+
+
+@functools.lru_cache
+def _probe(rate: Callable) -> tuple[float, ...]:
+    with jax.ensure_compile_time_eval():
+        return tuple(float(rate(jnp.asarray(update, jnp.int32))) for update in _PROBED)
+
+
+def rate_at(rate: Callable | float, update: jax.Array) -> jax.Array | float:
+    return rate(update) if callable(rate) else rate
+
+
+def mix(model: Any, params: Params, old: Stats, new: Stats, rate: jax.Array | float) -> Stats:
+    """(1 - rate) old + rate new, `old` first moved to the reference of the parameters that `new` is about."""
+
+    def between(a: jax.Array, b: jax.Array) -> jax.Array:
+        share = jnp.asarray(rate, b.dtype)
+        # At a rate of 1 nothing of the old is left, not even its rounding.
+        return jnp.where(share == 1, b, a + share * (b - a))
+
+    return jax.tree.map(between, _rebase(model, old, params), new)
+
+
+def _rebase(model: Any, stats: Stats, params: Params) -> Stats:
+    return model.rebase(stats, params) if hasattr(model, "rebase") else stats
+
+
+def start_turn(batch_size: int, shuffle: bool, x: Data, key: jax.Array | None) -> Turn:
+    """The start of the first pass; ValueError where no batch can be filled, TypeError without a key."""
+    rows = tree.num_rows(x)
+    if batch_size > rows:
+        raise ValueError(
+            f"batch_size must be at most the number of rows, {rows}; got {batch_size}. None takes all rows"
+        )
+    if key is None:
+        raise TypeError("batches are drawn at random: pass key=jax.random.key(...) to em_fit")
+    order = jnp.arange(rows // batch_size)
+    # What all rows are in needs no order.
+    mixed = jax.random.permutation(jax.random.fold_in(key, 0), rows) if shuffle and batch_size < rows else None
+    return Turn(update=jnp.zeros((), jnp.int32), rows=mixed, batches=order, key=key)
+
+
+def next_batch(turn: Turn) -> Turn:
+    """One update on; at the end of a pass the batches get a new order."""
+    count = turn.batches.shape[0]
+    update = turn.update + 1
+    fresh = jax.random.permutation(jax.random.fold_in(turn.key, update), count)
+    return dataclasses.replace(turn, update=update, batches=jnp.where(update % count == 0, fresh, turn.batches))
+
+
+def batch_stats(
+    model: Any, params: Params, turn: Turn, batch_size: int, x: Data, weights: jax.Array | None, expect: Any
+) -> Stats:
+    """Statistics of the batch whose turn it is, scaled up to all rows."""
+    count = turn.batches.shape[0]
+    start = turn.batches[turn.update % count] * batch_size
+    data = (x, weights)
+    if turn.rows is None:
+        batch, inside = tree.rows_from(data, start, batch_size)
+    else:
+        chosen = tree.rows_from(turn.rows, start, batch_size)
+        batch, inside = jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), data)
+    stats = Full().init(as_part(model), params, batch, inside, expect, None)[0]
+    return tree.scale(tree.num_rows(x) / batch_size, stats)

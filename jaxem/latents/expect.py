@@ -1,0 +1,89 @@
+"""How the posterior of the latents enters the statistics: what fills the slot `expect`."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks
+from ..record import record, static
+
+
+@record(kw_only=False)
+class Exact:
+    """Take the exact posterior of the latents (the E-step of Dempster, Laird & Rubin 1977), or a tempered one.
+
+    temperature T: the posterior is p(z | x)^(1/T), normalised; None is 1. The objective is then
+    sum_n T log sum_z p(x_n, z)^(1/T): the log-likelihood at T = 1, the classification likelihood of
+    `Hard()` as T goes to 0. A temperature above 1 blurs the posterior (Ueda & Nakano 1998).
+    Raises ValueError for a temperature that is not above 0.
+    """
+
+    temperature: jax.Array | float | None = None
+
+    stochastic = False
+
+    def __post_init__(self) -> None:
+        temperature = np.asarray(self.temperature) if checks.is_known(self.temperature) else None
+        if temperature is not None and not np.all((temperature > 0) & np.isfinite(temperature)):
+            raise ValueError(f"temperature must be a finite number above 0, or None for 1; got {temperature}")
+
+
+@record
+class Hard:
+    """Give every row to its likeliest latents whole: classification EM (Celeux & Govaert 1992).
+
+    The objective is then the classification likelihood, sum_n max_z log p(x_n, z). Of equally
+    likely components the first is taken.
+    """
+
+    stochastic = False
+
+
+@record(kw_only=False)
+class Sample:
+    """Draw the latents from their posterior, `num_samples` times, and average their statistics.
+
+    One draw is stochastic EM (Celeux & Diebolt 1985), more are Monte Carlo EM (Wei & Tanner 1990).
+    schedule: a function of the number of steps taken so far that tells how many draws a step makes,
+    1 to num_samples; build it once. The log-likelihood stays exact wherever the model can tell it.
+    key: drives the draws; an algorithm gives a new one to every step (`at`).
+    Raises TypeError or ValueError for a num_samples that is not a whole number of at least 1.
+    """
+
+    num_samples: int = static(default=1)
+    schedule: Callable | None = static(default=None)
+    key: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+    used: jax.Array | None = dataclasses.field(default=None, kw_only=True)
+
+    stochastic = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_samples, (int, np.integer)) and self.num_samples == 0:
+            raise ValueError(
+                "num_samples must be at least 1; got 0: without draws there is no E-step. Exact() takes the posterior"
+            )
+        checks.positive_integer("num_samples", self.num_samples)
+        if self.schedule is not None and not callable(self.schedule):
+            raise TypeError(f"schedule must be a function step -> number of draws; got {self.schedule!r}")
+
+    def at(self, step: jax.Array, key: jax.Array) -> "Sample":
+        """These draws for one step of an algorithm: with its key, and as many as the schedule says."""
+        used = None
+        if self.schedule is not None:
+            used = jnp.clip(jnp.asarray(self.schedule(step)), 1, self.num_samples).astype(jnp.int32)
+        return dataclasses.replace(self, key=key, used=used)
+
+    def fold(self, number: jax.Array | int) -> "Sample":
+        """The same with other draws, for another part of the rows."""
+        return dataclasses.replace(self, key=jax.random.fold_in(self.random_key(), number))
+
+    def random_key(self) -> jax.Array:
+        """The key; TypeError where there is none."""
+        if self.key is None:
+            raise TypeError(
+                "Sample() draws at random and has no key: pass key=... to em_fit, or use Sample(n, key=key)"
+            )
+        return checks.random_key(self.key)
