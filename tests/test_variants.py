@@ -606,7 +606,8 @@ def test_log_likelihood_is_bound_plus_gap(seed, sharpness):
         bound, gap = free_energy(model, params, x, q, weights)
         np.testing.assert_allclose(bound + gap, model.e_step(params, x, weights).loglik, rtol=1e-9)
         assert gap >= -1e-9
-        assert bool(gap < 1e-9) == (sharpness == 1 or not np.any(weights))
+        assert gap > 1e-6 or sharpness > 0.9
+        assert gap < 1e-9 or sharpness < 1
 
 
 def test_free_energy_is_tight_at_the_posterior_and_infinite_where_q_is_impossible():
@@ -621,8 +622,6 @@ def test_free_energy_is_tight_at_the_posterior_and_infinite_where_q_is_impossibl
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
-
-_ALL = em_fit.__name__
 
 
 @pytest.mark.parametrize(
