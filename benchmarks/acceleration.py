@@ -6,10 +6,10 @@ a  latent classes: 50k rows, 8 yes/no items, K = 4 classes that overlap
 b  a Gaussian mixture: N = 50k, D = 2, K = 5 clusters that overlap, full covariances
 c  deaths in The Times (Hasselblad 1969): 10 rows, 2 Poissons: the overhead of a step shows
 
-How it is measured. One process; EM and its accelerators take turns from one start, each to convergence at the same tol,
-a distance to the limit in nats a row; medians over the repeats, compilation apart. Passes are E-steps over all rows,
-the first included. The objectives reached are printed: no ratio counts if an accelerated fit ends lower than EM by
-more than tol a row.
+How it is measured. One process; EM and its accelerators take turns from one start, each to convergence: EM at tol, a
+distance to the limit in nats a row, and the accelerators at a tenth of it, so that they end no lower; medians over the
+repeats, compilation apart. Passes are E-steps over all rows, the first included. The objectives reached are printed,
+and an accelerated fit that ends lower than EM by more than a tenth of tol a row stops the script.
 """
 
 import functools
@@ -38,8 +38,11 @@ ALGORITHMS = {"EM": EM(), "SQUAREM": squarem(EM()), "Anderson": anderson(EM())}
 def race(claim, model, params, x, weights, tol, repeats) -> list[Row]:
     total = len(x) if weights is None else float(np.sum(weights))
     print(f"{claim}, tol {tol:g}")
-    fit = functools.partial(em_fit, model, params, x, weights, tol=tol, max_steps=50_000)
-    tasks = {name: functools.partial(fit, algorithm=algorithm) for name, algorithm in ALGORITHMS.items()}
+    fit = functools.partial(em_fit, model, params, x, weights, max_steps=50_000)
+    tasks = {
+        name: functools.partial(fit, algorithm=algorithm, tol=tol if name == "EM" else tol / 10)
+        for name, algorithm in ALGORITHMS.items()
+    }
     timings, fits = take_turns(tasks, repeats)
     plain = fits["EM"]
     rows = []
@@ -48,7 +51,7 @@ def race(claim, model, params, x, weights, tol, repeats) -> list[Row]:
         print(f"  {name}: {float(found.num_passes):.0f} passes, objective {float(found.objective):.6f}")
         if name == "EM":
             continue
-        assert short <= tol, f"{name} ends {short:.1e} a row below EM"
+        assert short <= tol / 10, f"{name} ends {short:.1e} a row below EM"
         fewer = float(plain.num_passes / found.num_passes)
         rows.append(
             Row(

@@ -15,7 +15,10 @@ from .maximize import Gradient, coordinates
 from .step import EM, EMState, objective
 
 # How fast the memory of a slow mode fades: the distance of its rate from 1 grows by this a step.
-_FADING = 1.5
+_FADING = 1.3
+
+# The rate that is believed before any is seen.
+_SLOW = 0.999
 
 # What a refusal divides the cap on step lengths by: by more than this, long steps that are right are missed.
 _SHRINK = 1.5
@@ -74,7 +77,7 @@ class Squarem:
     ) -> SquaremState:
         inner = _start(self.inner, model, params, x, weights, key)
         one = jnp.ones((), inner.num_passes.dtype)
-        return SquaremState(inner=inner, longest=one, rate=0 * one, left=jnp.inf * one)
+        return SquaremState(inner=inner, longest=one, rate=_SLOW * one, left=jnp.inf * one)
 
     def step(self, model: Any, state: SquaremState, x: Data, weights: jax.Array | None = None) -> SquaremState:
         start = state
@@ -212,7 +215,7 @@ class Anderson:
             accepted=jnp.zeros((), jnp.int32),
             refused=jnp.array(True),
             plain=jnp.array(True),
-            rate=0 * one,
+            rate=_SLOW * one,
             left=jnp.inf * one,
         )
 
@@ -378,9 +381,12 @@ def _left(model: Any, state: EMState, mapped: Params, rate: jax.Array, before: j
 
 
 def _rate(before: jax.Array, cross: jax.Array, size: jax.Array) -> jax.Array:
-    """The rate of EM's slowest mode in sight: that along the last differences, or the slowest before, fading."""
+    """The rate of EM's slowest mode in sight: that along the last differences, or the slowest before, fading.
+
+    Where moves grow, away from a saddle, it is 1; what is remembered of that is a slow mode, as at the start.
+    """
     now = jnp.where(size > 0, 1 + cross / jnp.where(size > 0, size, 1), 0)
-    return jnp.clip(jnp.maximum(now, 1 - _FADING * (1 - before)), 0, 1)
+    return jnp.clip(jnp.maximum(now, 1 - _FADING * (1 - jnp.minimum(before, _SLOW))), 0, 1)
 
 
 def _difference(a: Params, b: Params) -> Params:

@@ -48,6 +48,8 @@ class Annealed:
     High temperatures blur the likelihood until it has one optimum, which is followed as it sharpens;
     temperatures below 1 on the way (as in anti-annealing) are allowed. The objective is the tempered one
     until temperature 1 is reached (see `Exact`), and a fit is not told to have converged before.
+    It works best where the width of components is held, or has a prior. Cool fast enough: components that
+    stay hot for hundreds of steps merge to the last bit, and what is equal never parts again.
     Ueda & Nakano (1998), Deterministic annealing EM algorithm, Neural Networks 11.
     """
 

@@ -183,7 +183,7 @@ class VarianceReduced:
                 here,
                 _rebase(model, there, params),
             )
-            mixed = mix(model, params, stats, corrected, rate_at(self.rate, state.turn.update))
+            mixed = mix(model, params, stats, corrected, rate_at(self.rate, state.turn.update + 1))
             return mixed, dataclasses.replace(state, turn=next_batch(state.turn))
 
         def everything(_: None) -> tuple[Stats, Anchored]:
@@ -331,8 +331,14 @@ def start_turn(batch_size: int, shuffle: bool, x: Data, key: jax.Array | None) -
         raise TypeError("batches are drawn at random: pass key=jax.random.key(...) to em_fit")
     order = jnp.arange(rows // batch_size)
     # What all rows are in needs no order.
-    mixed = jax.random.permutation(jax.random.fold_in(key, 0), rows) if shuffle and batch_size < rows else None
+    mixed = _shuffled(jax.random.fold_in(key, 0), rows) if shuffle and batch_size < rows else None
     return Turn(update=jnp.zeros((), jnp.int32), rows=mixed, batches=order, key=key)
+
+
+def _shuffled(key: jax.Array, rows: int) -> jax.Array:
+    """Row numbers (N,) in random order, by one sort; equal random numbers, which are few, leave a little to chance."""
+    numbers = jnp.arange(rows, dtype=jnp.int32)
+    return jax.lax.sort((jax.random.bits(key, (rows,), jnp.uint32), numbers), num_keys=1, is_stable=False)[1]
 
 
 def next_batch(turn: Turn) -> Turn:

@@ -41,7 +41,8 @@ def stepwise_em(
 ) -> EM | Averaged:
     """Stepwise (online) EM: a batch of rows a step (Cappé & Moulines 2009); see `Stepwise`.
 
-    average: True for the average of all steps, or the number of steps to leave out of it (see `averaged`).
+    average: True for the average of all steps, or the number of steps to leave out of it (see `averaged`); it
+    allows a rate that does not fall, such as 0.1, which forgets the start sooner.
     """
     algorithm = EM(gather=Stepwise(batch_size, rate))
     return averaged(algorithm, start=int(average) if average is not True else 0) if average is not False else algorithm
