@@ -77,7 +77,7 @@ def classes(quick: bool, repeats: int) -> list[Row]:
 def clusters(quick: bool, repeats: int) -> list[Row]:
     rows = 2000 if quick else 50_000
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(rows, 2)) + rng.normal(scale=1.6, size=(5, 2))[rng.integers(0, 5, rows)]
+    x = rng.normal(size=(rows, 2)) + rng.normal(scale=3.0, size=(5, 2))[rng.integers(0, 5, rows)]
     model = Mixture(Normal(), 5)
     return race(f"Gaussian mixture, N = {rows:,}", model, model.init(jax.random.key(0), x), x, None, 1e-7, repeats)
 

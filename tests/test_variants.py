@@ -519,6 +519,19 @@ def test_accelerators_under_vmap_and_in_float32(make):
     np.testing.assert_allclose(fit.objective, -1989.9459, atol=5e-3)
 
 
+@pytest.mark.parametrize("make", [squarem, anderson])
+def test_an_m_step_that_fails_is_not_called_converged(make):
+    heads = jnp.array([5.0, 9.0, 8.0, 4.0, 7.0])
+
+    def e_step(theta, heads):
+        return jnp.sum(heads) * jnp.ones(2), jnp.sum(heads * jnp.log(theta[0]) + (10 - heads) * jnp.log1p(-theta[0]))
+
+    broken = from_functions(e_step, lambda stats: stats / 50 + jnp.where(stats > 1, jnp.nan, 0.0))
+    fit = em_fit(broken, jnp.array([0.5, 0.5]), heads, algorithm=make(EM()))
+    assert fit.status == Status.NONFINITE
+    np.testing.assert_array_equal(fit.params, [0.5, 0.5])
+
+
 def test_annealing_escapes_an_optimum_that_em_falls_into():
     """Two components share a cluster, and two clusters a component: EM never leaves that."""
     rng = np.random.default_rng(0)

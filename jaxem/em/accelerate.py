@@ -246,7 +246,8 @@ class Anderson:
         before = objective(model, inner)
         slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
         better = objective(model, after) >= before + (0 if gain is None else jnp.maximum(gain - slack, 0))
-        taken = better | (plain & jnp.isfinite(objective(model, after)))
+        # EM's own step is taken as it is: where it is not finite, the fit has to see it.
+        taken = better | plain
 
         rate = _rate(state.rate, bend, size)
         kept = dataclasses.replace(inner, num_passes=after.num_passes, key=after.key)
