@@ -203,12 +203,10 @@ class Normal:
 
     def m_step_given(self, stats: NormalStats, *, mean: jax.Array) -> NormalParams:
         """The M-step with the means held: covariances about these."""
-        if self.prior is not None:
-            raise TypeError("mean cannot be held where Normal has a prior on it: leave one of them out")
         about = NormalParams(mean=jnp.broadcast_to(mean, stats.first.shape), covariance=stats.second)
         moved = self.rebase(stats, about)
         held = dataclasses.replace(moved, first=jnp.zeros_like(moved.first))
-        return dataclasses.replace(self.m_step(held), mean=about.mean)
+        return dataclasses.replace(self._estimate(held, moves=False)[0], mean=about.mean)
 
     def degenerate(self, stats: NormalStats) -> jax.Array:
         """Components (K,) that are empty, or whose covariance rests on its floor."""
@@ -280,8 +278,8 @@ class Normal:
         """Every component's covariance as (K, D, D), whatever its shape."""
         return self.shape.matrix(self._each(params), params.mean.shape[-1])
 
-    def _estimate(self, stats: NormalStats) -> tuple[NormalParams, jax.Array]:
-        """M-step, and which components (K,) needed the floor."""
+    def _estimate(self, stats: NormalStats, moves: bool = True) -> tuple[NormalParams, jax.Array]:
+        """M-step, and which components (K,) needed the floor; means that do not move stay at the reference."""
         shape, prior = self.shape, self.prior
         columns = stats.first.shape[-1]
         centre = stats.reference / stats.rows
@@ -296,7 +294,7 @@ class Normal:
         else:
             towards = prior.mean - centre
             pulled = stats.first + prior.shrinkage * towards
-            shift = pulled / (stats.rows + prior.shrinkage)
+            shift = pulled / (stats.rows + prior.shrinkage) if moves else jnp.zeros_like(pulled)
             pull = prior.shrinkage * shape.cross(towards, towards) - shape.cross(shift, pulled)
             scatter = stats.second + pool(pull) + prior.scale
             rows = pool(shape.entries(stats.rows + 1)) + shape.prior_exponent(prior.degrees_of_freedom, columns)
