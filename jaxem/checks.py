@@ -117,6 +117,19 @@ def row_weights(weights: Any, rows: int) -> None:
         raise ValueError("weights are all 0: no row is left to fit")
 
 
+def distributions(name: str, values: np.ndarray) -> None:
+    """Raise ValueError unless every row (N, K) is a distribution."""
+    if not np.all((values >= 0) & np.isfinite(values)):
+        row, column = np.argwhere(~((values >= 0) & np.isfinite(values)))[0]
+        raise ValueError(
+            f"{name} must be finite and at least 0; got {values[row, column]} in row {row}, column {column}"
+        )
+    total = values.sum(axis=1)
+    if np.any(np.abs(total - 1) > 1e-3):
+        row = np.argmax(np.abs(total - 1) > 1e-3)
+        raise ValueError(f"{name} must sum to 1; row {row} sums to {total[row]:.6g}. Divide it by its sum")
+
+
 def labels(name: str, value: Any, rows: int, count: int) -> None:
     """Raise unless labels are N whole numbers in 0..count-1, or -1 for unknown."""
     given = array(name, value)

@@ -61,12 +61,15 @@ def _holdable(inner: Any) -> tuple[str, ...]:
 
 
 def blocks(inner: Any, params: Params) -> tuple[str, ...]:
-    """Names of parameters over which there is an exact conditional M-step, all others held where they are."""
+    """Names of parameters over each of which there is an exact conditional M-step, all others held where they are.
+
+    None where one of the parameters has no such M-step: blocks cover all that is free.
+    """
     if not dataclasses.is_dataclass(params):
         return ()
     stated, holdable = _stated(inner), set(_holdable(inner))
     names = [field.name for field in dataclasses.fields(params) if field.name not in stated]
-    return tuple(name for name in names if set(names) - {name} <= holdable)
+    return tuple(names) if all(set(names) - {name} <= holdable for name in names) else ()
 
 
 def m_step_for(inner: Any, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .record import record
 
@@ -23,3 +24,12 @@ class Labelled:
 def split(x: Any) -> tuple[Any, jax.Array | None]:
     """The rows, and their labels (None where they carry none)."""
     return (x.x, x.labels) if isinstance(x, Labelled) else (x, None)
+
+
+def respect(responsibilities: jax.Array, x: Any) -> jax.Array:
+    """Responsibilities (K, N), those of labelled rows all in their own component."""
+    labels = split(x)[1]
+    if labels is None:
+        return responsibilities
+    own = labels == jnp.arange(responsibilities.shape[0])[:, None]
+    return jnp.where(labels < 0, responsibilities, own.astype(responsibilities.dtype))

@@ -16,7 +16,10 @@ class Status(IntEnum):
 
 REMEDIES = {
     Status.RUNNING: "the fit is not finished: it was read before its loop ended",
-    Status.MAX_STEPS: "the step limit came first: raise max_steps, loosen tol, or wrap the algorithm in an accelerator",
+    Status.MAX_STEPS: (
+        "the step limit came first: raise max_steps, loosen tol, or wrap the algorithm in an accelerator; one that "
+        "draws at random never tells that it has converged, but its average may (jaxem.averaged)"
+    ),
     Status.NONFINITE: (
         "a step gave NaN or infinity; the last finite parameters are returned. Check the data and the start for "
         "non-finite or extreme values, standardise the columns, or fit in float64"

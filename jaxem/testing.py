@@ -49,7 +49,8 @@ class _Case:
 
     @functools.cached_property
     def m_step(self) -> Callable:
-        return jax.jit(lambda stats: self.model.m_step(stats))
+        """The model's M-step, compiled; without one, the parameters stay."""
+        return jax.jit(lambda stats: self.model.m_step(stats)) if self.has("m_step") else lambda _: self.params
 
     @functools.cached_property
     def stats(self) -> Any:
@@ -201,7 +202,7 @@ def _linear(case: _Case) -> bool | None:
 @_law("rebase is exact")
 def _rebase(case: _Case) -> bool | None:
     """Statistics moved to the reference of other parameters lead to the same M-step."""
-    if not case.has("rebase"):
+    if not case.has("rebase", "m_step"):
         return False
     best = case.m_step(case.stats)
     moved = jax.jit(lambda stats, params: case.model.rebase(stats, params))(case.stats, best)
@@ -240,7 +241,7 @@ def _fisher(case: _Case) -> bool | None:
 @_law("m_step maximises")
 def _maximal(case: _Case) -> bool | None:
     """The gradient of Q + log-prior is 0 at the M-step, and no random direction improves it."""
-    if not case.has("q_function"):
+    if not case.has("q_function", "m_step"):
         return False
     theta, _ = _coordinates(case, case.m_step(case.stats))
 
@@ -259,6 +260,27 @@ def _maximal(case: _Case) -> bool | None:
     return None
 
 
+@_law("conditional M-steps")
+def _conditional(case: _Case) -> bool | None:
+    """Over all blocks at once it is the M-step; over one, Q + log-prior does not fall."""
+    if not case.has("blocks", "m_step_for", "q_function"):
+        return False
+    names = case.model.blocks(case.params)
+    together, *alone = jax.jit(
+        lambda params, stats: [case.model.m_step_for(params, stats, block) for block in (names, *zip(names))]
+    )(case.params, case.stats)
+    case.close(together, case.m_step(case.stats), "params")
+
+    def total(params: Params) -> Any:
+        (q, _), (prior, _) = case.surrogate(_coordinates(case, params)[0], case.stats)
+        return q + prior
+
+    before = total(case.params)
+    for name, params in zip(names, alone, strict=True):
+        assert total(params) >= before - case.rtol * (abs(before) + 1), f"Q falls over {name}"
+    return None
+
+
 @_law("monotone")
 def _monotone(case: _Case) -> None:
     """Exact EM never lowers the objective by more than rounding."""
@@ -271,19 +293,22 @@ def _monotone(case: _Case) -> None:
 
 
 @_law("steps compose")
-def _compose(case: _Case) -> None:
+def _compose(case: _Case) -> bool | None:
     """Two steps are one step, and one more from there; and the objective is that of the params returned."""
+    if not case.has("m_step"):
+        return False  # the steps of an optimiser remember
     two = case.fit(case.model, case.params, case.x, tol=-1.0, max_steps=2)
     one = case.fit(case.model, case.params, case.x, tol=-1.0, max_steps=1)
     again = case.fit(case.model, one.params, case.x, tol=-1.0, max_steps=1)
     case.close(again.params, two.params, "params")
     case.close(two.loglik, case.e_step(two.params, case.x).loglik, "loglik of the result")
+    return None
 
 
 @_law("eager, jit and vmap agree")
 def _transforms(case: _Case) -> None:
     eager = case.model.e_step(case.params, case.x)
-    other = case.model.m_step(eager)
+    other = case.model.m_step(eager) if case.has("m_step") else case.params
     case.close(case.stats, eager, "jitted statistics")
     case.close(case.m_step(eager), other, "jitted params")
     both = jax.tree.map(lambda a, b: np.stack([a, b]), case.params, other)
@@ -305,7 +330,7 @@ def _compilation(case: _Case) -> None:
 @_law("float32")
 def _single(case: _Case) -> bool | None:
     """Float32 in, float32 out, and close to float64."""
-    if tree.float_dtype(case.x) != jnp.float64:
+    if tree.float_dtype(case.x) != jnp.float64 or not case.has("m_step"):
         return False
 
     def single(a: Any) -> Any:

@@ -53,6 +53,8 @@ from jaxem import (
     stepwise_em,
     stochastic_em,
 )
+from jaxem.em import minibatch
+from jaxem.testing import check_model
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -190,8 +192,6 @@ def test_one_batch_of_all_rows_is_batch_em(gather):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_batches_of_a_pass_are_all_rows_once(shuffle):
-    from jaxem.em import minibatch
-
     x, params = counts()
     weights = np.random.default_rng(0).integers(0, 3, 60).astype(float)
     turn = minibatch.start_turn(12, shuffle, jnp.asarray(x), KEY)
@@ -203,14 +203,34 @@ def test_the_batches_of_a_pass_are_all_rows_once(shuffle):
             part = minibatch.batch_stats(MODEL, params, turn, 12, jnp.asarray(x), jnp.asarray(weights), Exact())
             part = jax.tree.map(lambda leaf: leaf / 5, part)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
-            turn = minibatch.next_batch(turn)
+            turn = minibatch.next_batch(turn, 60)
         assert_close(total, MODEL.e_step(params, x, weights), 1e-9, 1e-9)
     assert not all(np.array_equal(order, orders[0]) for order in orders)
 
 
-def test_statistics_of_two_steps_are_mixed_as_raw_moments_are():
-    from jaxem.em import minibatch
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_all_rows_take_part_in_the_long_run(shuffle):
+    """Of ten rows two batches of four leave out two, and not the same two in every pass."""
+    x, params = jnp.arange(10.0), deaths()
+    eye = jnp.eye(10)
 
+    def step(turn, _):
+        # Row n as data of its own: which rows are in the batch.
+        seen = jax.vmap(lambda w: is_in(turn, w))(eye)
+        return minibatch.next_batch(turn, 10), seen
+
+    def is_in(turn, weights):
+        return jnp.sum(minibatch.batch_stats(MODEL, params, turn, 4, x, weights, Exact()).counts) > 1
+
+    _, seen = jax.jit(lambda key: jax.lax.scan(step, minibatch.start_turn(4, shuffle, x, key), length=800))(KEY)
+    seen = np.asarray(seen)
+    assert np.all(seen.sum(axis=1) == 4)
+    assert np.all(seen.reshape(400, 2, 10).sum(axis=1) <= 1)
+    share = seen.mean(axis=0)  # 0.4 each, give or take five standard deviations
+    assert np.all(np.abs(share - 0.4) < 5 * np.sqrt(0.4 * 0.6 / 800))
+
+
+def test_statistics_of_two_steps_are_mixed_as_raw_moments_are():
     model, x = zoo()["full"]
     here = model.init(jax.random.key(0), x)
     there = model.m_step(model.e_step(here, x))
@@ -357,6 +377,9 @@ def test_a_model_without_an_m_step_climbs_its_q():
     fit = em_fit(coins, jnp.array([0.6, 0.5]), heads, tol=1e-10)
     assert fit.converged
     np.testing.assert_allclose(fit.params, [0.79678907, 0.51958312], atol=1e-5)  # Do & Batzoglou 2008
+    assert {"Fisher's identity", "monotone", "one compilation"} <= set(
+        check_model(coins, jnp.array([0.6, 0.5]), heads, skip=["weights are repeats", "blocks are the whole"])
+    )
     with pytest.raises(TypeError, match=r"m_step\(stats\) is needed, or q_function"):
         from_functions(e_step)
 
@@ -415,6 +438,17 @@ def test_conditional_maxima_under_a_prior(name):
     np.testing.assert_array_less(total(theta + 0.01), total(theta))
     fit = em_fit(model, params, x, algorithm=ecm(), tol=-1.0, max_steps=5)
     assert np.all(np.diff(history(fit)) >= -1e-10 * abs(fit.objective))
+
+
+@pytest.mark.parametrize("name", ["gamma", "negative binomial", "zero-inflated poisson", "poisson regression"])
+def test_ecm_over_all_blocks_leaves_nothing_where_it_was(name):
+    """Families that cannot hold every parameter are one block, and not one that is half frozen."""
+    model, x = zoo()[name]
+    x = jax.tree.map(jnp.asarray, x)
+    params = model.init(jax.random.key(0), x)
+    fit = em_fit(model, params, x, algorithm=ecm(), tol=-1.0, max_steps=3)
+    for new, old in zip(jax.tree.leaves(fit.params), jax.tree.leaves(params), strict=True):
+        assert np.all(np.asarray(new) != np.asarray(old))
 
 
 def test_blocks_follow_what_a_family_can_hold():

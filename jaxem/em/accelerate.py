@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from .. import checks, tree
-from ..protocols import Data, Params, Stats
+from ..protocols import Data, Params
 from ..record import record, static
 from .maximize import Gradient, coordinates
-from .step import EM, EMState, objective
+from .step import EM, EMState, objective, of_inner
 
 # How fast the memory of a slow mode fades: the distance of its rate from 1 grows by this a step.
 _FADING = 1.3
@@ -36,21 +36,7 @@ class SquaremState:
     rate: jax.Array
     left: jax.Array
 
-    @property
-    def params(self) -> Params:
-        return self.inner.params
-
-    @property
-    def stats(self) -> Stats:
-        return self.inner.stats
-
-    @property
-    def loglik(self) -> jax.Array | None:
-        return self.inner.loglik
-
-    @property
-    def num_passes(self) -> jax.Array:
-        return self.inner.num_passes
+    params, stats, loglik, num_passes = map(of_inner, ("params", "stats", "loglik", "num_passes"))
 
 
 @record
@@ -119,12 +105,13 @@ class Squarem:
 
         aim = jax.tree.map(lambda p, r, v: p + 2 * length * r + length**2 * v, first, along, bend)
         rate = _rate(state.rate, _dot(along, bend), size)
+        sure = _sure_gain(model, state.inner, third)
         state = dataclasses.replace(
             state,
             # A cap that was reached is raised.
             longest=jnp.where(length >= state.longest, self.growth * state.longest, state.longest),
             rate=rate,
-            left=_left(model, state.inner, third, rate, state.rate, gain),
+            left=_left(objective(model, state.inner), gain if sure is None else sure, rate, state.rate),
         )
         return _into_domain(model, aim, third), state
 
@@ -161,21 +148,7 @@ class AndersonState:
     rate: jax.Array
     left: jax.Array
 
-    @property
-    def params(self) -> Params:
-        return self.inner.params
-
-    @property
-    def stats(self) -> Stats:
-        return self.inner.stats
-
-    @property
-    def loglik(self) -> jax.Array | None:
-        return self.inner.loglik
-
-    @property
-    def num_passes(self) -> jax.Array:
-        return self.inner.num_passes
+    params, stats, loglik, num_passes = map(of_inner, ("params", "stats", "loglik", "num_passes"))
 
 
 @record
@@ -242,10 +215,10 @@ class Anderson:
 
         params = tree.where(plain, mapped, _into_domain(model, unravel(point + move - correction), mapped))
         after = _look(self.inner, model, dataclasses.replace(inner, maximize=maximize), params, x, weights)
-        gain = _sure_gain(model, inner, mapped)
-        before = objective(model, inner)
+        sure = _sure_gain(model, inner, mapped)
+        before, gain = objective(model, inner), objective(model, after) - objective(model, inner)
         slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-        better = objective(model, after) >= before + (0 if gain is None else jnp.maximum(gain - slack, 0))
+        better = gain >= (0 if sure is None else jnp.maximum(sure - slack, 0))
         # EM's own step is taken as it is: where it is not finite, the fit has to see it.
         taken = better | plain
 
@@ -262,7 +235,7 @@ class Anderson:
             refused=~taken,
             plain=plain | ~taken,
             rate=rate,
-            left=_left(model, inner, mapped, rate, state.rate, objective(model, after) - before),
+            left=_left(before, gain if sure is None else sure, rate, state.rate),
         )
 
 
@@ -366,17 +339,15 @@ def _sure_gain(model: Any, state: EMState, mapped: Params) -> jax.Array | None:
     return surrogate(mapped) - surrogate(state.params)
 
 
-def _left(model: Any, state: EMState, mapped: Params, rate: jax.Array, before: jax.Array, gain: jax.Array) -> jax.Array:
-    """An upper estimate of what is still to be gained at a state.
+def _left(value: jax.Array, gain: jax.Array, rate: jax.Array, before: jax.Array) -> jax.Array:
+    """An upper estimate of what is still to be gained above an objective, from what one EM step gains there.
 
     A mode of rate r that is d away from the maximum has d^2 h / 2 to gain, h its curvature; Q's is h / (1 - r),
     so that the rise of Q over an EM step is (1 - r) d^2 h / 2. A rate that rises tells of slower modes to come: it
     is carried on as in the loop's own rule.
     """
-    sure = _sure_gain(model, state, mapped)
-    value = objective(model, state)
     # A rise below its rounding tells nothing of what is left.
-    rise = jnp.maximum(gain if sure is None else sure, jnp.finfo(value.dtype).eps * jnp.abs(value))
+    rise = jnp.maximum(gain, jnp.finfo(value.dtype).eps * jnp.abs(value))
     slow = rate + jnp.where(rate < 1, jnp.maximum(rate - before, 0) / jnp.where(rate < 1, 1 - rate, 1) ** 2, 0)
     return jnp.where(slow < 1, rise / jnp.where(slow < 1, 1 - slow, 1), jnp.inf)
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..latents import Exact
-from ..protocols import Data, Params, Stats
+from ..protocols import Data, Params
 from ..record import record, static
-from .step import EM, EMState
+from .step import EM, EMState, of_inner
 
 # Steps at which a schedule is looked at before it is used; the last stands for the end.
 _PROBED = (0, 1, 2, 5, 10, 100, 10**6)
@@ -24,21 +24,7 @@ class AnnealedState:
     inner: EMState
     settled: jax.Array
 
-    @property
-    def params(self) -> Params:
-        return self.inner.params
-
-    @property
-    def stats(self) -> Stats:
-        return self.inner.stats
-
-    @property
-    def loglik(self) -> jax.Array | None:
-        return self.inner.loglik
-
-    @property
-    def num_passes(self) -> jax.Array:
-        return self.inner.num_passes
+    params, stats, loglik, num_passes = map(of_inner, ("params", "stats", "loglik", "num_passes"))
 
 
 @record

@@ -10,7 +10,7 @@ from ..protocols import Data, Params, Stats
 from ..record import record, static
 from .maximize import ClosedForm
 from .minibatch import mix
-from .step import EM, EMState
+from .step import EM, EMState, of_inner
 
 # Averages of fewer steps are not compared.
 _FEWEST = 8
@@ -30,17 +30,7 @@ class AveragedState:
     anchor: Params
     left: jax.Array
 
-    @property
-    def stats(self) -> Stats:
-        return self.inner.stats
-
-    @property
-    def loglik(self) -> jax.Array | None:
-        return self.inner.loglik
-
-    @property
-    def num_passes(self) -> jax.Array:
-        return self.inner.num_passes
+    stats, loglik, num_passes = map(of_inner, ("stats", "loglik", "num_passes"))
 
 
 @record
@@ -77,8 +67,11 @@ class Averaged:
         doubled = (count & (count - 1) == 0) & (count > 1)
         left = state.left
         if hasattr(model, "q_function"):
-            rise = model.q_function(params, mean) - model.q_function(state.anchor, mean)
-            left = jnp.where(doubled & (count >= _FEWEST), jnp.abs(rise), left)
+
+            def rise() -> jax.Array:
+                return jnp.abs(model.q_function(params, mean) - model.q_function(state.anchor, mean))
+
+            left = jax.lax.cond(doubled & (count >= _FEWEST), rise, lambda: left)
         anchor = jax.tree.map(lambda new, old: jnp.where(doubled | (count == 1), new, old), params, state.anchor)
         return AveragedState(inner=inner, mean=mean, params=params, anchor=anchor, left=left)
 

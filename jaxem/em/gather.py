@@ -28,6 +28,14 @@ def e_step_in_blocks(
     return tree.sum_over_blocks(block, (x, jnp.arange(rows)), weights, block_size)
 
 
+def e_step_on_all(model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any) -> Stats:
+    """The E-step on all rows, in blocks where their temporaries outgrow fast memory."""
+    if not hasattr(model, "floats_per_row"):
+        return model.e_step(params, x, weights, expect)
+    size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
+    return e_step_in_blocks(model, params, x, weights, expect, size)
+
+
 def as_part(model: Any) -> Any:
     """The model as it sees a part of the rows."""
     return model.partial() if hasattr(model, "partial") else model
@@ -43,7 +51,7 @@ class Full:
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
     ) -> tuple[Stats, None]:
-        return self._all(model, params, x, weights, expect), None
+        return e_step_on_all(model, params, x, weights, expect), None
 
     def step(
         self,
@@ -56,13 +64,7 @@ class Full:
         expect: Any,
         part: jax.Array | int,
     ) -> tuple[Stats, None]:
-        return self._all(model, params, x, weights, expect), None
-
-    def _all(self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any) -> Stats:
-        if not hasattr(model, "floats_per_row"):
-            return model.e_step(params, x, weights, expect)
-        size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
-        return e_step_in_blocks(model, params, x, weights, expect, size)
+        return e_step_on_all(model, params, x, weights, expect), None
 
 
 @record(kw_only=False)

@@ -12,7 +12,7 @@ import numpy as np
 from .. import checks, tree
 from ..protocols import Data, Params, Stats
 from ..record import record, static
-from .gather import Full, as_part
+from .gather import as_part, e_step_on_all
 
 
 @record(kw_only=False)
@@ -40,12 +40,17 @@ class PowerRate:
 
 @record
 class Turn:
-    """Where a pass over batches stands: updates made, the order of the rows, the order of the batches, a key."""
+    """Where a pass over batches stands.
+
+    update: updates made; rows (N,): their order, None for their own; first: the place in it where this pass
+    begins, so that other rows sit out in every pass; batches: their order in this pass.
+    """
 
     update: jax.Array
     rows: jax.Array | None
+    first: jax.Array
     batches: jax.Array
-    key: jax.Array
+    key: jax.Array | None
 
 
 @record(kw_only=False)
@@ -56,7 +61,8 @@ class Stepwise:
     batch_size: rows a step, or None for all of them (with `Sample()` that is SAEM); rate: a number in
     (0, 1], or a function of the number k = 1, 2, ... of the update, `PowerRate()` by default; shuffle:
     rows are put into random batches once, and batches into a new random order in every pass; without
-    it the batches are consecutive rows, still in a new order. Rows that fill no batch sit out.
+    it the batches are consecutive rows, still in a new order. Rows that fill no batch sit out, others in
+    every pass.
     A rate of 1 and all rows: batch EM. Until the end of a fit its log-likelihood is a running estimate.
     Cappé & Moulines (2009), On-line EM algorithm for latent data models, JRSS B 71; Liang & Klein
     (2009), Online EM for unsupervised models. With `Sample`: Delyon, Lavielle & Moulines (1999).
@@ -84,34 +90,31 @@ class Stepwise:
 
     def passes(self, x: Data) -> float:
         """Share of the rows that a step looks at."""
-        return (self.batch_size or tree.num_rows(x)) / tree.num_rows(x)
+        return self._size(x) / tree.num_rows(x)
 
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
-    ) -> tuple[Stats, Turn | jax.Array]:
-        first = jnp.ones((), jnp.int32)
-        if self.batch_size is None:
-            return Full().init(model, params, x, weights, expect, key)[0], first
-        turn = start_turn(self.batch_size, self.shuffle, x, key)
-        stats = batch_stats(model, params, turn, self.batch_size, x, weights, expect)
-        return stats, next_batch(turn)
+    ) -> tuple[Stats, Turn]:
+        turn = start_turn(self._size(x), self.shuffle, x, key)
+        return batch_stats(model, params, turn, self._size(x), x, weights, expect), next_batch(turn, tree.num_rows(x))
 
     def step(
         self,
         model: Any,
         params: Params,
         stats: Stats,
-        state: Any,
+        state: Turn,
         x: Data,
         weights: jax.Array | None,
         expect: Any,
         part: jax.Array | int,
-    ) -> tuple[Stats, Any]:
-        if self.batch_size is None:
-            fresh = Full().init(model, params, x, weights, expect, None)[0]
-            return mix(model, params, stats, fresh, rate_at(self.rate, state)), state + 1
-        fresh = batch_stats(model, params, state, self.batch_size, x, weights, expect)
-        return mix(model, params, stats, fresh, rate_at(self.rate, state.update)), next_batch(state)
+    ) -> tuple[Stats, Turn]:
+        fresh = batch_stats(model, params, state, self._size(x), x, weights, expect)
+        mixed = mix(model, params, stats, fresh, rate_at(self.rate, state.update))
+        return mixed, next_batch(state, tree.num_rows(x))
+
+    def _size(self, x: Data) -> int:
+        return self.batch_size or tree.num_rows(x)
 
 
 @record
@@ -158,7 +161,7 @@ class VarianceReduced:
         self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
     ) -> tuple[Stats, Anchored]:
         turn = start_turn(self.batch_size, self.shuffle, x, key)
-        stats = Full().init(model, params, x, weights, expect, None)[0]
+        stats = e_step_on_all(model, params, x, weights, expect)
         return stats, Anchored(turn=turn, params=params, stats=stats)
 
     def step(
@@ -184,10 +187,10 @@ class VarianceReduced:
                 _rebase(model, there, params),
             )
             mixed = mix(model, params, stats, corrected, rate_at(self.rate, state.turn.update + 1))
-            return mixed, dataclasses.replace(state, turn=next_batch(state.turn))
+            return mixed, dataclasses.replace(state, turn=next_batch(state.turn, tree.num_rows(x)))
 
         def everything(_: None) -> tuple[Stats, Anchored]:
-            all_ = Full().init(model, params, x, weights, expect, None)[0]
+            all_ = e_step_on_all(model, params, x, weights, expect)
             return all_, dataclasses.replace(state, params=params, stats=all_)
 
         return jax.lax.cond(part == self.parts(x) - 1, everything, batch, None)
@@ -321,18 +324,20 @@ def _rebase(model: Any, stats: Stats, params: Params) -> Stats:
 
 
 def start_turn(batch_size: int, shuffle: bool, x: Data, key: jax.Array | None) -> Turn:
-    """The start of the first pass; ValueError where no batch can be filled, TypeError without a key."""
+    """The start of the first pass; ValueError where no batch can be filled, TypeError without a key to draw them."""
     rows = tree.num_rows(x)
     if batch_size > rows:
         raise ValueError(
             f"batch_size must be at most the number of rows, {rows}; got {batch_size}. None takes all rows"
         )
+    nothing = jnp.zeros((), jnp.int32)
+    if batch_size == rows:
+        return Turn(update=nothing, rows=None, first=nothing, batches=jnp.zeros(1, jnp.int32), key=None)
     if key is None:
         raise TypeError("batches are drawn at random: pass key=jax.random.key(...) to em_fit")
-    order = jnp.arange(rows // batch_size)
-    # What all rows are in needs no order.
-    mixed = _shuffled(jax.random.fold_in(key, 0), rows) if shuffle and batch_size < rows else None
-    return Turn(update=jnp.zeros((), jnp.int32), rows=mixed, batches=order, key=key)
+    order = _shuffled(jax.random.fold_in(key, 0), rows) if shuffle else None
+    batches = jnp.arange(rows // batch_size, dtype=jnp.int32)
+    return Turn(update=nothing, rows=order, first=nothing, batches=batches, key=key)
 
 
 def _shuffled(key: jax.Array, rows: int) -> jax.Array:
@@ -341,25 +346,31 @@ def _shuffled(key: jax.Array, rows: int) -> jax.Array:
     return jax.lax.sort((jax.random.bits(key, (rows,), jnp.uint32), numbers), num_keys=1, is_stable=False)[1]
 
 
-def next_batch(turn: Turn) -> Turn:
-    """One update on; at the end of a pass the batches get a new order."""
-    count = turn.batches.shape[0]
+def next_batch(turn: Turn, rows: int) -> Turn:
+    """One update on; a new pass begins at another row, with its batches in a new order."""
     update = turn.update + 1
-    fresh = jax.random.permutation(jax.random.fold_in(turn.key, update), count)
-    return dataclasses.replace(turn, update=update, batches=jnp.where(update % count == 0, fresh, turn.batches))
+    if turn.key is None:
+        return dataclasses.replace(turn, update=update)
+    key, count = turn.key, turn.batches.shape[0]
+
+    def fresh() -> tuple[jax.Array, jax.Array]:
+        place, order = jax.random.split(jax.random.fold_in(key, update))
+        return jax.random.randint(place, (), 0, rows, jnp.int32), jax.random.permutation(order, turn.batches)
+
+    # A branch, since an order of many batches is dearer than a step with one of them.
+    first, batches = jax.lax.cond(update % count == 0, fresh, lambda: (turn.first, turn.batches))
+    return dataclasses.replace(turn, update=update, first=first, batches=batches)
 
 
 def batch_stats(
     model: Any, params: Params, turn: Turn, batch_size: int, x: Data, weights: jax.Array | None, expect: Any
 ) -> Stats:
     """Statistics of the batch whose turn it is, scaled up to all rows."""
-    count = turn.batches.shape[0]
-    start = turn.batches[turn.update % count] * batch_size
-    data = (x, weights)
-    if turn.rows is None:
-        batch, inside = tree.rows_from(data, start, batch_size)
-    else:
-        chosen = tree.rows_from(turn.rows, start, batch_size)
-        batch, inside = jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), data)
-    stats = Full().init(as_part(model), params, batch, inside, expect, None)[0]
-    return tree.scale(tree.num_rows(x) / batch_size, stats)
+    rows = tree.num_rows(x)
+    if batch_size == rows:
+        return e_step_on_all(model, params, x, weights, expect)
+    place = turn.first + turn.batches[turn.update % turn.batches.shape[0]] * batch_size + jnp.arange(batch_size)
+    place = place % rows
+    chosen = place if turn.rows is None else turn.rows[place]
+    batch, inside = jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), (x, weights))
+    return tree.scale(rows / batch_size, e_step_on_all(as_part(model), params, batch, inside, expect))

@@ -10,7 +10,7 @@ from .. import protocols, tree
 from ..latents import Exact
 from ..protocols import Data, Params, Stats
 from ..record import record
-from .gather import Full
+from .gather import Full, e_step_on_all
 from .maximize import ClosedForm
 
 
@@ -31,6 +31,11 @@ class EMState:
     key: jax.Array | None
     num_steps: jax.Array
     num_passes: jax.Array
+
+
+def of_inner(name: str) -> Any:
+    """What a wrapper's state shows of the EM state inside it."""
+    return property(lambda self: getattr(self.inner, name))
 
 
 @record
@@ -132,7 +137,7 @@ class EM:
     def exactly(self, model: Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
         """The state after an E-step on all rows, without draws."""
         expect = Exact() if getattr(self.expect, "stochastic", False) else self.expect
-        stats, _ = Full().init(model, state.params, x, weights, expect, None)
+        stats = e_step_on_all(model, state.params, x, weights, expect)
         return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
 
     def _expect(self, step: jax.Array, key: jax.Array | None) -> Any:

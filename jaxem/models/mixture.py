@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, constraints, numerics, seeding, tree
-from ..data import split
+from ..data import respect, split
 from ..latents import Exact, categorical
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
@@ -110,7 +110,7 @@ class Mixture:
         if labels and values is not None and not np.all((values >= 0) & (values < count)):
             raise ValueError(f"labels must be in 0..{count - 1}; got {values.min()}..{values.max()}")
         if not labels and values is not None:
-            _check_rows_of_simplex("responsibilities", values)
+            checks.distributions("responsibilities", values)
         return self._from_responsibilities(x, given, weights, 0.0)
 
     def e_step(
@@ -128,7 +128,7 @@ class Mixture:
         q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
         """
         evidence = numerics.normalize(self._log_joint(params, x))[1]
-        return self._gather(params.components, x, _respect(responsibilities.T, x), weights, evidence)
+        return self._gather(params.components, x, respect(responsibilities.T, x), weights, evidence)
 
     def m_step(self, stats: MixtureStats) -> MixtureParams:
         """weights = counts / their sum (with a prior: + concentration - 1); the family's own M-step."""
@@ -226,7 +226,7 @@ class Mixture:
         """Raise ValueError for mixing weights that are no distribution; eager only."""
         weights = params.weights
         if checks.is_concrete(weights) and jnp.ndim(weights) == 1 and np.all(np.isfinite(weights)):
-            _check_rows_of_simplex("params.weights", np.asarray(weights)[None])
+            checks.distributions("params.weights", np.asarray(weights)[None])
 
     def check_held(self, values: dict[str, Any]) -> None:
         """Raise ValueError for mixing weights, to be held fixed, that are no distribution."""
@@ -234,7 +234,7 @@ class Mixture:
         if "weights" in values and checks.is_known(weights):
             if jnp.shape(weights) != (self._total,):
                 raise ValueError(f"weights must have shape ({self._total},); got {jnp.shape(weights)}")
-            _check_rows_of_simplex("weights", np.asarray(weights)[None])
+            checks.distributions("weights", np.asarray(weights)[None])
 
     def floats_per_row(self, params: MixtureParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a row."""
@@ -301,7 +301,7 @@ class Mixture:
         def statistics(components: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> MixtureStats:
             x, share = rows
             given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
-            given = (1 - smoothing) * _respect(given.astype(dtype), x) + smoothing / count
+            given = (1 - smoothing) * respect(given.astype(dtype), x) + smoothing / count
             return self._gather(components, x, given, inside, jnp.zeros(tree.num_rows(x), dtype))
 
         components = self.family.init(split(x)[0], weights, self.num_components)
@@ -318,28 +318,6 @@ class Mixture:
 def _allowed(labels: jax.Array, count: int) -> jax.Array:
     """Components that a row may come from: (K, N)."""
     return (labels < 0) | (labels == jnp.arange(count)[:, None])
-
-
-def _respect(responsibilities: jax.Array, x: Data) -> jax.Array:
-    """Responsibilities (K, N), those of labelled rows all in their own component."""
-    labels = split(x)[1]
-    if labels is None:
-        return responsibilities
-    own = labels == jnp.arange(responsibilities.shape[0])[:, None]
-    return jnp.where(labels < 0, responsibilities, own.astype(responsibilities.dtype))
-
-
-def _check_rows_of_simplex(name: str, values: np.ndarray) -> None:
-    """Raise ValueError unless every row (N, K) is a distribution."""
-    if not np.all((values >= 0) & np.isfinite(values)):
-        row, column = np.argwhere(~((values >= 0) & np.isfinite(values)))[0]
-        raise ValueError(
-            f"{name} must be finite and at least 0; got {values[row, column]} in row {row}, column {column}"
-        )
-    total = values.sum(axis=1)
-    if np.any(np.abs(total - 1) > 1e-3):
-        row = np.argmax(np.abs(total - 1) > 1e-3)
-        raise ValueError(f"{name} must sum to 1; row {row} sums to {total[row]:.6g}. Divide it by its sum")
 
 
 def params_from_responsibilities(
