@@ -84,6 +84,9 @@ from .priors import GammaPrior as GammaPrior
 from .restarts import Restarts as Restarts
 from .restarts import Screen as Screen
 from .restarts import fit_restarts as fit_restarts
+from .sequences import Sequences as Sequences
+from .sequences import pack_sequences as pack_sequences
+from .sequences import pad_sequences as pad_sequences
 from .status import EMError as EMError
 from .status import Status as Status
 

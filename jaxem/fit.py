@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, tree
-from .em import EM, objective
+from .em import EM, objective, units
 from .protocols import Data, Params
 from .record import record
 from .status import EMError, Status
@@ -334,7 +334,7 @@ def em_fit(
     check_limits(tol, max_steps)
     if key is not None:
         key = checks.random_key(key)
-    x = jax.tree.map(jnp.asarray, x)
+    x = jax.tree.map(jnp.asarray, units(model, x))
     weights = None if weights is None else jnp.asarray(weights)
     result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, history_capacity(max_steps))
     if isinstance(max_steps, (int, np.integer)):

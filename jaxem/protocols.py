@@ -22,6 +22,7 @@ class Model(Protocol):
     of blocks, `floats_per_restart` for how many restarts fit side by side, `coarse()`
     for a cheaper model with the same parameters that does the bulk of many restarts, `partial()` for
     the model as it sees a part of the rows (where an E-step on all of them does more), `rebase`,
+    `units(x)`: the data with a leading axis of independent units, where other forms are taken too,
     `likelihood = False` where the objective is none and has no unit of its own,
     `blocks(params)` and `m_step_for(params, stats, names)`, an M-step over some of the parameters;
     `unconstrain` and `constrain`, `num_parameters`, `log_prob`, `posterior`, `predict`, `sample`.

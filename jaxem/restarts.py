@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, tree
-from .em import EM
+from .em import EM, units
 from .fit import (
     PATIENCE,
     Progress,
@@ -301,7 +301,7 @@ def fit_restarts(
     if hasattr(model, "check"):
         model.check(x, weights)
     check_limits(tol, max_steps)
-    x = jax.tree.map(jnp.asarray, x)
+    x = jax.tree.map(jnp.asarray, units(model, x))
     weights = None if weights is None else jnp.asarray(weights)
     starts, function, num_restarts = _starts(model, init, num_restarts)
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)

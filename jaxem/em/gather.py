@@ -36,6 +36,11 @@ def e_step_on_all(model: Any, params: Params, x: Data, weights: jax.Array | None
     return e_step_in_blocks(model, params, x, weights, expect, size)
 
 
+def units(model: Any, x: Data) -> Data:
+    """The data with a leading axis of independent units, where the model takes them in other forms as well."""
+    return model.units(x) if hasattr(model, "units") else x
+
+
 def as_part(model: Any) -> Any:
     """The model as it sees a part of the rows."""
     return model.partial() if hasattr(model, "partial") else model

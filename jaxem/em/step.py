@@ -10,7 +10,7 @@ from .. import protocols, tree
 from ..latents import Exact
 from ..protocols import Data, Params, Stats
 from ..record import record
-from .gather import Full, e_step_on_all
+from .gather import Full, e_step_on_all, units
 from .maximize import ClosedForm
 
 
@@ -74,6 +74,7 @@ class EM:
         self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> EMState:
         """The state at a start: one E-step. Raises TypeError where a random algorithm gets no key."""
+        x = units(model, x)
         step = jnp.zeros((), jnp.int32)
         key, own = (None, None) if key is None else jax.random.split(key)
         stats, gather = self.gather.init(model, params, x, weights, self._expect(step, key), own)
@@ -93,6 +94,7 @@ class EM:
 
         Where slots work in parts, pieces of the data or blocks of parameters, a step is one turn of all.
         """
+        x = units(model, x)
         pieces = self.gather.parts(x) if hasattr(self.gather, "parts") else 1
         blocks = self.maximize.parts(model, state.params) if hasattr(self.maximize, "parts") else 1
 
@@ -137,6 +139,7 @@ class EM:
     def exactly(self, model: Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
         """The state after an E-step on all rows, without draws."""
         expect = Exact() if getattr(self.expect, "stochastic", False) else self.expect
+        x = units(model, x)
         stats = e_step_on_all(model, state.params, x, weights, expect)
         return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
 

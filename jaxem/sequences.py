@@ -1,0 +1,206 @@
+"""Sequences of different lengths as one array: padded, one a row, or packed, several a row."""
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import checks, tree
+from .record import record, static
+
+
+@record(kw_only=False)
+class Sequences:
+    """Independent sequences, side by side.
+
+    values: arrays (B, T, ...), or a pytree of such; lengths (B,): steps of each row that count, None where all
+    do. What stands behind them is never looked at. Packed rows hold several sequences, one after the other:
+    ids (B, T) tells the number of the sequence that every step belongs to, num_sequences how many there are.
+    Row weights count rows: sequences, or where they are packed all sequences of a row.
+    """
+
+    values: Any
+    lengths: jax.Array | None = None
+    ids: jax.Array | None = None
+    num_sequences: int | None = static(default=None)
+
+    @property
+    def num_steps(self) -> int:
+        """T: steps of every row, padding included."""
+        return jax.tree.leaves(self.values)[0].shape[1]
+
+    @property
+    def num_rows(self) -> int:
+        """B: rows."""
+        return jax.tree.leaves(self.values)[0].shape[0]
+
+    def inside(self) -> jax.Array:
+        """Which steps (B, T) count."""
+        shape = (self.num_rows, self.num_steps)
+        if self.lengths is None:
+            return jnp.ones(shape, bool)
+        return jnp.arange(shape[1]) < self.lengths[:, None]
+
+    def starts(self) -> jax.Array:
+        """Which steps (B, T) are the first of a sequence."""
+        if self.ids is None:
+            return jnp.broadcast_to(jnp.arange(self.num_steps) == 0, (self.num_rows, self.num_steps))
+        before = jnp.concatenate([jnp.full_like(self.ids[:, :1], -1), self.ids[:, :-1]], axis=1)
+        return (self.ids != before) & (self.ids >= 0)
+
+    def per_sequence(self, steps: jax.Array) -> jax.Array:
+        """Sums over the steps (B, T) of every sequence: (B,), or (num_sequences,) where they are packed."""
+        steps = jnp.where(self.inside(), steps, 0)
+        if self.ids is None or self.num_sequences is None:
+            return jnp.sum(steps, axis=1)
+        # What belongs to no sequence goes to one more, which is left out.
+        places = jnp.where(self.ids >= 0, self.ids, self.num_sequences).ravel()
+        return jnp.zeros(self.num_sequences + 1, steps.dtype).at[places].add(steps.ravel())[:-1]
+
+    def split(self, values: Any = None) -> list[Any]:
+        """The sequences (T_i, ...) one by one, without padding, in the order that they were given in.
+
+        values: arrays (B, T, ...) that go with the steps, such as a fit's posterior; None for the data themselves.
+        Needs concrete lengths.
+        """
+        values = self.values if values is None else values
+        lengths = np.full(self.num_rows, self.num_steps) if self.lengths is None else np.asarray(self.lengths)
+        if self.ids is None:
+            return [jax.tree.map(lambda leaf: leaf[row, :length], values) for row, length in enumerate(lengths)]  # noqa: B023
+        ids = np.asarray(self.ids)
+        found = []
+        for number in range(int(self.num_sequences or 0)):
+            row, start = np.argwhere(ids == number)[0]
+            stop = start + np.sum(ids[row] == number)
+            found.append(jax.tree.map(lambda leaf: leaf[row, start:stop], values))  # noqa: B023
+        return found
+
+
+def pad_sequences(sequences: Sequence[Any]) -> Sequences:
+    """Sequences (T_i, ...) of any lengths, padded at the end to the longest: values (B, T, ...), lengths (B,).
+
+    Each may be a pytree of arrays that share their steps, such as (observations, inputs). Padding repeats a
+    sequence's last step. Raises ValueError for no sequence at all, an empty one, or ones of different widths.
+    """
+    parts, lengths = _read(sequences)
+    longest = int(lengths.max())
+
+    def pad(*leaves: np.ndarray) -> jax.Array:
+        whole = np.empty((len(leaves), longest, *leaves[0].shape[1:]), np.result_type(*leaves))
+        for row, leaf in zip(whole, leaves, strict=True):
+            row[: len(leaf)], row[len(leaf) :] = leaf, leaf[-1]
+        return jnp.asarray(whole)
+
+    return Sequences(jax.tree.map(pad, *parts), jnp.asarray(lengths, jnp.int32))
+
+
+def pack_sequences(sequences: Sequence[Any], num_rows: int | None = None) -> Sequences:
+    """The same for lengths that differ much: several sequences a row, so that next to nothing is padding.
+
+    num_rows: B; None for as many rows as the longest sequence allows. Sequences go, the longest first, into the row
+    that has the most room. Raises as `pad_sequences` does.
+    """
+    parts, lengths = _read(sequences)
+    if num_rows is None:
+        num_rows = max(1, int(lengths.sum()) // int(lengths.max()))
+    checks.positive_integer("num_rows", num_rows)
+    num_rows = min(num_rows, len(parts))
+    used = [(0, row) for row in range(num_rows)]
+    places = np.empty((len(parts), 2), int)
+    for number in np.argsort(-lengths, kind="stable"):
+        filled, row = heapq.heappop(used)
+        places[number] = row, filled
+        heapq.heappush(used, (filled + int(lengths[number]), row))
+    room = max(filled for filled, _ in used)
+    ids = np.full((num_rows, room), -1, np.int32)
+    for number, (row, start) in enumerate(places):
+        ids[row, start : start + lengths[number]] = number
+    filled = (ids >= 0).sum(axis=1)
+
+    def pack(*leaves: np.ndarray) -> jax.Array:
+        whole = np.empty((num_rows, room, *leaves[0].shape[1:]), np.result_type(*leaves))
+        for (row, start), leaf in zip(places, leaves, strict=True):
+            whole[row, start : start + len(leaf)] = leaf
+        for row, length in zip(whole, filled, strict=True):
+            row[length:] = row[length - 1]
+        return jnp.asarray(whole)
+
+    values = jax.tree.map(pack, *parts)
+    return Sequences(values, jnp.asarray(filled, jnp.int32), jnp.asarray(ids), len(parts))
+
+
+def as_sequences(x: Any) -> Sequences:
+    """Data of a sequence model as `Sequences`: arrays of up to two axes are one sequence, of three a batch.
+
+    Of a pytree the array with the most axes decides. Lengths that all reach the end, where that can be seen,
+    become None.
+    """
+    if isinstance(x, Sequences):
+        full = checks.is_concrete(x.lengths) and x.lengths is not None and x.ids is None
+        if full and np.all(np.asarray(x.lengths) == x.num_steps):
+            return dataclasses.replace(x, lengths=None)
+        return x
+    leaves = jax.tree.leaves(x)
+    if not leaves or any(jnp.ndim(leaf) == 0 for leaf in leaves):
+        raise ValueError("x must hold arrays with an axis of steps; got a scalar or nothing")
+    if max(jnp.ndim(leaf) for leaf in leaves) <= 2:
+        x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
+    return Sequences(jax.tree.map(jnp.asarray, x))
+
+
+def check(x: Any, weights: Any = None) -> Sequences:
+    """Data as `Sequences`; raises ValueError or TypeError for shapes or lengths that cannot be. Values are not read."""
+    if isinstance(x, (list, tuple)) and len(x) > 2:
+        raise TypeError(
+            f"x must be an array or Sequences; got a {type(x).__name__} of {len(x)}: pad_sequences(x) or "
+            "pack_sequences(x) makes Sequences of a list of arrays"
+        )
+    given = x.values if isinstance(x, Sequences) else x
+    for path, leaf in jax.tree_util.tree_leaves_with_path(given):
+        checks.array(f"x{jax.tree_util.keystr(path)}", leaf)
+    sequences = as_sequences(x)
+    shapes = {jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(sequences.values)}
+    if len(shapes) > 1 or any(len(shape) < 2 for shape in shapes):
+        raise ValueError(f"all arrays of x must share their axes of sequences and of steps; got {sorted(shapes)}")
+    rows, steps = shapes.pop()
+    if rows == 0 or steps == 0:
+        raise ValueError(f"x must hold at least one sequence of at least one step; got {rows} of {steps}")
+    for name, value, shape in (("lengths", sequences.lengths, (rows,)), ("ids", sequences.ids, (rows, steps))):
+        if value is not None and jnp.shape(value) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(value)}")
+    if sequences.lengths is not None and checks.is_concrete(sequences.lengths):
+        lengths = np.asarray(sequences.lengths)
+        if not np.issubdtype(lengths.dtype, np.integer):
+            raise TypeError(f"lengths must be whole numbers; got dtype {lengths.dtype}")
+        if np.any((lengths < 1) | (lengths > steps)):
+            row = int(np.argmax((lengths < 1) | (lengths > steps)))
+            raise ValueError(
+                f"lengths must be between 1 and the padded length {steps}; got {lengths[row]} for sequence {row}. "
+                "Leave empty sequences out; pad_sequences sets lengths by itself"
+            )
+    checks.row_weights(weights, rows)
+    return sequences
+
+
+def _read(sequences: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    """The sequences as NumPy arrays, and their lengths."""
+    if not isinstance(sequences, (list, tuple)) or not sequences:
+        raise ValueError(f"sequences must be a list of at least one array (T_i, ...); got {type(sequences).__name__}")
+    parts: list[Any] = [jax.tree.map(np.asarray, part) for part in sequences]
+    shape = jax.tree.map(lambda leaf: leaf.shape[1:], parts[0])
+    for number, part in enumerate(parts):
+        leaves = jax.tree.leaves(part)
+        if any(leaf.ndim == 0 for leaf in leaves) or len({len(leaf) for leaf in leaves}) != 1:
+            raise ValueError(f"sequence {number} must hold arrays that share their first axis, of steps")
+        if len(leaves[0]) == 0:
+            raise ValueError(f"sequence {number} is empty: leave it out")
+        if jax.tree.map(lambda leaf: leaf.shape[1:], part) != shape:
+            raise ValueError(
+                f"all sequences must have the same columns; sequence {number} has "
+                f"{jax.tree.map(lambda leaf: leaf.shape, part)} where the first has {jax.tree.map(np.shape, parts[0])}"
+            )
+    return parts, np.array([tree.num_rows(part) for part in parts])
