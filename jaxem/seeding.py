@@ -1,11 +1,75 @@
 """Where fits start: seeds among the rows, key-driven, weighted, and compiled with everything else."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import numerics
+from . import numerics, tree
+from .protocols import Data, Params, Stats
+
+METHODS = ("k-means++", "random_rows", "random_responsibilities")
+
+# Share of every row that a start spreads over all components: no component starts singular.
+SMOOTHING = 0.1
+
+
+def shares(
+    key: jax.Array,
+    family: Any,
+    x: Data,
+    weights: jax.Array | None,
+    num_components: int,
+    method: str,
+    labels: jax.Array | None = None,
+) -> jax.Array:
+    """Which component every row starts in: its number (N,), or responsibilities (N, K).
+
+    Of the METHODS, "k-means++" and "random_rows" give every row to its nearest seed, columns standardised, and
+    "random_responsibilities" draws from the simplex. A component with labelled rows is seeded by one of them.
+    """
+    if method == "random_responsibilities":
+        total = num_components + getattr(family, "extra_components", 0)
+        draws = jax.random.exponential(key, (tree.num_rows(x), total), tree.float_dtype(x))
+        return draws / jnp.sum(draws, axis=1, keepdims=True)
+    points = standardize(family.features(x), weights)
+    seed = kmeans_plusplus if method == "k-means++" else random_rows
+    seeds, nearest = seed(key, points, weights, num_components)
+    return nearest if labels is None else nearest_known(key, points, labels, weights, seeds)
+
+
+def responsibilities(share: jax.Array, count: int, smoothing: float, dtype: Any) -> jax.Array:
+    """Responsibilities (K, N) from numbers (N,) or responsibilities (N, K), a part of every row spread over all."""
+    given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
+    return (1 - smoothing) * given.astype(dtype) + smoothing / count
+
+
+def family_stats(
+    family: Any, x: Data, share: jax.Array, weights: jax.Array | None, num_components: int, smoothing: float
+) -> Stats:
+    """Statistics of a family from numbers (N,) or responsibilities (N, K), in blocks of rows.
+
+    Taken as often as the family says, twice where it does not: the first pass centres the statistics on the
+    components' own means.
+    """
+    dtype = tree.float_dtype(x)
+    count = num_components + getattr(family, "extra_components", 0)
+    components = family.init(x, weights, num_components)
+    size = tree.rows_per_block(2 * count + family.floats_per_row(components), dtype)
+
+    def statistics(components: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> Stats:
+        x, share = rows
+        given = responsibilities(share, count, smoothing, dtype)
+        return family.stats(components, x, given if inside is None else given * inside.astype(dtype))
+
+    def stats_at(components: Params) -> Stats:
+        return tree.sum_over_blocks(functools.partial(statistics, components), (x, share), weights, size)
+
+    passes = getattr(family, "start_passes", 2)
+    centred = jax.lax.fori_loop(0, passes - 1, lambda _, components: family.m_step(stats_at(components)), components)
+    return stats_at(centred)
 
 
 def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:

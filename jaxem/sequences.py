@@ -140,16 +140,21 @@ def as_sequences(x: Any) -> Sequences:
     become None.
     """
     if isinstance(x, Sequences):
-        full = checks.is_concrete(x.lengths) and x.lengths is not None and x.ids is None
-        if full and np.all(np.asarray(x.lengths) == x.num_steps):
-            return dataclasses.replace(x, lengths=None)
-        return x
+        if x.lengths is None or x.ids is not None or not checks.is_concrete(x.lengths):
+            return x
+        full = bool(np.all(np.asarray(x.lengths) == x.num_steps))
+        return dataclasses.replace(x, lengths=None) if full else x
     leaves = jax.tree.leaves(x)
     if not leaves or any(jnp.ndim(leaf) == 0 for leaf in leaves):
         raise ValueError("x must hold arrays with an axis of steps; got a scalar or nothing")
-    if max(jnp.ndim(leaf) for leaf in leaves) <= 2:
+    if is_one(x):
         x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
     return Sequences(jax.tree.map(jnp.asarray, x))
+
+
+def is_one(x: Any) -> bool:
+    """Whether data are one sequence, without an axis of sequences."""
+    return not isinstance(x, Sequences) and max(jnp.ndim(leaf) for leaf in jax.tree.leaves(x)) <= 2
 
 
 def check(x: Any, weights: Any = None) -> Sequences:
@@ -162,7 +167,7 @@ def check(x: Any, weights: Any = None) -> Sequences:
     given = x.values if isinstance(x, Sequences) else x
     for path, leaf in jax.tree_util.tree_leaves_with_path(given):
         checks.array(f"x{jax.tree_util.keystr(path)}", leaf)
-    sequences = as_sequences(x)
+    sequences = x if isinstance(x, Sequences) else as_sequences(x)
     shapes = {jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(sequences.values)}
     if len(shapes) > 1 or any(len(shape) < 2 for shape in shapes):
         raise ValueError(f"all arrays of x must share their axes of sequences and of steps; got {sorted(shapes)}")
@@ -183,7 +188,7 @@ def check(x: Any, weights: Any = None) -> Sequences:
                 "Leave empty sequences out; pad_sequences sets lengths by itself"
             )
     checks.row_weights(weights, rows)
-    return sequences
+    return as_sequences(sequences)
 
 
 def _read(sequences: Sequence[Any]) -> tuple[list[Any], np.ndarray]:

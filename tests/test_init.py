@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 
 from jaxem import Mixture, Normal, params_from_responsibilities
-from jaxem.models.mixture import INITS
-from jaxem.seeding import kmeans_plusplus, random_rows
+from jaxem.seeding import METHODS, kmeans_plusplus, random_rows
 
 RNG = np.random.default_rng(4)
 X = (RNG.normal(size=(40, 2)) + 5 * RNG.integers(0, 3, 40)[:, None]).astype(np.float32)
@@ -102,7 +101,7 @@ def starts(method, weighted=False):
     return keys, jax.vmap(lambda key: MODEL.init(key, X, weights, method=method))(keys)
 
 
-@pytest.mark.parametrize("method", INITS)
+@pytest.mark.parametrize("method", METHODS)
 def test_starts_are_proper_reproducible_and_different(method):
     keys, many = starts(method)
     np.testing.assert_allclose(np.sum(many.weights, axis=1), 1, rtol=1e-5)
@@ -119,7 +118,7 @@ def test_starts_are_proper_reproducible_and_different(method):
 
 # The components of any start are shares of the rows: together they have the data's mean and second moments.
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("method", INITS)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_components_of_a_start_add_up_to_the_data(method, weighted):
     _, many = starts(method, weighted)
     rows = X.astype(float)

@@ -12,8 +12,8 @@ ROOT = Path(jaxem.__file__).parent
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
     {"record", "status", "numerics", "special", "protocols", "datasets", "checks"},
-    {"tree", "priors", "data", "sequences"},
-    {"seeding"},
+    {"tree", "priors", "data"},
+    {"seeding", "sequences"},
     {"families", "latents", "constraints"},
     {"models", "em"},
     {"fit", "diagnostics"},

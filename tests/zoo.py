@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxem import (
+    HMM,
     Background,
     Bernoulli,
     Beta,
@@ -26,12 +27,14 @@ from jaxem import (
     Poisson,
     PoissonRegression,
     Product,
+    Sequences,
     StudentT,
     Tied,
     VonMisesFisher,
     ZeroInflated,
     bounding_volume,
     default_prior,
+    pack_sequences,
     pseudo_rows,
 )
 
@@ -81,6 +84,24 @@ def _strict(columns: int) -> NormalInverseWishart:
     return NormalInverseWishart(
         mean=jnp.full(columns, 0.5), shrinkage=2.0, degrees_of_freedom=columns + 4.0, scale=jnp.eye(columns)
     )
+
+
+# Nine sequences of six steps, two states that take turns.
+_states = (np.arange(6) // 2 + _rng.integers(0, 2, (9, 1))) % 2
+_paths = np.array([[0.0, 0.0], [2.0, 1.0]])[_states] + _rng.normal(size=(9, 6, 2))
+_events = _rng.poisson(np.array([2.0, 7.0])[_states])[..., None]
+_lengths = _rng.integers(3, 7, 9)
+
+
+def _gaps(x: np.ndarray) -> np.ndarray:
+    """The data with whole steps missing, the first of a sequence among them."""
+    return np.where(np.random.default_rng(5).random(x.shape[:2])[..., None] < 0.2, np.nan, x)
+
+
+def _packed(x: np.ndarray) -> Sequences:
+    """Eighteen sequences, two in every row."""
+    parts = [part for row, length in zip(x, _lengths, strict=True) for part in (row[:length], row[length - 3 :])]
+    return pack_sequences(parts, 9)
 
 
 class _Lazy(dict):
@@ -172,6 +193,24 @@ def zoo() -> dict:
             "directions, circle, shared": lambda: (Mixture(Tied(VonMisesFisher(), "concentration"), 3), _circle),
             "kmeans": lambda: (KMeans(3), _points),
             "exponential": lambda: (Mixture(Exponential(), 3), _holes(_waits)),
+            "hmm": lambda: (HMM(Normal(), 2), Sequences(_gaps(_paths), _lengths)),
+            "hmm, logarithms": lambda: (HMM(Normal("diag"), 2, form="log"), Sequences(_gaps(_paths), _lengths)),
+            "hmm, parallel": lambda: (HMM(Normal("tied"), 2, parallel=True), Sequences(_paths, _lengths)),
+            "hmm, packed": lambda: (HMM(Normal("diag"), 2, form="scaled"), _packed(_paths)),
+            "hmm, priors": lambda: (
+                HMM(Poisson(), 2, initial_prior=Dirichlet(2.0), transition_prior=Dirichlet(1 + 3 * jnp.eye(2))),
+                _events,
+            ),
+            "hmm, left to right": lambda: (
+                HMM(
+                    Normal("spherical"),
+                    3,
+                    initial_support=np.array([True, True, False]),
+                    transition_support=np.triu(np.ones((3, 3), bool)),
+                ),
+                _paths,
+            ),
+            "hmm, stationary": lambda: (HMM(Poisson(), 2, stationary=True), _events),
         }
     )
 

@@ -1,6 +1,9 @@
 """Models: latent structure x observation family."""
 
 from .functions import from_functions as from_functions
+from .hmm import HMM as HMM
+from .hmm import HMMParams as HMMParams
+from .hmm import HMMStats as HMMStats
 from .kmeans import KMeans as KMeans
 from .kmeans import KMeansParams as KMeansParams
 from .kmeans import KMeansStats as KMeansStats

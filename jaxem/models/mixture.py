@@ -15,11 +15,6 @@ from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
 from ..record import record, static
 
-INITS = ("k-means++", "random_rows", "random_responsibilities")
-
-# Share of every row that a start spreads over all components: no component starts singular.
-_SMOOTHING = 0.1
-
 
 @record
 class MixtureParams:
@@ -73,24 +68,15 @@ class Mixture:
         of every row is then spread over all components. Rows of weight 0 are never seeds; a
         component with labelled rows is seeded by one of them.
         """
-        checks.choice("method", method, INITS)
+        checks.choice("method", method, seeding.METHODS)
         self.check(x, weights)
         return self._init(checks.random_key(key), x, weights, method)
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
-        if method == "random_responsibilities":
-            rows = tree.num_rows(x)
-            draws = jax.random.exponential(key, (rows, self._total), tree.float_dtype(x))
-            share = draws / jnp.sum(draws, axis=1, keepdims=True)
-        else:
-            rows, labels = split(x)
-            points = seeding.standardize(self.family.features(rows), weights)
-            seed = seeding.kmeans_plusplus if method == "k-means++" else seeding.random_rows
-            seeds, share = seed(key, points, weights, self.num_components)
-            if labels is not None:
-                share = seeding.nearest_known(key, points, labels, weights, seeds)
-        return self._from_responsibilities(x, share, weights, _SMOOTHING)
+        rows, labels = split(x)
+        share = seeding.shares(key, self.family, rows, weights, self.num_components, method, labels)
+        return self._from_responsibilities(x, share, weights, seeding.SMOOTHING)
 
     def params_from_responsibilities(
         self, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
@@ -292,27 +278,12 @@ class Mixture:
     def _from_responsibilities(
         self, x: Data, share: jax.Array, weights: jax.Array | None, smoothing: float
     ) -> MixtureParams:
-        """M-step from labels (N,) or responsibilities (N, K), in blocks.
-
-        Done twice: the first pass centres the statistics on the components' own means.
-        """
-        count, dtype = self._total, tree.float_dtype(x)
-
-        def statistics(components: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> MixtureStats:
-            x, share = rows
-            given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
-            given = (1 - smoothing) * respect(given.astype(dtype), x) + smoothing / count
-            return self._gather(components, x, given, inside, jnp.zeros(tree.num_rows(x), dtype))
-
-        components = self.family.init(split(x)[0], weights, self.num_components)
-        size = tree.rows_per_block(2 * count + self.family.floats_per_row(components), dtype)
-        params = MixtureParams(weights=jnp.full(count, 1 / count, dtype), components=components)
-
-        def pass_over(_: int, params: MixtureParams) -> MixtureParams:
-            at = functools.partial(statistics, params.components)
-            return self.m_step(tree.sum_over_blocks(at, (x, share), weights, size))
-
-        return jax.lax.fori_loop(0, getattr(self.family, "start_passes", 2), pass_over, params)
+        """M-step from labels (N,) or responsibilities (N, K)."""
+        rows, labels = split(x)
+        if labels is not None:
+            share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else respect(share.T, x).T
+        components = seeding.family_stats(self.family, rows, share, weights, self.num_components, smoothing)
+        return self.m_step(MixtureStats(components=components, loglik=jnp.zeros((), tree.float_dtype(x))))
 
 
 def _allowed(labels: jax.Array, count: int) -> jax.Array:

@@ -1,0 +1,574 @@
+"""Hidden Markov models: brute force, published numbers, a peer, and what may not matter."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from jaxem import (
+    EM,
+    HMM,
+    Bernoulli,
+    Categorical,
+    CategoricalParams,
+    Dirichlet,
+    Exact,
+    Fixed,
+    Hard,
+    HMMParams,
+    LinearRegression,
+    LinearRegressionParams,
+    Mixture,
+    MixtureParams,
+    Normal,
+    NormalParams,
+    Poisson,
+    PoissonParams,
+    Sample,
+    Sequences,
+    Status,
+    aic,
+    bic,
+    datasets,
+    ecm,
+    em_fit,
+    fit_restarts,
+    hard_em,
+    monte_carlo_em,
+    pack_sequences,
+    pad_sequences,
+    squarem,
+    stepwise_em,
+)
+from jaxem.models.hmm import stationary_distribution
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+FORMS = [dict(form="scaled"), dict(form="log"), dict(parallel=True)]
+
+
+def chain(count=3, seed=0):
+    """Random probabilities of a chain."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.dirichlet(np.ones(count))), jnp.asarray(rng.dirichlet(np.ones(count), count))
+
+
+def counts():
+    """A model of counts with three states, its parameters, and five sequences of six steps, two of them missing."""
+    initial, transition = chain()
+    params = HMMParams(
+        initial=initial, transition=transition, emissions=PoissonParams(rate=jnp.array([[1.0], [4.0], [9.0]]))
+    )
+    x = np.random.default_rng(1).poisson(4, (5, 6, 1)).astype(float)
+    x[1, 2] = x[3, 0] = np.nan
+    return HMM(Poisson(), 3), params, x
+
+
+def brute(model, params, x, temperature=1.0):
+    """Log-joint of every path of one sequence (T, ...): paths (K^T, T), and log p(x, z) of each."""
+    scores = np.asarray(model.family.log_prob(params.emissions, jnp.asarray(x)))
+    with np.errstate(divide="ignore"):
+        initial, transition = np.log(params.initial), np.log(params.transition)
+    paths = np.array(list(itertools.product(range(len(initial)), repeat=len(x))))
+    joint = initial[paths[:, 0]] + transition[paths[:, :-1], paths[:, 1:]].sum(axis=1)
+    return paths, (joint + scores[paths, np.arange(len(x))].sum(axis=1)) / temperature
+
+
+def expected(paths, share, count):
+    """States (T, K) and moves (K, K) that paths with these shares lead to."""
+    one = np.eye(count)[paths]
+    return np.einsum("p,ptk->tk", share, one), np.einsum("p,pti,ptj->ij", share, one[:, :-1], one[:, 1:])
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_all_paths(options):
+    model, params, x = counts()
+    model = dataclasses.replace(model, **options)
+    joint = [brute(model, params, row) for row in x]
+    evidence = np.array([logsumexp(scores) for _, scores in joint])
+    np.testing.assert_allclose(model.log_prob(params, x), evidence, rtol=1e-11)
+    stats = model.e_step(params, x)
+    np.testing.assert_allclose(stats.loglik, evidence.sum(), rtol=1e-11)
+    sums = [expected(paths, np.exp(scores - total), 3) for (paths, scores), total in zip(joint, evidence, strict=True)]
+    np.testing.assert_allclose(model.smooth(params, x), [states for states, _ in sums], atol=1e-11)
+    np.testing.assert_allclose(stats.transitions, sum(moves for _, moves in sums), rtol=1e-10)
+    np.testing.assert_allclose(stats.initial, sum(states[0] for states, _ in sums), rtol=1e-10)
+    # The filter of the first t steps is their posterior's end; the forecast its continuation.
+    for t in (1, 4):
+        paths, scores = brute(model, params, x[1, :t])
+        end = expected(paths, np.exp(scores - logsumexp(scores)), 3)[0][-1]
+        np.testing.assert_allclose(model.filter(params, x[1])[t - 1], end, atol=1e-11)
+    ahead = model.forecast(params, x[1, :4], 3)
+    np.testing.assert_allclose(ahead[2], end @ np.linalg.matrix_power(params.transition, 3), atol=1e-11)
+    # One sequence, without the axis.
+    np.testing.assert_allclose(model.smooth(params, x[2]), sums[2][0], atol=1e-11)
+    np.testing.assert_allclose(model.log_prob(params, x[2]), evidence[2:3], rtol=1e-11)
+
+
+def test_the_likeliest_path_and_its_statistics():
+    model, params, x = counts()
+    best = [(paths[np.argmax(scores)], np.max(scores)) for paths, scores in (brute(model, params, row) for row in x)]
+    np.testing.assert_array_equal(model.viterbi(params, x), [path for path, _ in best])
+    stats = model.e_step(params, x, expect=Hard())
+    np.testing.assert_allclose(stats.loglik, sum(score for _, score in best), rtol=1e-12)
+    moves = sum(expected(path[None], np.ones(1), 3)[1] for path, _ in best)
+    np.testing.assert_allclose(stats.transitions, moves, atol=1e-12)
+    fit = em_fit(model, params, x, algorithm=hard_em(), tol=1e-9)
+    assert np.all(np.diff(np.asarray(fit.history)[: int(fit.num_steps) + 1]) >= -1e-9)
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_a_tempered_posterior(options):
+    model, params, x = counts()
+    model = dataclasses.replace(model, **options)
+    lengths = jnp.array([6, 3, 5, 6, 2])
+    stats = model.e_step(params, Sequences(x, lengths), expect=Exact(temperature=2.5))
+    every = [brute(model, params, row[:length], 2.5) for row, length in zip(x, lengths, strict=True)]
+    np.testing.assert_allclose(stats.loglik, 2.5 * sum(logsumexp(scores) for _, scores in every), rtol=1e-11)
+    moves = sum(expected(paths, np.exp(scores - logsumexp(scores)), 3)[1] for paths, scores in every)
+    np.testing.assert_allclose(stats.transitions, moves, rtol=1e-9)
+
+
+def test_drawn_paths():
+    """Averages of n draws are within five standard errors of the posterior."""
+    model, params, x = counts()
+    exact, n = model.e_step(params, x), 4000
+    drawn = model.e_step(params, x, expect=Sample(n, key=KEY))
+    np.testing.assert_allclose(drawn.loglik, exact.loglik, rtol=1e-11)
+    np.testing.assert_allclose(np.sum(drawn.transitions), 25, rtol=1e-9)
+    assert np.all(np.abs(drawn.transitions - exact.transitions) < 5 * np.sqrt(25 * exact.transitions / n) + 1e-9)
+    assert np.all(np.abs(drawn.initial - exact.initial) < 5 * np.sqrt(exact.initial / n) + 1e-9)
+    # Sequences of a batch are drawn independently, and so are steps: no two agree all along.
+    one = model.e_step(params, np.repeat(x[:1], 2, axis=0), expect=Sample(1, key=KEY))
+    np.testing.assert_allclose(one.transitions, np.round(one.transitions), atol=1e-12)
+    fit = em_fit(model, params, x, algorithm=monte_carlo_em(20), key=KEY, max_steps=5, tol=-1.0)
+    assert np.all(np.isfinite(fit.history))
+    assert fit.objective > fit.history[0]
+
+
+def test_earthquakes():
+    """Zucchini, MacDonald & Langrock, Hidden Markov Models for Time Series: two Poisson states."""
+    params = HMMParams(
+        initial=jnp.array([0.5, 0.5]),
+        transition=jnp.array([[0.9, 0.1], [0.1, 0.9]]),
+        emissions=PoissonParams(rate=jnp.array([[10.0], [30.0]])),
+    )
+    model, x = HMM(Poisson(), 2), datasets.earthquakes()
+    fit = em_fit(model, params, x, tol=1e-9)
+    np.testing.assert_allclose(fit.history[:3], [-413.27542, -343.76023, -343.13618], atol=6e-6)
+    np.testing.assert_allclose(fit.objective, -341.878701, atol=1e-6)
+    assert fit.converged
+    assert model.num_parameters(fit.params) == 1 + 2 + 2
+    np.testing.assert_allclose(bic(model, fit.params, x), 2 * 341.878701 + 5 * np.log(107), atol=1e-5)
+    np.testing.assert_allclose(aic(model, fit.params, x[None, :, None]), 2 * 341.878701 + 10, atol=1e-5)
+    # A stationary start, table 1.? of the same book: the same chain under one parameter less.
+    still = HMM(Poisson(), 2, stationary=True)
+    held = em_fit(still, params, x, tol=1e-9)
+    assert held.converged
+    assert held.objective < fit.objective
+    np.testing.assert_allclose(held.params.initial @ held.params.transition, held.params.initial, rtol=1e-9)
+    assert still.num_parameters(held.params) == 4
+
+
+def same_as_hmmlearn(peer, model, params, x, lengths, emissions, names):
+    """Ten steps from the same start, both libraries in float64."""
+    peer.startprob_, peer.transmat_ = np.asarray(params.initial), np.asarray(params.transition)
+    for name, value in emissions.items():
+        setattr(peer, name, np.asarray(value))
+    assert np.isclose(peer.score(x, lengths), model.log_prob(params, pad(x, lengths)).sum(), rtol=1e-10)
+    peer.fit(x, lengths)
+    fit = em_fit(model, params, pad(x, lengths), tol=-1.0, max_steps=10)
+    np.testing.assert_allclose(fit.params.initial, peer.startprob_, atol=1e-6)
+    np.testing.assert_allclose(fit.params.transition, peer.transmat_, atol=1e-6)
+    for ours, theirs in names.items():
+        value = np.asarray(getattr(fit.params.emissions, ours))
+        np.testing.assert_allclose(value.reshape(3, -1), theirs(peer).reshape(3, -1), atol=1e-6)
+    path = np.concatenate(pad(x, lengths).split(model.viterbi(fit.params, pad(x, lengths))))
+    np.testing.assert_array_equal(path, peer.predict(x, lengths))
+
+
+def pad(x, lengths):
+    return pad_sequences(np.split(x, np.cumsum(lengths)[:-1]))
+
+
+LENGTHS = [30, 17, 41, 8]
+
+
+@pytest.mark.parametrize("kind", ["diag", "full"])
+def test_gaussian_like_hmmlearn(kind):
+    hmm = pytest.importorskip("hmmlearn.hmm")
+    x = RNG.normal(size=(96, 2)) + 3 * RNG.integers(0, 3, 96)[:, None]
+    initial, transition = chain()
+    mean, each = jnp.array([[0.0, 0.0], [3.0, 2.0], [6.0, 7.0]]), 1.5 * np.ones((3, 2))
+    covariance = jnp.asarray(each if kind == "diag" else np.stack([np.diag(row) for row in each]))
+    params = HMMParams(initial=initial, transition=transition, emissions=NormalParams(mean=mean, covariance=covariance))
+    peer = hmm.GaussianHMM(
+        3, kind, min_covar=0, means_prior=0, covars_prior=0, covars_weight=-1 if kind == "diag" else 0,
+        n_iter=10, tol=-np.inf, init_params="",
+    )  # fmt: skip
+    peer.covars_weight = 1 if kind == "diag" else -(2 + 0)  # maximum likelihood: no pseudo-rows
+    peer.n_features = 2
+    same_as_hmmlearn(
+        peer, HMM(Normal(kind), 3), params, x, LENGTHS, {"means_": mean, "covars_": covariance},
+        {"mean": lambda h: h.means_, "covariance": lambda h: h._covars_},
+    )  # fmt: skip
+
+
+def test_poisson_like_hmmlearn():
+    hmm = pytest.importorskip("hmmlearn.hmm")
+    x = RNG.poisson(np.array([1.0, 5.0, 12.0])[RNG.integers(0, 3, 96)])[:, None]
+    _, params, _ = counts()
+    peer = hmm.PoissonHMM(3, n_iter=10, tol=-np.inf, init_params="", lambdas_prior=0, lambdas_weight=0)
+    same_as_hmmlearn(
+        peer, HMM(Poisson(), 3), params, x, LENGTHS, {"lambdas_": params.emissions.rate},
+        {"rate": lambda h: h.lambdas_},
+    )  # fmt: skip
+
+
+def test_categorical_like_hmmlearn():
+    hmm = pytest.importorskip("hmmlearn.hmm")
+    x = RNG.integers(0, 4, 96)[:, None]
+    initial, transition = chain()
+    table = np.random.default_rng(2).dirichlet(np.ones(4), 3)
+    params = HMMParams(
+        initial=initial, transition=transition, emissions=CategoricalParams(probability=jnp.asarray(table)[:, None])
+    )
+    peer = hmm.CategoricalHMM(3, n_iter=10, tol=-np.inf, init_params="", n_features=4)
+    same_as_hmmlearn(
+        peer, HMM(Categorical(4), 3), params, x, LENGTHS, {"emissionprob_": table},
+        {"probability": lambda h: h.emissionprob_},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["initial", "transition", "emissions"])
+@pytest.mark.parametrize("options", FORMS)
+def test_gradients_with_missing_steps_and_hard_zeros(name, options):
+    """Against central differences in unconstrained coordinates; and zeros give no NaN."""
+    model, params, x = counts()
+    model = dataclasses.replace(model, **options)
+    data = Sequences(x, jnp.array([6, 4, 5, 6, 3]))
+    theta = model.unconstrain(params)
+
+    def value(part):
+        return jnp.sum(model.log_prob(model.constrain(dataclasses.replace(theta, **{name: part})), data))
+
+    at = getattr(theta, name)
+    flat, back = jax.flatten_util.ravel_pytree(at)
+    slope = jax.flatten_util.ravel_pytree(jax.jit(jax.grad(value))(at))[0]
+    rise = jax.jit(jax.vmap(lambda e: value(back(flat + 1e-5 * e)) - value(back(flat - 1e-5 * e))))(np.eye(flat.size))
+    np.testing.assert_allclose(slope, rise / 2e-5, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [*FORMS, dict()])
+def test_hard_zeros_stay_and_give_no_nan(options):
+    model = HMM(Normal("diag"), 3, **options)
+    x = RNG.normal(size=(4, 9, 2)) + np.repeat([0.0, 3.0, 6.0], 3)[:, None]
+    transition = jnp.array([[0.6, 0.4, 0.0], [0.0, 0.7, 0.3], [0.0, 0.0, 1.0]])
+    emissions = NormalParams(mean=jnp.array([[0.0] * 2, [3.0] * 2, [6.0] * 2]), covariance=jnp.ones((3, 2)))
+    params = HMMParams(initial=jnp.array([1.0, 0.0, 0.0]), transition=transition, emissions=emissions)
+    slopes = jax.grad(lambda params: jnp.sum(model.log_prob(params, x)))(params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
+    fit = em_fit(model, params, x, tol=1e-8)
+    assert fit.converged
+    np.testing.assert_array_equal(fit.params.transition == 0, transition == 0)
+    np.testing.assert_array_equal(fit.params.initial, [1, 0, 0])
+    assert np.all(np.diff(np.asarray(model.viterbi(fit.params, x)), axis=1) >= 0)
+
+
+def test_support_makes_starts_of_that_structure():
+    left_to_right = HMM(Normal("diag"), 3, initial_support=[1, 0, 0], transition_support=np.triu(np.ones((3, 3))))
+    left_to_right = dataclasses.replace(left_to_right, initial_support=np.array([1, 0, 0]))
+    x = RNG.normal(size=(4, 9, 2)) + np.repeat([0.0, 3.0, 6.0], 3)[:, None]
+    runs = fit_restarts(left_to_right, KEY, x, num_restarts=6)
+    assert np.all(np.tril(runs.best.params.transition, -1) == 0)
+    assert left_to_right.num_parameters(runs.best.params) == 0 + 2 + 1 + 12
+
+
+def test_float32_does_not_lose_a_path_that_only_the_end_reveals():
+    """An absorbing state fits by 150 nats better until the end, which it cannot explain at all.
+
+    Scaled probabilities lose the other state in float32; logarithms, which "auto" takes here, do not.
+    """
+    emissions = NormalParams(mean=jnp.array([[0.0], [17.0]], jnp.float32), covariance=jnp.ones((2, 1), jnp.float32))
+    params = HMMParams(
+        initial=jnp.array([0.5, 0.5], jnp.float32),
+        transition=jnp.array([[1.0, 0.0], [0.5, 0.5]], jnp.float32),
+        emissions=emissions,
+    )
+    x = jnp.array([[0.0], [60.0]], jnp.float32)
+    model = HMM(Normal("diag"), 2)
+    double = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    truth = model.log_prob(double, x.astype(jnp.float64))
+    np.testing.assert_allclose(model.log_prob(params, x), truth, rtol=1e-5)
+    lost = dataclasses.replace(model, form="scaled").log_prob(params, x)
+    assert not np.isclose(lost, truth, rtol=1e-5)
+    # A rare transition as well as none at all.
+    rare = dataclasses.replace(params, transition=jnp.array([[1 - 1e-37, 1e-37], [0.5, 0.5]], jnp.float32))
+    np.testing.assert_allclose(model.log_prob(rare, x), model.log_prob(
+        dataclasses.replace(double, transition=rare.transition.astype(jnp.float64)), x.astype(jnp.float64)
+    ), rtol=1e-5)  # fmt: skip
+
+
+def test_what_does_not_matter():
+    """The order of sequences, more padding and what is in it, packing, and how a batch is split."""
+    model, params, x = counts()
+    lengths = np.array([6, 4, 5, 6, 3])
+    parts = [row[:length] for row, length in zip(x, lengths, strict=True)]
+    whole = model.e_step(params, pad_sequences(parts))
+    longer = np.concatenate(
+        [np.where(np.arange(6)[:, None] < lengths[:, None, None], x, -7.0), np.full((5, 3, 1), np.inf)], 1
+    )
+    packed = pack_sequences(parts, 2)
+    for other in (
+        model.e_step(params, pad_sequences(parts[::-1])),
+        model.e_step(params, Sequences(jnp.asarray(longer), jnp.asarray(lengths))),
+        model.e_step(params, packed),
+        jax.tree.map(jnp.add, *(model.e_step(params, pad_sequences(half)) for half in (parts[:2], parts[2:]))),
+        model.e_step(params, pad_sequences(parts), jnp.ones(5)),
+        EM().init(model, params, pad_sequences(parts)).stats,
+    ):
+        for got, want in zip(jax.tree.leaves(other), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+    each = model.log_prob(params, pad_sequences(parts))
+    np.testing.assert_allclose(model.log_prob(params, packed), each, rtol=1e-11)
+    for ours, alone in zip(packed.split(model.smooth(params, packed)), parts, strict=True):
+        np.testing.assert_allclose(ours, model.smooth(params, alone), atol=1e-11)
+    for ours, alone in zip(packed.split(model.viterbi(params, packed)), parts, strict=True):
+        np.testing.assert_array_equal(ours, model.viterbi(params, alone))
+    for data in (packed, pad_sequences(parts)):
+        np.testing.assert_allclose(
+            model.forecast(params, data, 2), [model.forecast(params, alone, 2) for alone in parts], atol=1e-11
+        )
+    drawn = [model.e_step(params, data, expect=Sample(2, key=KEY)) for data in (packed, pad_sequences(parts))]
+    np.testing.assert_allclose([np.sum(one.transitions) for one in drawn], sum(lengths) - 5, rtol=1e-9)
+    assert np.all(np.asarray(model.smooth(params, pad_sequences(parts)))[1, 4:] == 0)
+    assert np.all(np.asarray(model.viterbi(params, pad_sequences(parts)))[1, 4:] == -1)
+
+
+def test_packing_wastes_next_to_nothing():
+    lengths = np.random.default_rng(0).geometric(0.02, 300)
+    parts = [np.full((length, 1), number) for number, length in enumerate(lengths)]
+    packed = pack_sequences(parts)
+    assert packed.num_rows * packed.num_steps < 1.1 * lengths.sum()
+    assert len(parts) * max(lengths) > 4 * lengths.sum()
+    for number, part in enumerate(packed.split()):
+        np.testing.assert_array_equal(part, parts[number])
+    np.testing.assert_array_equal(packed.per_sequence(packed.inside()), lengths)
+
+
+def test_one_state_for_every_step_is_a_mixture():
+    """Transitions that do not remember: each step is a row of a mixture."""
+    weights = jnp.array([0.2, 0.5, 0.3])
+    emissions = NormalParams(mean=jnp.array([[0.0], [2.0], [5.0]]), covariance=jnp.ones((3, 1)))
+    x = RNG.normal(size=(40, 1)) * 3
+    params = HMMParams(initial=weights, transition=jnp.tile(weights, (3, 1)), emissions=emissions)
+    mixture = Mixture(Normal("diag"), 3)
+    of_rows = MixtureParams(weights=weights, components=emissions)
+    np.testing.assert_allclose(
+        HMM(Normal("diag"), 3).smooth(params, x), mixture.posterior(of_rows, x), rtol=1e-9, atol=1e-12
+    )
+    np.testing.assert_allclose(
+        HMM(Normal("diag"), 3).log_prob(params, x)[0], jnp.sum(mixture.log_prob(of_rows, x)), rtol=1e-11
+    )
+
+
+def test_known_states_and_priors():
+    """Where the observations tell the states, the M-step counts them; priors add to the counts."""
+    states = np.array([[0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 1, 1]])
+    x = 10.0 * states[..., None]
+    emissions = NormalParams(mean=jnp.array([[0.0], [10.0]]), covariance=jnp.ones((2, 1)))
+    params = HMMParams(initial=jnp.full(2, 0.5), transition=jnp.full((2, 2), 0.5), emissions=emissions)
+    moves = np.array([[3, 2], [2, 3.0]])
+    model = HMM(Normal("diag"), 2)
+    np.testing.assert_allclose(model.e_step(params, x).transitions, moves, atol=1e-12)
+    plain = model.m_step(model.e_step(params, x))
+    np.testing.assert_allclose(plain.transition, moves / 5, rtol=1e-9)
+    sticky = dataclasses.replace(
+        model, transition_prior=Dirichlet(1 + 5 * jnp.eye(2)), initial_prior=Dirichlet(jnp.array([3.0, 1.0]))
+    )
+    found = sticky.m_step(sticky.e_step(params, x))
+    np.testing.assert_allclose(found.transition, (moves + 5 * np.eye(2)) / 10, rtol=1e-9)
+    np.testing.assert_allclose(found.initial, [3 / 4, 1 / 4], rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_stationary_start_is_a_conditional_maximum(seed):
+    """Against a general optimiser, in logits."""
+    from scipy.optimize import minimize
+
+    rng = np.random.default_rng(seed)
+    starts, moves = rng.uniform(0, 3, 3), rng.uniform(0, 6, (3, 3))
+    model, params, x = counts()
+    model = dataclasses.replace(model, stationary=True)
+    stats = dataclasses.replace(model.e_step(params, x), initial=jnp.asarray(starts), transitions=jnp.asarray(moves))
+    found = model.m_step(stats)
+
+    def loss(theta):
+        table = np.exp(theta.reshape(3, 3))
+        table /= table.sum(axis=1, keepdims=True)
+        stationary = np.asarray(np.linalg.matrix_power(table, 4096)[0])
+        return -np.sum(moves * np.log(table)) - np.sum(starts * np.log(stationary))
+
+    best = min(minimize(loss, rng.normal(size=9), tol=1e-12).fun for _ in range(3))
+    np.testing.assert_allclose(loss(np.log(found.transition).ravel()), best, rtol=1e-9)
+    np.testing.assert_allclose(found.initial, stationary_distribution(found.transition))
+
+
+def test_held_and_shared_parameters():
+    model, params, x = counts()
+    table = jnp.array([[0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8]])
+    fit = em_fit(Fixed(model, {"transition": table}), params, x, max_steps=5, tol=-1.0)
+    np.testing.assert_array_equal(fit.params.transition, table)
+    assert Fixed(model, {"transition": table}).num_parameters(params) == 2 + 3
+    rates = Fixed(Poisson(), {"rate": jnp.array([[1.0], [4.0], [9.0]])})
+    fit = em_fit(HMM(rates, 3), params, x, max_steps=5, tol=-1.0)
+    np.testing.assert_array_equal(fit.params.emissions.rate[:, 0], [1, 4, 9])
+    assert not np.allclose(fit.params.transition, params.transition)
+    with pytest.raises(ValueError, match=r"transition must sum to 1; row 1 sums to 1\.8"):
+        Fixed(model, {"transition": table.at[1].set([0.9, 0.8, 0.1])})
+    still = dataclasses.replace(model, stationary=True)
+    fit = em_fit(Fixed(still, {"transition": table}), params, x, max_steps=2, tol=-1.0)
+    np.testing.assert_allclose(fit.params.initial, 1 / 3, rtol=1e-9)
+
+
+def test_variants_come_for_free():
+    model, params, x = counts()
+    two, quakes = HMM(Poisson(), 2), datasets.earthquakes()
+    start = HMMParams(
+        initial=jnp.full(2, 0.5),
+        transition=jnp.array([[0.7, 0.3], [0.3, 0.7]]),
+        emissions=PoissonParams(rate=jnp.array([[17.0], [21.0]])),
+    )
+    slow, fast = (em_fit(two, start, quakes, algorithm=algorithm, tol=1e-7) for algorithm in (EM(), squarem(EM())))
+    np.testing.assert_allclose(fast.objective, slow.objective, atol=1e-5)
+    assert fast.num_passes < slow.num_passes
+    plain = em_fit(model, params, x, tol=-1.0, max_steps=3)
+    blocks = em_fit(model, params, x, algorithm=ecm(), max_steps=3, tol=-1.0)
+    np.testing.assert_allclose(blocks.objective, plain.history[3], rtol=1e-9)
+    online = em_fit(model, params, x, algorithm=stepwise_em(2), key=KEY, max_steps=20, tol=-1.0)
+    assert online.objective > plain.history[0]
+
+
+def test_autoregressive_observations_by_composition():
+    """Two regimes, x_t = +-0.9 x_t-1 + noise: a regression on the lagged series tells them apart."""
+    rng, x = np.random.default_rng(0), [0.0]
+    for t in range(400):
+        x.append((0.9 if (t // 50) % 2 else -0.9) * x[-1] + rng.normal())
+    x = np.array(x)
+    data = (x[:-1, None], x[1:])
+    model = HMM(LinearRegression(), 2, transition_prior=Dirichlet(1 + 10 * jnp.eye(2)))
+    start = HMMParams(
+        initial=jnp.full(2, 0.5),
+        transition=jnp.array([[0.9, 0.1], [0.1, 0.9]]),
+        emissions=LinearRegressionParams(
+            coefficients=jnp.array([[-0.5], [0.5]]), intercept=jnp.zeros(2), variance=jnp.ones(2)
+        ),
+    )
+    fit = em_fit(model, start, data)
+    assert fit.converged
+    np.testing.assert_allclose(fit.params.emissions.coefficients[:, 0], [-0.9, 0.9], atol=0.1)
+    assert np.mean(model.viterbi(fit.params, data) == (np.arange(400) // 50) % 2) > 0.9
+    with pytest.raises(TypeError, match="features"):
+        model.sample(KEY, fit.params, 5)
+
+
+def test_samples_come_from_the_model():
+    model, params, _ = counts()
+    x, states = model.sample_with_states(KEY, params, 200, 50)
+    assert x.shape == (50, 200, 1)
+    assert states.shape == (50, 200)
+    moves = np.zeros((3, 3))
+    np.add.at(moves, (states[:, :-1].ravel(), states[:, 1:].ravel()), 1)
+    error = np.sqrt(np.asarray(params.transition) / moves.sum(axis=1, keepdims=True))
+    assert np.all(np.abs(moves / moves.sum(axis=1, keepdims=True) - params.transition) < 5 * error)
+    assert model.sample(KEY, params, 7).shape == (7, 1)
+    fit = em_fit(model, params, x, max_steps=30)
+    np.testing.assert_allclose(fit.params.transition, params.transition, atol=0.05)
+
+
+def test_restarts_and_one_compilation():
+    model, params, x = counts()
+    runs = fit_restarts(model, KEY, Sequences(x, jnp.array([6, 4, 5, 6, 3])), num_restarts=12, max_steps=200)
+    assert runs.best.objective >= np.max(runs.objective) - 1e-9
+    traces = []
+
+    def counted(*arguments, **options):
+        traces.append(None)
+        return em_fit(*arguments, **options)
+
+    fit = jax.jit(counted)
+    for lengths in ([6, 4, 5, 6, 3], [2, 6, 6, 6, 1]):
+        result = fit(HMM(Poisson(), 3), params, Sequences(jnp.asarray(x), jnp.asarray(lengths)), max_steps=3)
+        assert np.isfinite(result.objective)
+    assert len(traces) == 1
+
+
+def test_a_sequence_that_cannot_be():
+    """Nothing raises inside jit: the status tells, and other fits of the batch are not touched."""
+    initial, transition = chain(2)
+    table = jnp.array([[[0.8, 0.2, 0.0]], [[0.3, 0.7, 0.0]]])
+    params = HMMParams(initial=initial, transition=transition, emissions=CategoricalParams(probability=table))
+    model = HMM(Categorical(3), 2)
+    x = np.array([[[0], [1], [0], [1], [1]], [[0], [1], [2], [0], [1]]])
+    fits = jax.vmap(lambda x: em_fit(model, params, x[None], max_steps=5))(x)
+    assert fits.status[0] == Status.MAX_STEPS
+    assert fits.status[1] == Status.NONFINITE
+    assert np.isneginf(model.log_prob(params, x)[1])
+    assert not np.any(np.isnan(model.smooth(params, x)))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            lambda x: Sequences(x, np.array([6, 7, 6, 6, 6])),
+            ValueError,
+            "between 1 and the padded length 6; got 7 for",
+        ),
+        (
+            lambda x: Sequences(x, np.array([6, 0, 6, 6, 6])),
+            ValueError,
+            r"got 0 for sequence 1. Leave empty sequences out",
+        ),
+        (lambda x: Sequences(x, np.array([6, 6])), ValueError, r"lengths must have shape \(5,\); got \(2,\)"),
+        (lambda x: Sequences(x, np.ones(5)), TypeError, "lengths must be whole numbers"),
+        (lambda x: list(x), TypeError, r"pad_sequences\(x\) or pack_sequences\(x\)"),
+        (lambda x: x - 100, ValueError, "whole numbers, at least 0"),
+        (lambda x: x[..., 0][:, :, None] + 0.5, ValueError, "whole numbers, at least 0"),
+        (lambda x: np.full((2, 4, 1), np.nan), ValueError, "observed"),
+        (lambda x: x[:1, :2], ValueError, "at least as many rows as states; got 2"),
+        (lambda x: x[:0], ValueError, "at least one sequence of at least one step"),
+    ],
+)
+def test_bad_data_is_named(x, error, message):
+    model, params, data = counts()
+    with pytest.raises(error, match=message):
+        em_fit(model, params, x(np.nan_to_num(data, nan=3.0)))
+
+
+def test_bad_parameters_and_lists_are_named():
+    model, params, x = counts()
+    with pytest.raises(ValueError, match=r"params\.transition must sum to 1; row 2 sums to 1\.5"):
+        em_fit(model, dataclasses.replace(params, transition=params.transition.at[2].mul(1.5)), x)
+    with pytest.raises(ValueError, match=r"params\.initial must have shape \(3,\); got \(2,\)"):
+        em_fit(model, dataclasses.replace(params, initial=jnp.array([0.5, 0.5])), x)
+    with pytest.raises(ValueError, match="sequence 1 has"):
+        pad_sequences([np.ones((3, 2)), np.ones((4, 3))])
+    with pytest.raises(ValueError, match="sequence 1 is empty: leave it out"):
+        pack_sequences([np.ones(3), np.ones(0)])
+    with pytest.raises(ValueError, match="a list of at least one array"):
+        pad_sequences([])
+    with pytest.raises(TypeError, match=r"expect must be Exact\(\), Hard\(\) or Sample\(\) for a Markov chain"):
+        model.e_step(params, x, expect=3)
+    with pytest.raises(ValueError, match="transition_support must have shape"):
+        HMM(Poisson(), 2, transition_support=np.array([[1, 1], [0, 0]]))
+    with pytest.raises(ValueError, match="stationary leaves no initial"):
+        HMM(Poisson(), 2, stationary=True, initial_prior=Dirichlet(2.0))
+    with pytest.raises(ValueError, match="form must be one of"):
+        HMM(Bernoulli(), 2, form="fast")
