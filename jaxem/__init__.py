@@ -76,6 +76,8 @@ from .models import HMM as HMM
 from .models import HMMParams as HMMParams
 from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
+from .models import LinearGaussianSSM as LinearGaussianSSM
+from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
 from .models import from_functions as from_functions

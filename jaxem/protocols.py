@@ -25,6 +25,7 @@ class Model(Protocol):
     `units(x)`: the data with a leading axis of independent units, where other forms are taken too,
     `likelihood = False` where the objective is none and has no unit of its own,
     `blocks(params)` and `m_step_for(params, stats, names)`, an M-step over some of the parameters;
+    `sample_size(x, weights)`: the n of information criteria, where it is not the rows;
     `unconstrain` and `constrain`, `num_parameters`, `log_prob`, `posterior`, `predict`, `sample`.
     """
 

@@ -9,9 +9,11 @@ import pytest
 
 from jaxem import (
     EM,
+    HMM,
     Bernoulli,
     Fixed,
     KMeans,
+    LinearGaussianSSM,
     Mixture,
     Poisson,
     Product,
@@ -84,6 +86,8 @@ def _models():
             {"n": counts, "yes": yes},
         ),
         "`KMeans`": (KMeans(2), counts),
+        "`HMM`": (HMM(Poisson(), 2), counts.reshape(20, 2, 1)),
+        "`LinearGaussianSSM`": (LinearGaussianSSM(1, missing=False), rng.normal(size=(20, 4, 2)).cumsum(axis=1)),
         "`from_functions`": (_coins(), rng.integers(0, 11, 40).astype(float)),
     }
 

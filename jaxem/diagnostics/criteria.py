@@ -19,9 +19,9 @@ def aic(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -
 
 
 def bic(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
-    """-2 loglik + p log n, n the total weight of the rows (Schwarz 1978). Scalar."""
-    size = jnp.log(tree.total_weight(x, weights))
-    return _deviance(model, params, x, weights) + model.num_parameters(params) * size
+    """-2 loglik + p log n, n the total weight of the rows, or steps of sequences (Schwarz 1978). Scalar."""
+    size = getattr(model, "sample_size", tree.total_weight)(x, weights)
+    return _deviance(model, params, x, weights) + model.num_parameters(params) * jnp.log(size)
 
 
 def icl(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:

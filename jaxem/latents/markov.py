@@ -7,6 +7,7 @@ Two arithmetics. Scaled probabilities: a step is one matrix product, but what un
 lost, which only matters where no transition leads back to it. Logarithms: nothing is lost, at K² exponentials a step.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +54,8 @@ def infer(chain: Chain, expect: Any, counted: jax.Array | None, form: str, paral
 
     Under Hard() the states are those of the likeliest path (Viterbi), whose log-probability the evidence sums to;
     under Exact(T) p(z | x)^(1/T), normalised, and T log sum_z p(x, z)^(1/T); under Sample(n) averages over n paths
-    drawn backwards from the filter. form: "scaled", "log", or "auto", which takes scaled probabilities unless a
-    transition is so rare that they could lose a path. parallel: by products of whole transition matrices, in
+    drawn backwards from the filter. form: "scaled", "log", or "auto", which takes scaled probabilities unless they
+    may have lost a path. parallel: by products of whole transition matrices, in
     log T rounds and K times the work.
     Rabiner (1989), A tutorial on hidden Markov models, Proc. IEEE 77; Chib (1996), J. Econometrics 75.
     Raises TypeError for an `expect` that a chain does not know.
@@ -78,23 +79,11 @@ def infer(chain: Chain, expect: Any, counted: jax.Array | None, form: str, paral
 
 def log_filter(chain: Chain, form: str, parallel: bool) -> tuple[jax.Array, jax.Array]:
     """log p(z_t = k | x_1..t) (T, K[, L]), and the evidence (T[, L]) of every step given those before it."""
-
-    def scaled() -> tuple[jax.Array, jax.Array]:
-        likelihood, peak = _likelihood(chain)
-        joint = _forward(chain, likelihood)
-        total = jnp.sum(joint, axis=1, keepdims=True)
-        return numerics.safe_log(numerics.safe_divide(joint, total)), jnp.squeeze(numerics.safe_log(total) + peak, 1)
-
-    def logs() -> tuple[jax.Array, jax.Array]:
-        joint = _log_forward(chain)
-        total = _log_sum(joint, 1)
-        return _minus(joint, total), jnp.squeeze(total, 1)
-
     if parallel:
         # Prefix products know no step's own evidence: it is the rise of the whole.
         joint, running = _log_forward_parallel(chain)
         return joint, _rises(running)
-    return _choose(chain, form, scaled, logs)
+    return _choose(form, _scaled_filter, _log_filter, chain, None)
 
 
 def decode(chain: Chain) -> tuple[jax.Array, jax.Array]:
@@ -138,25 +127,38 @@ def _exact(chain: Chain, counted: jax.Array | None, form: str, parallel: bool) -
         forward, running = _log_forward_parallel(chain)
         after = _log_backward_parallel(chain)
         arrive = after[1:] + chain.log_likelihood[1:]
-        return _log_posterior(chain, forward, after, arrive, counted)._replace(evidence=_rises(running))
-    return _choose(
-        chain,
-        form,
-        lambda: _scaled_posterior(chain, counted),
-        lambda: _log_posterior(chain, _log_forward(chain), *_log_backward(chain), counted),
-    )
+        return _joined(chain, forward, after, arrive, counted)._replace(evidence=_rises(running))
+    return _choose(form, _scaled_posterior, _log_posterior, chain, counted)
 
 
-def _choose(chain: Chain, form: str, scaled: Any, logs: Any) -> Any:
-    """Scaled probabilities where no state can be lost for good: every transition far above the least number."""
+def _choose(form: str, scaled: Callable, logs: Callable, chain: Chain, counted: jax.Array | None) -> Any:
+    """What `scaled` finds, unless it says that it may have lost a path: then what `logs` does."""
     if form == "scaled":
-        return scaled()
+        return scaled(chain, counted)[0]
     if form == "log":
-        return logs()
-    limits = jnp.finfo(chain.transition.dtype)
-    least = limits.tiny / limits.eps
-    initial = jnp.where(chain.initial == 0, 1, chain.initial)
-    return jax.lax.cond((jnp.min(chain.transition) >= least) & (jnp.min(initial) >= least), scaled, logs)
+        return logs(chain, counted)
+
+    @jax.custom_jvp
+    def repaired(chain: Chain, counted: jax.Array | None) -> Any:
+        found, lossy = jax.lax.optimization_barrier(scaled(chain, counted))
+
+        # A loop of one round or none, and no branch: under vmap it is run only where a lane needs it. Its work
+        # seems to depend on the round, or XLA would do it before the loop.
+        def again(number: jax.Array, _: Any) -> Any:
+            return logs(jax.lax.optimization_barrier((chain, number))[0], counted)
+
+        return jax.lax.fori_loop(0, lossy.astype(jnp.int32), again, found)
+
+    @repaired.defjvp
+    def branch(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        # Such a loop has no reverse mode.
+        def either(chain: Chain, counted: jax.Array | None) -> Any:
+            found, lossy = scaled(chain, counted)
+            return jax.lax.cond(lossy, logs, lambda *_: found, chain, counted)
+
+        return jax.jvp(either, primals, tangents)
+
+    return repaired(chain, counted)
 
 
 # Scaled probabilities.
@@ -164,26 +166,47 @@ def _choose(chain: Chain, form: str, scaled: Any, logs: Any) -> Any:
 
 def _likelihood(chain: Chain) -> tuple[jax.Array, jax.Array]:
     """Likelihoods (T, K[, L]) relative to the best state's, and its logarithm (T, 1[, L])."""
-    scores = chain.log_likelihood
+    return _exp(chain.log_likelihood)
+
+
+def _exp(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(scores - peak) and peak, the largest score of every step."""
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
     peak = jnp.where(jnp.isneginf(peak), 0, peak)
     return jnp.exp(scores - peak), peak
 
 
-def _forward(chain: Chain, likelihood: jax.Array) -> jax.Array:
-    """p(z_t = k, x_t | x_1..t-1) (T, K[, L]), relative to the likelihoods' peaks."""
-    onto, start = chain.transition.T, _column(chain.initial, chain)
+def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """p(z_t = k, x_t | x_1..t-1) (T, K[, L]) relative to peaks (T, 1[, L]), and whether a path may have been lost.
 
-    def step(joint: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        likelihood, linked = inputs
+    What underflows beside a likelier state is lost, and counts for nothing as long as every state stays in reach
+    of the likelier ones: none is predicted with a probability near the least number, or 0.
+    """
+    onto, start = chain.transition.T, _column(numerics.safe_log(chain.initial), chain)
+    scores, linked = chain.log_likelihood, chain.linked
+    # Where a sequence starts, likelihoods count relative to those of states that it can start in.
+    begun, height = _exp(start + (scores[:1] if linked is None else scores))
+    if linked is None:
+        peak = jnp.concatenate([height, peak[1:]])
+    else:
+        peak = jnp.concatenate([height[:1], jnp.where(linked[:, None], peak[1:], height[1:])])
+
+    def step(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
+        joint, least = carry
+        likelihood, begin = inputs
         predicted = jnp.dot(onto, _distribution(joint), precision=_HIGHEST)
-        predicted = predicted if linked is None else jnp.where(linked, predicted, start)
         joint = predicted * likelihood
-        return joint, joint
+        if begin is not None:
+            linked, begun = begin
+            joint = jnp.where(linked, joint, begun)
+            predicted = jnp.where(linked, predicted, 1)
+        return (joint, jnp.minimum(least, jnp.min(predicted))), joint
 
-    first = start * likelihood[0]
-    _, joint = jax.lax.scan(step, first, (likelihood[1:], chain.linked))
-    return jnp.concatenate([first[None], joint])
+    begin = None if linked is None else (linked, begun[1:])
+    first = begun[0], jnp.ones((), likelihood.dtype)
+    (_, least), joint = jax.lax.scan(step, first, (likelihood[1:], begin))
+    limits = jnp.finfo(likelihood.dtype)
+    return jnp.concatenate([begun[:1], joint]), peak, least < limits.tiny / limits.eps
 
 
 def _backward(chain: Chain, likelihood: jax.Array) -> jax.Array:
@@ -200,9 +223,17 @@ def _backward(chain: Chain, likelihood: jax.Array) -> jax.Array:
     return jnp.concatenate([before, last[None]])
 
 
-def _scaled_posterior(chain: Chain, counted: jax.Array | None) -> Posterior:
+def _scaled_filter(chain: Chain, _: None) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    joint, peak, lossy = _forward(chain, *_likelihood(chain))
+    total = jnp.sum(joint, axis=1, keepdims=True)
+    filtered = numerics.safe_log(numerics.safe_divide(joint, total))
+    return (filtered, jnp.squeeze(numerics.safe_log(total) + peak, 1)), lossy
+
+
+def _scaled_posterior(chain: Chain, counted: jax.Array | None) -> tuple[Posterior, jax.Array]:
     likelihood, peak = _likelihood(chain)
-    joint, after = _forward(chain, likelihood), _backward(chain, likelihood)
+    joint, peak, lossy = _forward(chain, likelihood, peak)
+    after = _backward(chain, likelihood)
     evidence = jnp.sum(joint, axis=1, keepdims=True)
     filtered = numerics.safe_divide(joint, evidence)
     both = filtered * after
@@ -211,11 +242,12 @@ def _scaled_posterior(chain: Chain, counted: jax.Array | None) -> Posterior:
     if counted is not None:
         come = come * counted[:, None]
     arrive = _distribution(after[1:] * likelihood[1:], axis=1)
-    return Posterior(
+    posterior = Posterior(
         states=numerics.safe_divide(both, scale),
         transitions=chain.transition * _pairs(come, arrive),
         evidence=jnp.squeeze(numerics.safe_log(evidence) + peak, 1),
     )
+    return posterior, lossy
 
 
 def _distribution(mass: jax.Array, axis: int = 0) -> jax.Array:
@@ -288,9 +320,20 @@ def _log_backward(chain: Chain) -> tuple[jax.Array, jax.Array]:
     return jnp.concatenate([before, last[None]]), arrive
 
 
-def _log_posterior(
+def _log_filter(chain: Chain, _: None) -> tuple[jax.Array, jax.Array]:
+    joint = _log_forward(chain)
+    total = _log_sum(joint, 1)
+    return _minus(joint, total), jnp.squeeze(total, 1)
+
+
+def _log_posterior(chain: Chain, counted: jax.Array | None) -> Posterior:
+    return _joined(chain, _log_forward(chain), *_log_backward(chain), counted)
+
+
+def _joined(
     chain: Chain, joint: jax.Array, after: jax.Array, arrive: jax.Array, counted: jax.Array | None
 ) -> Posterior:
+    """The posterior from forward and backward recursions in logarithms."""
     evidence = _log_sum(joint, 1)
     filtered = _minus(joint, evidence)
     both = filtered + after
