@@ -20,6 +20,7 @@ class Sequences:
     values: arrays (B, T, ...), or a pytree of such; lengths (B,): steps of each row that count, None where all
     do. What stands behind them is never looked at. Packed rows hold several sequences, one after the other:
     ids (B, T) tells the number of the sequence that every step belongs to, num_sequences how many there are.
+    complete: whether it is known that no entry is NaN, which saves looking for missing ones.
     Row weights count rows: sequences, or where they are packed all sequences of a row.
     """
 
@@ -27,6 +28,7 @@ class Sequences:
     lengths: jax.Array | None = None
     ids: jax.Array | None = None
     num_sequences: int | None = static(default=None)
+    complete: bool = static(default=False)
 
     @property
     def num_steps(self) -> int:
@@ -136,20 +138,24 @@ def pack_sequences(sequences: Sequence[Any], num_rows: int | None = None) -> Seq
 def as_sequences(x: Any) -> Sequences:
     """Data of a sequence model as `Sequences`: arrays of up to two axes are one sequence, of three a batch.
 
-    Of a pytree the array with the most axes decides. Lengths that all reach the end, where that can be seen,
-    become None.
+    Of a pytree the array with the most axes decides. Where it can be seen that all lengths reach the end, they become
+    None, and where no entry is NaN the data are marked as complete: less is then compiled, and done.
     """
-    if isinstance(x, Sequences):
-        if x.lengths is None or x.ids is not None or not checks.is_concrete(x.lengths):
-            return x
-        full = bool(np.all(np.asarray(x.lengths) == x.num_steps))
-        return dataclasses.replace(x, lengths=None) if full else x
-    leaves = jax.tree.leaves(x)
-    if not leaves or any(jnp.ndim(leaf) == 0 for leaf in leaves):
-        raise ValueError("x must hold arrays with an axis of steps; got a scalar or nothing")
-    if is_one(x):
-        x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
-    return Sequences(jax.tree.map(jnp.asarray, x))
+    if not isinstance(x, Sequences):
+        leaves = jax.tree.leaves(x)
+        if not leaves or any(jnp.ndim(leaf) == 0 for leaf in leaves):
+            raise ValueError("x must hold arrays with an axis of steps; got a scalar or nothing")
+        if is_one(x):
+            x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
+        x = Sequences(jax.tree.map(jnp.asarray, x))
+    with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
+        if x.lengths is not None and x.ids is None and checks.is_concrete(x.lengths):
+            full = bool(jnp.all(jnp.asarray(x.lengths) == x.num_steps))
+            x = dataclasses.replace(x, lengths=None) if full else x
+        if not x.complete and checks.is_concrete(x.values):
+            floats = [leaf for leaf in jax.tree.leaves(x.values) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+            x = dataclasses.replace(x, complete=not any(bool(jnp.any(jnp.isnan(leaf))) for leaf in floats))
+    return x
 
 
 def is_one(x: Any) -> bool:

@@ -514,8 +514,10 @@ def _rows(x: Sequences) -> tuple[Data, jax.Array]:
         return jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
 
     rows = jax.tree.map(flat, x.values)
-    seen = x.inside().T.ravel() & ~_missing(rows)
-    if x.lengths is None and not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(rows)):
+    inside = x.inside().T.ravel()
+    seen = inside if x.complete else inside & ~_missing(rows)
+    floats = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(rows))
+    if x.lengths is None and (x.complete or not floats):
         return rows, seen
     some = jnp.argmax(seen)
 

@@ -525,8 +525,9 @@ class LinearGaussianSSM:
         x = self.units(x)
         width, states = params.emission.shape
         share = 4 * (width + states)
-        if self.missing or x.lengths is not None:
-            share += 8 * states**2 + (3 * width**2 if self.covariance == "full" and self.missing else 0)
+        missing = self.missing and not x.complete
+        if missing or x.lengths is not None:
+            share += 8 * states**2 + (3 * width**2 if self.covariance == "full" and missing else 0)
         return x.num_steps * share
 
     # Reading the data.
@@ -556,10 +557,11 @@ class LinearGaussianSSM:
         counted = x.inside() if weights is None else x.inside() & (weights > 0)[:, None]
         values = given.astype(dtype)
         seen = jnp.broadcast_to(counted[..., None], values.shape)
-        if self.missing:
+        missing = self.missing and not x.complete
+        if missing:
             seen = seen & ~jnp.isnan(values)
         whole = x.lengths is None and x.ids is None
-        if self.missing or not whole or weights is not None:
+        if missing or not whole or weights is not None:
             values = jnp.where(seen, values, 0)
         if params is not None:
             width, states = params.emission.shape
@@ -576,13 +578,14 @@ class LinearGaussianSSM:
             counted=counted,
             starts=x.starts(),
             whole=whole,
+            missing=missing,
         )
 
     def _either(self, data: "_Data", shared: Any, apart: Any) -> Any:
         """One recursion of covariances for all sequences, or one for each, whichever the data allow."""
         if not data.whole:
             return apart()
-        if not self.missing:
+        if not data.missing:
             return shared()
         return jax.lax.cond(jnp.all(data.seen == data.counted[..., None]), shared, apart)
 
@@ -938,7 +941,8 @@ class LinearGaussianSSM:
 @record
 class _Data:
     """Sequences as an E-step reads them: values (B, T, D), 0 where not seen (B, T, D); inputs (B, T, U); weights (B,);
-    counted (B, T), steps of sequences of positive weight; starts (B, T); whole: all rows are one full sequence."""
+    counted (B, T), steps of sequences of positive weight; starts (B, T); whole: all rows are one full sequence;
+    missing: there may be entries that are not seen."""
 
     values: jax.Array
     seen: jax.Array
@@ -947,6 +951,7 @@ class _Data:
     counted: jax.Array
     starts: jax.Array
     whole: bool = static()
+    missing: bool = static()
 
 
 @record
