@@ -165,10 +165,10 @@ def is_one(x: Any) -> bool:
 
 def check(x: Any, weights: Any = None) -> Sequences:
     """Data as `Sequences`; raises ValueError or TypeError for shapes or lengths that cannot be. Values are not read."""
-    if isinstance(x, (list, tuple)) and len(x) > 2:
+    if isinstance(x, list) or (isinstance(x, tuple) and len(x) > 2):
         raise TypeError(
-            f"x must be an array or Sequences; got a {type(x).__name__} of {len(x)}: pad_sequences(x) or "
-            "pack_sequences(x) makes Sequences of a list of arrays"
+            f"x must be an array, a pair of arrays as a tuple, or Sequences; got a {type(x).__name__} of {len(x)}: "
+            "pad_sequences(x) or pack_sequences(x) makes Sequences of a list of arrays"
         )
     given = x.values if isinstance(x, Sequences) else x
     for path, leaf in jax.tree_util.tree_leaves_with_path(given):

@@ -247,6 +247,24 @@ def test_categorical_like_hmmlearn():
     )  # fmt: skip
 
 
+def test_categorical_like_dynamax():
+    peer = pytest.importorskip("dynamax.hidden_markov_model")
+    x = RNG.integers(0, 4, (5, 20, 1))
+    initial, transition = chain()
+    table = jnp.asarray(np.random.default_rng(2).dirichlet(np.ones(4), 3))[:, None]
+    flat = dict(initial_probs_concentration=1.0, transition_matrix_concentration=1.0, emission_prior_concentration=1.0)
+    theirs = peer.CategoricalHMM(3, 1, 4, **flat)
+    start, properties = theirs.initialize(
+        KEY, initial_probs=initial, transition_matrix=transition, emission_probs=table
+    )
+    end, _ = theirs.fit_em(start, properties, jnp.asarray(x), num_iters=10, verbose=False)
+    params = HMMParams(initial=initial, transition=transition, emissions=CategoricalParams(probability=table))
+    fit = em_fit(HMM(Categorical(4), 3), params, x, tol=-1.0, max_steps=10)
+    np.testing.assert_allclose(fit.params.initial, end.initial.probs, atol=1e-6)
+    np.testing.assert_allclose(fit.params.transition, end.transitions.transition_matrix, atol=1e-6)
+    np.testing.assert_allclose(fit.params.emissions.probability, end.emissions.probs, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["initial", "transition", "emissions"])
 @pytest.mark.parametrize("options", FORMS)
 def test_gradients_with_missing_steps_and_hard_zeros(name, options):
@@ -540,6 +558,7 @@ def test_a_sequence_that_cannot_be():
         (lambda x: Sequences(x, np.array([6, 6])), ValueError, r"lengths must have shape \(5,\); got \(2,\)"),
         (lambda x: Sequences(x, np.ones(5)), TypeError, "lengths must be whole numbers"),
         (lambda x: list(x), TypeError, r"pad_sequences\(x\) or pack_sequences\(x\)"),
+        (lambda x: [x[0], x[1, :4]], TypeError, r"got a list of 2: pad_sequences\(x\)"),
         (lambda x: x - 100, ValueError, "whole numbers, at least 0"),
         (lambda x: x[..., 0][:, :, None] + 0.5, ValueError, "whole numbers, at least 0"),
         (lambda x: np.full((2, 4, 1), np.nan), ValueError, "observed"),
