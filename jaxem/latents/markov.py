@@ -191,22 +191,21 @@ def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.
     else:
         peak = jnp.concatenate([height[:1], jnp.where(linked[:, None], peak[1:], height[1:])])
 
-    def step(carry: Any, inputs: Any) -> tuple[Any, jax.Array]:
-        joint, least = carry
+    def step(joint: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
         likelihood, begin = inputs
         predicted = jnp.dot(onto, _distribution(joint), precision=_HIGHEST)
         joint = predicted * likelihood
-        if begin is not None:
-            linked, begun = begin
-            joint = jnp.where(linked, joint, begun)
-            predicted = jnp.where(linked, predicted, 1)
-        return (joint, jnp.minimum(least, jnp.min(predicted))), joint
+        return (joint if begin is None else jnp.where(begin[0], joint, begin[1])), predicted
 
     begin = None if linked is None else (linked, begun[1:])
-    first = begun[0], jnp.ones((), likelihood.dtype)
-    (_, least), joint = jax.lax.scan(step, first, (likelihood[1:], begin))
+    _, predicted = jax.lax.scan(step, begun[0], (likelihood[1:], begin))
+    joint = predicted * likelihood[1:]
+    if linked is not None:
+        joint = jnp.where(linked[:, None], joint, begun[1:])
+        predicted = jnp.where(linked[:, None], predicted, 1)
     limits = jnp.finfo(likelihood.dtype)
-    return jnp.concatenate([begun[:1], joint]), peak, least < limits.tiny / limits.eps
+    lossy = jnp.min(predicted, initial=1) < limits.tiny / limits.eps
+    return jnp.concatenate([begun[:1], joint]), peak, lossy
 
 
 def _backward(chain: Chain, likelihood: jax.Array) -> jax.Array:
