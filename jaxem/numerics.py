@@ -1,5 +1,8 @@
 """Safe elementary operations, factorisations and bijections; component axis first throughout."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +79,35 @@ def weighted_sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 def product(a: jax.Array, b: jax.Array, subscripts: str) -> jax.Array:
     """einsum at full precision: accelerators round products to tf32 or bf16 unless told not to."""
     return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def repaired(attempt: Callable, again: Callable, *arguments: Any) -> Any:
+    """What `attempt(*arguments)` -> (found, failed) found, or, where it failed, what `again(*arguments)` finds.
+
+    A loop of one round or none, and no branch: under vmap `again` runs only if some lane needs it, where a branch
+    would always run both; and loops inside of a branch are compiled far worse.
+    """
+
+    @jax.custom_jvp
+    def run(*arguments: Any) -> Any:
+        found, failed = jax.lax.optimization_barrier(attempt(*arguments))
+
+        # The work seems to depend on the round, or XLA would do it before the loop.
+        def once_more(number: jax.Array, _: Any) -> Any:
+            return again(*jax.lax.optimization_barrier((arguments, number))[0])
+
+        return jax.lax.fori_loop(0, failed.astype(jnp.int32), once_more, found)
+
+    @run.defjvp
+    def branch(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        # Such a loop has no reverse mode.
+        def either(*arguments: Any) -> Any:
+            found, failed = attempt(*arguments)
+            return jax.lax.cond(failed, again, lambda *_: found, *arguments)
+
+        return jax.jvp(either, primals, tangents)
+
+    return run(*arguments)
 
 
 def floored_cholesky(matrix: jax.Array, floor: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

@@ -138,7 +138,10 @@ class Normal:
             return numerics.product(natural, self._features(centred), "kf,fn->kn")
 
         def complete(_: jax.Array) -> jax.Array:
-            return self._choose(whitener, offset, whitened, expanded)
+            # In few columns the squares are written out, and fused with what follows: nothing is quicker.
+            if self.form == "auto" and columns <= shapes.UNROLLED_COLUMNS:
+                return whitened()
+            return self._choose(self._far(whitener, offset), expanded, whitened)
 
         def masked(observed: jax.Array) -> jax.Array:
             scales = shape.log_scales(self._each(params), columns) + 0.5 * math.log(2 * math.pi)
@@ -158,10 +161,11 @@ class Normal:
         each = self._each(params)
         whitener, _ = shape.whitener(each, columns)
         centre, centred = _centre(x)
-        offset = params.mean - centre
 
-        def whitened() -> tuple[jax.Array, jax.Array, jax.Array]:
-            deviations = _deviations(params.mean, x)
+        def whitened(
+            mean: jax.Array, x: jax.Array, responsibilities: jax.Array, *_: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            deviations = _deviations(mean, x)
             count = jnp.sum(responsibilities, axis=-1)
             if columns > shapes.UNROLLED_COLUMNS:
                 first = numerics.product(responsibilities, deviations, "kn,kdn->kd")
@@ -169,7 +173,10 @@ class Normal:
                 first = jnp.sum(responsibilities[:, None] * deviations, axis=-1)
             return count, first, shape.moments(responsibilities, deviations)
 
-        def expanded() -> tuple[jax.Array, jax.Array, jax.Array]:
+        def expanded(
+            mean: jax.Array, _: jax.Array, responsibilities: jax.Array, centre: jax.Array, centred: jax.Array
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            offset = mean - centre
             sums = numerics.product(responsibilities, self._features(centred), "kn,fn->kf")
             count, first = sums[:, 0], sums[:, 1 : 1 + columns]
             second = shape.from_features(sums[:, 1 + columns :], columns)
@@ -177,7 +184,16 @@ class Normal:
             return count, moved, second - shape.cross(offset, first + moved)
 
         def complete(_: jax.Array) -> tuple[jax.Array, ...]:
-            count, first, second = self._choose(whitener, offset, whitened, expanded)
+            arguments = params.mean, x, responsibilities, centre, centred
+            far = self._far(whitener, params.mean - centre)
+            if self.form == "auto" and columns <= shapes.UNROLLED_COLUMNS:
+                # In few columns a product costs next to nothing: it is done in any case.
+                found = numerics.repaired(
+                    lambda far, *rest: (expanded(*rest), far), lambda _, *rest: whitened(*rest), far, *arguments
+                )
+            else:
+                found = self._choose(far, expanded, whitened, *arguments)
+            count, first, second = found
             return count, jnp.broadcast_to(count[:, None], first.shape), first, second
 
         def masked(observed: jax.Array) -> tuple[jax.Array, ...]:
@@ -333,16 +349,16 @@ class Normal:
         """1, y and the shape's monomials of y: (D, N) -> (F, N)."""
         return jnp.concatenate([jnp.ones_like(centred[:1]), centred, self.shape.features(centred)])
 
-    def _choose(self, whitener: jax.Array, offset: jax.Array, whitened: Callable, expanded: Callable) -> jax.Array:
-        """The form asked for; under "auto", expanded while the means are near the centre, in widths."""
-        few = offset.shape[-1] <= shapes.UNROLLED_COLUMNS
-        if self.form == "whitened" or (self.form == "auto" and few):
-            return whitened()
-        if self.form == "expanded":
-            return expanded()
+    def _choose(self, far: jax.Array, expanded: Callable, whitened: Callable, *arguments: jax.Array) -> Any:
+        """The form asked for; under "auto", expanded while the means are near the centre."""
+        if self.form == "auto":
+            return jax.lax.cond(far, whitened, expanded, *arguments)
+        return (whitened if self.form == "whitened" else expanded)(*arguments)
+
+    def _far(self, whitener: jax.Array, offset: jax.Array) -> jax.Array:
+        """Whether a mean is so far from the centre, in widths, that an expanded square would lose too much."""
         widths = self.shape.whiten(whitener, offset[..., None])
-        eps = jnp.finfo(offset.dtype).eps
-        return jax.lax.cond(jnp.max(jnp.mean(jnp.square(widths), axis=1)) * eps**0.25 <= 1, expanded, whitened)
+        return jnp.max(jnp.mean(jnp.square(widths), axis=1)) * jnp.finfo(offset.dtype).eps ** 0.25 > 1
 
 
 def _lowest(mean_square: jax.Array, about: jax.Array) -> jax.Array:

@@ -138,27 +138,7 @@ def _choose(form: str, scaled: Callable, logs: Callable, chain: Chain, counted: 
     if form == "log":
         return logs(chain, counted)
 
-    @jax.custom_jvp
-    def repaired(chain: Chain, counted: jax.Array | None) -> Any:
-        found, lossy = jax.lax.optimization_barrier(scaled(chain, counted))
-
-        # A loop of one round or none, and no branch: under vmap it is run only where a lane needs it. Its work
-        # seems to depend on the round, or XLA would do it before the loop.
-        def again(number: jax.Array, _: Any) -> Any:
-            return logs(jax.lax.optimization_barrier((chain, number))[0], counted)
-
-        return jax.lax.fori_loop(0, lossy.astype(jnp.int32), again, found)
-
-    @repaired.defjvp
-    def branch(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-        # Such a loop has no reverse mode.
-        def either(chain: Chain, counted: jax.Array | None) -> Any:
-            found, lossy = scaled(chain, counted)
-            return jax.lax.cond(lossy, logs, lambda *_: found, chain, counted)
-
-        return jax.jvp(either, primals, tangents)
-
-    return repaired(chain, counted)
+    return numerics.repaired(scaled, logs, chain, counted)
 
 
 # Scaled probabilities.
@@ -193,7 +173,7 @@ def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.
 
     def step(joint: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
         likelihood, begin = inputs
-        predicted = jnp.dot(onto, _distribution(joint), precision=_HIGHEST)
+        predicted = _onward(onto, joint)
         joint = predicted * likelihood
         return (joint if begin is None else jnp.where(begin[0], joint, begin[1])), predicted
 
@@ -213,7 +193,7 @@ def _backward(chain: Chain, likelihood: jax.Array) -> jax.Array:
 
     def step(after: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
         likelihood, linked = inputs
-        before = jnp.dot(chain.transition, _distribution(after * likelihood), precision=_HIGHEST)
+        before = _onward(chain.transition, after * likelihood)
         before = before if linked is None else jnp.where(linked, before, 1)
         return before, before
 
@@ -247,6 +227,13 @@ def _scaled_posterior(chain: Chain, counted: jax.Array | None) -> tuple[Posterio
         evidence=jnp.squeeze(numerics.safe_log(evidence) + peak, 1),
     )
     return posterior, lossy
+
+
+def _onward(matrix: jax.Array, mass: jax.Array) -> jax.Array:
+    """matrix (K, K) times the distribution of mass (K[, L]): the sum is found beside the product, not before it."""
+    moved = numerics.safe_divide(jnp.dot(matrix, mass, precision=_HIGHEST), jnp.sum(mass, axis=0))
+    # A barrier: what is carried on and what is stored would each be computed.
+    return jax.lax.optimization_barrier(moved)
 
 
 def _distribution(mass: jax.Array, axis: int = 0) -> jax.Array:
