@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxem import Exact, Fixed, Hard, Sample, datasets, em_fit
-from jaxem.latents import linear_gaussian
+from jaxem.latents import steady as steady_recursion
 from jaxem.models import LinearGaussianSSM, LinearGaussianSSMParams
 from jaxem.sequences import Sequences, pack_sequences, pad_sequences
 from jaxem.testing import check_model
@@ -314,7 +314,7 @@ def test_every_road_leads_to_the_same_statistics(x64, monkeypatch):
     lane_by_lane = Sequences(jnp.pad(x, ((0, 0), (0, 1), (0, 0))), jnp.full(3, 300))
     close(jax.jit(statistics)(params, lane_by_lane), steady)
     slope = jax.jit(jax.grad(lambda params: statistics(params, x)[1]))(params)
-    monkeypatch.setattr(linear_gaussian, "_head", lambda steps: None)
+    monkeypatch.setattr(steady_recursion, "_head", lambda steps: None)
     close(jax.jit(lambda params, x: statistics(params, x))(params, x), steady)
     fisher = jax.jit(jax.grad(lambda params: model.q_function(params, steady[0])))(params)
     # Of a symmetric matrix' slope only the sum of both triangles means anything.

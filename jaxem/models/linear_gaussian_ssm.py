@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import checks, numerics, sequences, tree
 from ..families import columns, covariance, design
-from ..latents import Exact, Sample, linear_gaussian
+from ..latents import Exact, Sample, lanewise, linear_gaussian, steady, whitening
 from ..latents.linear_gaussian import Transition
 from ..protocols import Data
 from ..record import record, static
@@ -149,8 +149,8 @@ class LinearGaussianSSM:
 
     @jax.jit
     def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None) -> LinearGaussianSSMParams:
-        data = self._read(x, weights)
-        there = data.seen.astype(data.values.dtype)
+        data = self._read(x, weights).masked()
+        there = data.entries().astype(data.values.dtype)
         if data.weights is not None:
             there = there * data.weights[:, None, None]
         count = jnp.maximum(jnp.sum(there, axis=(0, 1)), 1)
@@ -192,10 +192,10 @@ class LinearGaussianSSM:
         """
         data = self._read(self.units(x), weights, params)
         if isinstance(expect, Exact) and expect.temperature is None:
-            return self._exact(params, data)
+            return self._either(self._together, self._separately, params, data)
         if not isinstance(expect, Sample):
             raise TypeError(f"expect must be Exact() or Sample(n) for linear-Gaussian states; got {expect!r}")
-        return self._sampled(params, data, expect)
+        return self._sampled(params, data.masked(), expect)
 
     def m_step(self, stats: LinearGaussianSSMStats) -> LinearGaussianSSMParams:
         """Least squares in each of the three parts, and the mean outer product of what is left."""
@@ -314,32 +314,30 @@ class LinearGaussianSSM:
     def log_prob(self, params: LinearGaussianSSMParams, x: Data) -> jax.Array:
         """Log-likelihood log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
         x = self.units(x)
-        data = self._read(x, None, params)
-        residuals = self._residuals(params, data)
-        transition = self._transition(params, data)
 
-        def shared() -> jax.Array:
-            white = linear_gaussian.whiten(params.emission, params.emission_covariance, residuals)
-            return linear_gaussian.shared_log_prob(
+        def shared(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
+            white = whitening.whiten(params.emission, params.emission_covariance, self._residuals(params, data))
+            transition = self._transition(params, data)
+            return steady.shared_log_prob(
                 transition, white.matrix, white.compressed, white.constant(), parallel=self.parallel
             )
 
-        def apart() -> jax.Array:
-            return self._filtered(transition, self._seen(params, data, residuals).evidence).log_prob.T
+        def apart(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
+            return self._apart(params, data)[2].log_prob.T
 
-        return x.per_sequence(self._either(data, shared, apart))
+        return x.per_sequence(self._either(shared, apart, params, self._read(x, None, params)))
 
     @jax.jit
     def filter(self, params: LinearGaussianSSMParams, x: Data) -> StateMoments:
         """p(z_t | x_1..t): means (T, S), covariances (T, S, S) of one sequence, (B, T, ...) of several."""
-        data = self._read(self.units(x), None, params)
+        data = self._read(self.units(x), None, params).masked()
         filtered = self._apart(params, data)[2]
-        return _by_step(x, data, filtered.means, linear_gaussian.square(filtered.roots))
+        return _by_step(x, data, filtered.means, lanewise.square(filtered.roots))
 
     @jax.jit
     def smooth(self, params: LinearGaussianSSMParams, x: Data) -> StateMoments:
         """p(z_t | x_1..T): means (T, S), covariances (T, S, S) of one sequence, (B, T, ...) of several."""
-        data = self._read(self.units(x), None, params)
+        data = self._read(self.units(x), None, params).masked()
         transition, _, filtered = self._apart(params, data)
         smoothed = self._smoothed(transition, filtered)
         return _by_step(x, data, smoothed.means, smoothed.covariances)
@@ -357,9 +355,9 @@ class LinearGaussianSSM:
         """
         checks.positive_integer("steps", steps)
         units = self.units(x)
-        data = self._read(units, None, params)
+        data = self._read(units, None, params).masked()
         filtered = self._apart(params, data)[2]
-        means, covariances = _ends(units, filtered.means, linear_gaussian.square(filtered.roots))
+        means, covariances = _ends(units, filtered.means, lanewise.square(filtered.roots))
         lanes = means.shape[0]
         shifts, offsets = self._ahead(params, inputs, lanes, steps, means.dtype)
 
@@ -431,12 +429,12 @@ class LinearGaussianSSM:
         Meaningless where a state that grows is not seen: then there is no such place.
         """
         flat = jnp.zeros((1, 1, params.emission.shape[0]), params.emission.dtype)
-        matrix = linear_gaussian.whiten(params.emission, params.emission_covariance, flat).matrix
+        matrix = whitening.whiten(params.emission, params.emission_covariance, flat).matrix
         transition = Transition(
             matrix=params.dynamics, root=_root(params.dynamics_covariance), start_mean=params.initial_mean,
             start_root=_root(params.initial_covariance), shift=jnp.zeros((1, self.state_size, 1), flat.dtype),
         )  # fmt: skip
-        filtered = linear_gaussian.square(linear_gaussian.steady_root(transition, matrix[:, :, None]))[:, :, 0]
+        filtered = lanewise.square(linear_gaussian.steady_root(transition, matrix[:, :, None]))[:, :, 0]
         half = numerics.product(params.dynamics, filtered, "ij,jk->ik")
         shape = _SHAPES[self.covariance]
         precision = shape.precision(shape.whitener(params.emission_covariance, params.emission.shape[0])[0])
@@ -556,13 +554,8 @@ class LinearGaussianSSM:
         dtype = tree.float_dtype(x.values)
         counted = x.inside() if weights is None else x.inside() & (weights > 0)[:, None]
         values = given.astype(dtype)
-        seen = jnp.broadcast_to(counted[..., None], values.shape)
-        missing = self.missing and not x.complete
-        if missing:
-            seen = seen & ~jnp.isnan(values)
-        whole = x.lengths is None and x.ids is None
-        if missing or not whole or weights is not None:
-            values = jnp.where(seen, values, 0)
+        if weights is not None:
+            values = jnp.where(counted[..., None], values, 0)
         if params is not None:
             width, states = params.emission.shape
             if values.shape[-1] != width or states != self.state_size:
@@ -572,22 +565,29 @@ class LinearGaussianSSM:
                 )
         return _Data(
             values=values,
-            seen=seen,
+            seen=None,
             inputs=None if inputs is None else jnp.where(x.inside()[..., None], inputs.astype(dtype), 0),
             weights=None if weights is None else weights.astype(dtype),
             counted=counted,
             starts=x.starts(),
-            whole=whole,
-            missing=missing,
+            whole=x.lengths is None and x.ids is None,
+            missing=self.missing and not x.complete,
         )
 
-    def _either(self, data: "_Data", shared: Any, apart: Any) -> Any:
+    def _either(self, shared: Any, apart: Any, params: LinearGaussianSSMParams, data: "_Data") -> Any:
         """One recursion of covariances for all sequences, or one for each, whichever the data allow."""
         if not data.whole:
-            return apart()
+            return apart(params, data.masked())
         if not data.missing:
-            return shared()
-        return jax.lax.cond(jnp.all(data.seen == data.counted[..., None]), shared, apart)
+            return shared(params, data)
+
+        def attempt(params: LinearGaussianSSMParams, data: "_Data") -> tuple[Any, jax.Array]:
+            missing = jnp.isnan(data.values)
+            # Whatever is found then, its gradient must be finite: 0 of it counts.
+            known = dataclasses.replace(data, values=jnp.where(missing, 0, data.values))
+            return shared(params, known), jnp.any(missing)
+
+        return numerics.repaired(attempt, lambda params, data: apart(params, data.masked()), params, data)
 
     def _line(self, names: tuple[str, ...], params: LinearGaussianSSMParams) -> jax.Array:
         """Coefficients of all features side by side: (O, F)."""
@@ -661,10 +661,13 @@ class LinearGaussianSSM:
         """Observations less all but the state's part, 0 where not seen: (B, T, D)."""
         if params.emission_bias is None and params.emission_inputs is None:
             return data.values
-        return jnp.where(data.seen, data.values - self._terms(_EMISSION, params, data.inputs, data.values), 0)
+        residuals = data.values - self._terms(_EMISSION, params, data.inputs, data.values)
+        return residuals if data.seen is None else jnp.where(data.seen, residuals, 0)
 
-    def _seen(self, params: LinearGaussianSSMParams, data: "_Data", residuals: jax.Array) -> linear_gaussian.Seen:
-        return linear_gaussian.compress_seen(params.emission, params.emission_covariance, residuals, data.seen)
+    def _seen(self, params: LinearGaussianSSMParams, data: "_Data", residuals: jax.Array) -> whitening.Seen:
+        residuals, seen = (jnp.moveaxis(leaf, 0, -1) for leaf in (residuals, data.entries()))
+        used = _weights(data)[2].T
+        return whitening.compress_seen(params.emission, params.emission_covariance, residuals, seen, used)
 
     def _filtered(self, transition: Transition, evidence: linear_gaussian.Evidence) -> linear_gaussian.Filtered:
         if self.parallel:
@@ -678,45 +681,38 @@ class LinearGaussianSSM:
 
     def _apart(
         self, params: LinearGaussianSSMParams, data: "_Data"
-    ) -> tuple[Transition, linear_gaussian.Seen, linear_gaussian.Filtered]:
+    ) -> tuple[Transition, whitening.Seen, linear_gaussian.Filtered]:
         transition = self._transition(params, data)
         seen = self._seen(params, data, self._residuals(params, data))
         return transition, seen, self._filtered(transition, seen.evidence)
 
     # Statistics.
 
-    def _exact(self, params: LinearGaussianSSMParams, data: "_Data") -> LinearGaussianSSMStats:
-        residuals = self._residuals(params, data)
-        transition = self._transition(params, data)
+    def _separately(self, params: LinearGaussianSSMParams, data: "_Data") -> LinearGaussianSSMStats:
+        """Statistics of sequences that do not share their covariances."""
+        transition, seen, filtered = self._apart(params, data)
+        smoothed = self._smoothed(transition, filtered)
+        return self._stats(params, data, self._lane_by_lane(params, data, seen, filtered.log_prob, smoothed))
 
-        def apart() -> LinearGaussianSSMStats:
-            seen = self._seen(params, data, residuals)
-            filtered = self._filtered(transition, seen.evidence)
-            smoothed = self._smoothed(transition, filtered)
-            expected = self._lane_by_lane(params, data, seen, filtered.log_prob, smoothed)
-            return self._stats(params, data, expected)
-
-        return self._either(data, lambda: self._together(params, data, residuals, transition), apart)
-
-    def _together(
-        self, params: LinearGaussianSSMParams, data: "_Data", residuals: jax.Array, transition: Transition
-    ) -> LinearGaussianSSMStats:
+    def _together(self, params: LinearGaussianSSMParams, data: "_Data") -> LinearGaussianSSMStats:
         """Statistics of sequences that share their covariances.
 
         Noise is summed in coordinates in which it is white: the log-likelihood then is the sum of its squares at the
         smoothed means, and log-determinants.
         """
-        white = linear_gaussian.whiten(params.emission, params.emission_covariance, residuals)
-        found = linear_gaussian.shared_moments(transition, white.matrix, white.compressed, parallel=self.parallel)
+        residuals = self._residuals(params, data)
+        transition = self._transition(params, data)
+        white = whitening.whiten(params.emission, params.emission_covariance, residuals)
+        found = steady.shared_moments(transition, white.matrix, white.compressed, parallel=self.parallel)
         total = jnp.asarray(len(residuals), residuals.dtype) if data.weights is None else jnp.sum(data.weights)
-        start, moves = (linear_gaussian.generalized_inverse(root) for root in (transition.start_root, transition.root))
+        start, moves = (lanewise.generalized_inverse(root) for root in (transition.start_root, transition.root))
         looked = numerics.product(params.emission, found.every, "ds,sr->dr")
         expected = _Expected(
             loglik=total * (residuals.shape[1] * white.normaliser - found.half_logdet),
             means=found.means,
-            start=linear_gaussian.apply(start.T, found.means[:, :1] - params.initial_mean),
-            moves=linear_gaussian.apply(moves.T, found.moves),
-            residuals=white.values - linear_gaussian.apply(white.emission, found.means),
+            start=steady.apply(start.T, found.means[:, :1] - params.initial_mean),
+            moves=steady.apply(moves.T, found.moves),
+            residuals=white.values - steady.apply(white.emission, found.means),
             first=total * found.first,
             before=total * found.before,
             cross=total * found.cross,
@@ -731,46 +727,47 @@ class LinearGaussianSSM:
         self,
         params: LinearGaussianSSMParams,
         data: "_Data",
-        seen: linear_gaussian.Seen,
+        seen: whitening.Seen,
         log_prob: jax.Array,
         smoothed: linear_gaussian.Smoothed,
     ) -> "_Expected":
         """Sums over sequences whose covariances differ."""
         shape = _SHAPES[self.covariance]
-        begins, linked, used = (mask.astype(log_prob.dtype) for mask in _masks(data))
-        if data.weights is not None:
-            each = data.weights[:, None]
-            used, linked, begins = used * each, linked * each, begins * each
+        begins, linked, used = _weights(data)
 
         def total(weights: jax.Array, values: jax.Array) -> jax.Array:
             # values (T, I, J, B), one lane standing for all where they are the same
-            return linear_gaussian.sum_steps(jnp.sum(weights.T[:, None, None] * values, axis=-1))
+            return lanewise.sum_steps(jnp.sum(weights.T[:, None, None] * values, axis=-1))
+
+        def observed(at: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            filled, loadings, mean, covariance, weight = at
+            looked = lanewise.matmul(loadings, covariance)
+            weighted = weight * loadings
+            if shape.trailing == 2:
+                noise = numerics.product(weighted, looked, "dsl,esl->de")
+            else:
+                noise = jnp.sum(weighted * looked, axis=(1, 2))
+            return filled - lanewise.times(loadings, mean), (jnp.sum(weight * looked, axis=-1), noise)
 
         covariances = smoothed.covariances
+        left, (looks, noise) = lanewise.over_steps(
+            observed, (seen.filled, seen.loadings, smoothed.means, covariances, used.T)
+        )
         means = jnp.moveaxis(smoothed.means, -1, 0)
-        left = seen.filled - numerics.product(seen.loadings, means, "btds,bts->btd")
-        looked = numerics.product(seen.loadings, jnp.moveaxis(covariances, -1, 0), "btds,btsr->btdr")
-        looked = looked * used[..., None, None]
-        if shape.trailing == 2:
-            noise = numerics.product(looked, seen.loadings, "btdr,bter->tde")
-            noise = noise + numerics.product(used, seen.extra, "bt,btde->tde")
-        else:
-            noise = numerics.product(looked, seen.loadings, "btdr,btdr->td")
-            noise = noise + numerics.product(used, seen.extra, "bt,btd->td")
         steps = jnp.sum(jnp.where(data.counted, log_prob.T, 0), axis=1)
         return _Expected(
             loglik=numerics.weighted_sum(steps, data.weights),
             means=means,
             start=means - params.initial_mean,
             moves=jnp.moveaxis(smoothed.moves, -1, 0),
-            residuals=left,
+            residuals=jnp.moveaxis(left, -1, 0),
             first=total(begins, covariances),
             before=total(linked, covariances[:-1]),
             cross=total(linked, smoothed.cross),
             spread=total(linked, smoothed.spread),
             every=total(used, covariances),
-            looks=-linear_gaussian.sum_steps(jnp.sum(looked, axis=0)).T,
-            noise=linear_gaussian.sum_steps(noise),
+            looks=-looks.T,
+            noise=noise + seen.extra,
         )
 
     def _sampled(self, params: LinearGaussianSSMParams, data: "_Data", expect: Sample) -> LinearGaussianSSMStats:
@@ -940,18 +937,27 @@ class LinearGaussianSSM:
 
 @record
 class _Data:
-    """Sequences as an E-step reads them: values (B, T, D), 0 where not seen (B, T, D); inputs (B, T, U); weights (B,);
-    counted (B, T), steps of sequences of positive weight; starts (B, T); whole: all rows are one full sequence;
-    missing: there may be entries that are not seen."""
+    """Sequences as an E-step reads them: values (B, T, D); seen (B, T, D), None before what is not seen is told apart,
+    and 0 in the values; inputs (B, T, U); weights (B,); counted (B, T), steps of sequences of positive weight; starts
+    (B, T); whole: all rows are one full sequence; missing: there may be entries that are not seen."""
 
     values: jax.Array
-    seen: jax.Array
+    seen: jax.Array | None
     inputs: jax.Array | None
     weights: jax.Array | None
     counted: jax.Array
     starts: jax.Array
     whole: bool = static()
     missing: bool = static()
+
+    def entries(self) -> jax.Array:
+        return jnp.broadcast_to(self.counted[..., None], self.values.shape) if self.seen is None else self.seen
+
+    def masked(self) -> "_Data":
+        seen = self.entries()
+        if self.missing:
+            seen = seen & ~jnp.isnan(self.values)
+        return dataclasses.replace(self, values=jnp.where(seen, self.values, 0), seen=seen)
 
 
 @record
@@ -978,7 +984,14 @@ class _Expected:
 def _masks(data: _Data) -> tuple[jax.Array, jax.Array, jax.Array]:
     """First steps of sequences (B, T), pairs (B, T - 1) of neighbours in one, and steps (B, T) with an observation."""
     pairs = data.counted[:, 1:] & ~data.starts[:, 1:]
-    return data.starts & data.counted, pairs, jnp.any(data.seen, axis=-1)
+    observed = data.counted if data.seen is None else jnp.any(data.seen, axis=-1)
+    return data.starts & data.counted, pairs, observed
+
+
+def _weights(data: _Data) -> list[jax.Array]:
+    """The same as what they count."""
+    masks = [mask.astype(data.values.dtype) for mask in _masks(data)]
+    return masks if data.weights is None else [mask * data.weights[:, None] for mask in masks]
 
 
 def _equation(

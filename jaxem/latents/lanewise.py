@@ -1,0 +1,161 @@
+"""Small matrices, one a lane: arrays (..., I, J, B), lanes last, so that every operation is one of whole rows of lanes.
+
+What lanes share has one lane, which broadcasts. Letters: N, I, J, K, L sizes of matrices; S states; T steps; B lanes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Up to here columns are orthogonalised one by one in straight-line code: far quicker than a loop, in XLA.
+UNROLLED_COLUMNS = 16
+
+# Lanes that are worked on at a time, where there are more: their matrices then stay in fast memory.
+_AT_A_TIME = 256
+
+
+def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """sum over one axis of each of their products, written out where it is short: a reduction over an axis that is
+    not the last runs at a fraction of the speed of sums of whole slices."""
+    count = a.shape[axis_a]
+    if not 0 < count <= UNROLLED_COLUMNS:
+        return jnp.sum(jnp.moveaxis(a, axis_a, 0) * jnp.moveaxis(b, axis_b, 0), axis=0)
+    parts = (
+        jax.lax.index_in_dim(a, j, axis_a, keepdims=False) * jax.lax.index_in_dim(b, j, axis_b, keepdims=False)
+        for j in range(count)
+    )
+    return functools.reduce(jnp.add, parts)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(..., I, J, B) times (..., J, K, B), lane by lane."""
+    return _contract(a[..., :, :, None, :], b[..., None, :, :, :], -3, -3)
+
+
+def times(a: jax.Array, v: jax.Array) -> jax.Array:
+    """(..., I, J, B) times (..., J, B), lane by lane."""
+    return _contract(a, v[..., None, :, :], -2, -2)
+
+
+def transposed(a: jax.Array) -> jax.Array:
+    """(..., I, J, B) -> (..., J, I, B)."""
+    return jnp.swapaxes(a, -3, -2)
+
+
+def cross(a: jax.Array, b: jax.Array) -> jax.Array:
+    """aᵀb: (..., N, I, B), (..., N, J, B) -> (..., I, J, B)."""
+    return _contract(a[..., :, :, None, :], b[..., :, None, :, :], -4, -4)
+
+
+def square(root: jax.Array) -> jax.Array:
+    """UᵀU: (..., N, S, B) -> (..., S, S, B)."""
+    return cross(root, root)
+
+
+def once(x: jax.Array) -> jax.Array:
+    """A barrier: fused with a sum of products that follows, x would be computed again for every term."""
+    return jax.lax.optimization_barrier(x)
+
+
+def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Modified Gram-Schmidt: columns (N, K, B) = Q R, and others (N, L, B) = Q R' + rest.
+
+    Returns Q (N, K, B), R (K, K, B) upper triangular, R' (K, L, B), rest (N, L, B). A column that the ones before
+    it explain up to rounding has a zero in Q and a zero row in R. The errors of R, R' and rest are those of a
+    Householder factorisation (Björck 1967, Solving linear least squares problems by Gram-Schmidt, BIT 7).
+    """
+    count = columns.shape[1]
+    lowest = (4 * jnp.finfo(columns.dtype).eps) ** 2 * jnp.sum(jnp.square(columns), axis=0)
+
+    def project(whole: jax.Array, column: jax.Array, least: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = jnp.sum(jnp.square(column), axis=0)
+        used = size > least
+        direction = once(column * jnp.where(used, jax.lax.rsqrt(jnp.where(used, size, 1)), 0))
+        return direction, once(_contract(direction[:, None], whole, 0, 0))
+
+    if count <= UNROLLED_COLUMNS:
+        # What is behind is dropped as it goes: half the work.
+        rest = once(jnp.concatenate([columns, others], axis=1))
+        directions, rows = [], []
+        for j in range(count):
+            direction, along = project(rest, rest[:, 0], lowest[j])
+            rest = once(rest[:, 1:] - direction[:, None] * along[1:])
+            directions.append(direction)
+            rows.append(jnp.concatenate([jnp.zeros_like(along[:1])] * j + [along], axis=0))
+        every = jnp.stack(rows)
+        return jnp.stack(directions, axis=1), every[:, :count], every[:, count:], rest
+
+    whole = jnp.concatenate([columns, others], axis=1)
+    index = jnp.arange(whole.shape[1])[:, None]
+
+    def body(carry: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        direction, along = project(carry, jnp.take(carry, j, axis=1), jnp.take(lowest, j, axis=0))
+        return carry - direction[:, None] * along, (direction, jnp.where(index >= j, along, 0))
+
+    rest, (directions_, every) = jax.lax.scan(body, whole, jnp.arange(count))
+    return jnp.moveaxis(directions_, 0, 1), every[:, :count], every[:, count:], rest[:, count:]
+
+
+def triangular(rows: jax.Array) -> jax.Array:
+    """The upper triangular root (S, S, B) of the same matrix as rows (N, S, B)."""
+    return orthogonalize(rows, rows[:, :0])[1]
+
+
+def back_substitute(upper: jax.Array, right: jax.Array) -> jax.Array:
+    """upper⁻¹ right: (..., S, S, B), (..., S, K, B); rows of a zero pivot are 0."""
+    count = upper.shape[-2]
+    diagonal = jnp.diagonal(upper, axis1=-3, axis2=-2)
+    used = diagonal > 0
+    inverse = jnp.where(used, 1 / jnp.where(used, diagonal, 1), 0)
+    solution: list[jax.Array] = []
+    for i in reversed(range(count)):
+        value = right[..., i, :, :]
+        for done, j in enumerate(range(count - 1, i, -1)):
+            value = value - upper[..., i, j, None, :] * solution[done]
+        solution.append(value * inverse[..., None, :, i])
+    return jnp.stack(solution[::-1], axis=-3)
+
+
+def generalized_inverse(root: jax.Array) -> jax.Array:
+    """Of an upper triangular root (S, S), zero rows left out: w = Uᵀ a gives a = (U⁻)ᵀ w."""
+    eye = jnp.eye(len(root), dtype=root.dtype)
+    return back_substitute(root[:, :, None], eye[:, :, None])[:, :, 0]
+
+
+def sum_steps(x: jax.Array) -> jax.Array:
+    """Sum over the first axis, in two stages: rounding grows with the root of its length."""
+    steps = len(x)
+    size = max(1, int(steps**0.5))
+    whole = steps // size * size
+    parts = jnp.sum(x[:whole].reshape(-1, size, *x.shape[1:]), axis=1)
+    return jnp.sum(parts, axis=0) + jnp.sum(x[whole:], axis=0)
+
+
+def over_steps(function: Callable, arrays: Any) -> tuple[Any, Any]:
+    """`function` of the steps of arrays (T, ..., B), for what needs no recursion: it takes arrays (..., lanes) and
+    returns what it finds for every lane, (..., lanes), and sums over its lanes. Returned are the first as
+    (T, ..., B), and the sums over all.
+
+    Steps count as lanes, some hundred matrices at a time, so that they stay in fast memory. What pads them is 0.
+    Arrays of one lane are for all, if all are; None stays None.
+    """
+    leaves = jax.tree.leaves(arrays)
+    steps, width = len(leaves[0]), max(leaf.shape[-1] for leaf in leaves)
+    group = min(steps, max(1, _AT_A_TIME // width))
+    count = -(-steps // group)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.broadcast_to(x, (*x.shape[:-1], width))
+        x = jnp.pad(x, ((0, count * group - steps), *((0, 0),) * (x.ndim - 1)))
+        x = jnp.moveaxis(x.reshape(count, group, *x.shape[1:]), 1, -2)
+        return x.reshape(*x.shape[:-2], group * width)
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], group, width), -2, 1)
+        return x.reshape(count * group, *x.shape[2:])[:steps]
+
+    found, sums = jax.lax.map(function, jax.tree.map(split, arrays))
+    return jax.tree.map(join, found), jax.tree.map(sum_steps, sums)

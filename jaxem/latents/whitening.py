@@ -1,0 +1,149 @@
+"""What is observed of linear-Gaussian latents, in coordinates in which its noise is white."""
+
+import jax
+import jax.numpy as jnp
+
+from .. import numerics
+from ..record import record
+from . import lanewise
+from .linear_gaussian import Evidence
+from .steady import apply
+
+
+@record
+class Seen:
+    """Evidence of steps that may lack entries, and what these entries are worth given the state and the others.
+
+    Expected noise at a state z is filled - loadings z: filled (T, D, B), loadings (T, D, S, B), rows of the data and of
+    the emission where an entry is seen; extra (D, D), or (D,): the noise that is left besides, summed over the steps.
+    """
+
+    evidence: Evidence
+    filled: jax.Array
+    loadings: jax.Array
+    extra: jax.Array
+
+
+@record
+class Whitened:
+    """Observations that are all there, in coordinates in which their noise is white: emission (D, S), values (B, T, D),
+    and the normaliser, the constant of the log-density of a step. Of these the state can explain `directions` (D, P)
+    alone, P = min(D, S): it sees `matrix` (P, S), so that no step meets anything of the observations' size."""
+
+    emission: jax.Array
+    values: jax.Array
+    normaliser: jax.Array
+    directions: jax.Array | None
+    matrix: jax.Array
+
+    @property
+    def compressed(self) -> jax.Array:
+        """What the state sees: (B, T, P)."""
+        return self.values if self.directions is None else apply(self.directions.T, self.values)
+
+    def constant(self) -> jax.Array:
+        """The log-density of what it does not see: (B, T)."""
+        total = jnp.broadcast_to(self.normaliser, self.values.shape[:2])
+        if self.directions is None:
+            return total
+        rest = self.values - apply(self.directions, self.compressed)
+        return total - 0.5 * jnp.sum(jnp.square(rest), axis=-1)
+
+
+def whiten(emission: jax.Array, covariance: jax.Array, residuals: jax.Array) -> Whitened:
+    """Of residuals (B, T, D) = emission z_t + N(0, covariance): emission (D, S), covariance (D, D) or (D,)."""
+    columns, states = emission.shape
+    if covariance.ndim == 1:
+        scale = jax.lax.rsqrt(covariance)
+        half_logdet = -jnp.sum(jnp.log(scale))
+        white, values = scale[:, None] * emission, scale * residuals
+    else:
+        factor = numerics.cholesky(covariance)
+        inverse, half_logdet = numerics.inverse_lower(factor), jnp.sum(jnp.log(jnp.diagonal(factor)))
+        white, values = numerics.product(inverse, emission, "ij,js->is"), apply(inverse, residuals)
+    normaliser = -half_logdet - 0.5 * columns * jnp.log(jnp.asarray(2 * jnp.pi, white.dtype))
+    directions, matrix = None, white
+    if columns > states:
+        first, upper, _, _ = lanewise.orthogonalize(white[:, :, None], white[:, :0, None])
+        # Twice: directions are then orthogonal to the last bit.
+        again, more, _, _ = lanewise.orthogonalize(first, first[:, :0])
+        directions, matrix = again[..., 0], numerics.product(more[..., 0], upper[..., 0], "ij,jk->ik")
+    return Whitened(emission=white, values=values, normaliser=normaliser, directions=directions, matrix=matrix)
+
+
+def compress_seen(
+    emission: jax.Array, covariance: jax.Array, residuals: jax.Array, seen: jax.Array, weights: jax.Array
+) -> Seen:
+    """The same for observations of which only the entries `seen` (T, D, B) are there; residuals (T, D, B) are 0
+    elsewhere, and steps count by weights (T, B)."""
+    columns, states = emission.shape
+    dtype = residuals.dtype
+
+    def step(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        residual, known, weight = at
+        there = known.astype(dtype)
+        if covariance.ndim == 1:
+            scale = there * jax.lax.rsqrt(covariance)[:, None]
+            white, values = scale[:, None] * emission[:, :, None], scale * residual
+            half_logdet = 0.5 * jnp.sum(there * jnp.log(covariance)[:, None], axis=0)
+            filled, loadings = residual, there[:, None] * emission[:, :, None]
+            extra = (1 - there) * covariance[:, None]
+        else:
+            white, values, across, half_logdet = _eliminate(emission, covariance, residual, there)
+            filled = jnp.where(known, residual, lanewise.times(lanewise.transposed(across), values))
+            loadings = jnp.where(known[:, None], emission[:, :, None], lanewise.cross(across, white))
+            left = covariance[:, :, None] - lanewise.square(across)
+            extra = (1 - there)[:, None] * (1 - there) * left
+        constant = -half_logdet - 0.5 * jnp.sum(there, axis=0) * jnp.log(jnp.asarray(2 * jnp.pi, dtype))
+        if columns > states:
+            _, white, along, rest = lanewise.orthogonalize(white, values[:, None])
+            values, constant = along[:, 0], constant - 0.5 * jnp.sum(jnp.square(rest[:, 0]), axis=0)
+        return (white, values, constant, filled, loadings), jnp.sum(weight * extra, axis=-1)
+
+    found, extra = lanewise.over_steps(step, (residuals, seen, weights))
+    white, values, constant, filled, loadings = found
+    return Seen(
+        evidence=Evidence(matrix=white, values=values, constant=constant),
+        filled=filled, loadings=loadings, extra=extra,
+    )  # fmt: skip
+
+
+def _eliminate(
+    emission: jax.Array, covariance: jax.Array, residual: jax.Array, there: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of the seen entries' covariance L Lᵀ: L⁻¹ times their emission (D, S, B), residual (D, B) and covariance with all
+    (D, D, B), and log det L (B,); rows that are not seen are 0."""
+    columns, states = emission.shape
+    eye = jnp.eye(columns, dtype=there.dtype)[:, :, None]
+    whole = jnp.concatenate(
+        [
+            there[:, None] * there * covariance[:, :, None] + (1 - there)[:, None] * eye,
+            there[:, None] * emission[:, :, None],
+            residual[:, None],
+            there[:, None] * covariance[:, :, None],
+        ],
+        axis=1,
+    )
+
+    if columns <= lanewise.UNROLLED_COLUMNS:
+        rows, pivots, rest = [], [], lanewise.once(whole)
+        for j in range(columns):
+            pivots.append(rest[0, 0])
+            row = lanewise.once(rest[0] * jax.lax.rsqrt(rest[0, 0]))
+            rest = lanewise.once(rest[1:, 1:] - row[1 : columns - j, None] * row[1:])
+            rows.append(row[columns - j :])
+        every, log_pivots = jnp.stack(rows), jnp.log(jnp.stack(pivots))
+    else:
+        index = jnp.arange(columns)[:, None]
+
+        def body(rest: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            at, column = jnp.take(rest, j, axis=0), jnp.take(rest, j, axis=1)
+            pivot = jnp.take(at, j, axis=0)
+            inverse = jax.lax.rsqrt(pivot)
+            row = lanewise.once(at * inverse)
+            return rest - (jnp.where(index > j, column, 0) * inverse)[:, None] * row, (row, pivot)
+
+        _, (every, diagonal) = jax.lax.scan(body, whole, jnp.arange(columns))
+        every, log_pivots = every[:, columns:], jnp.log(diagonal)
+    half_logdet = 0.5 * jnp.sum(log_pivots, axis=0)
+    return every[:, :states], every[:, states], every[:, states + 1 :], half_logdet
