@@ -88,10 +88,11 @@ def test_whitened_and_expanded_are_the_same_numbers(name, x64):
             np.testing.assert_allclose(c, a, rtol=1e-7, atol=1e-7)
 
 
-def test_auto_leaves_the_expanded_form_when_clusters_are_tight():
-    """Six columns in float32, clusters 1e-4 of their distance wide: the expanded form is lost there."""
+@pytest.mark.parametrize("columns", [2, 6])
+def test_auto_leaves_the_expanded_form_when_clusters_are_tight(columns):
+    """Float32, clusters 1e-4 of their distance wide: the expanded form is lost there."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(np.repeat([[-1.0], [1.0]], 60, axis=0) + 1e-4 * rng.normal(size=(120, 6)), jnp.float32)
+    x = jnp.asarray(np.repeat([[-1.0], [1.0]], 60, axis=0) + 1e-4 * rng.normal(size=(120, columns)), jnp.float32)
     labels = np.repeat([0, 1], 60)
     truth = np.stack([np.cov(np.asarray(x[labels == k], float).T, bias=True) for k in (0, 1)])
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxem import numerics, tree
+from jaxem.latents import lanewise
 
 
 def psd(seed: int, columns: int, rank: int, spread: float) -> np.ndarray:
@@ -113,6 +114,43 @@ def test_sums_over_many_blocks_keep_the_precision_of_one():
     total = tree.sum_over_blocks(lambda x, _: 1e4 * jnp.sum(x), x, None, 1)
     exact = 4096 * float(np.float32(1e4 * np.float32(0.1)))
     assert abs(float(total) - exact) <= 2 * np.spacing(np.float32(exact))
+
+
+def test_what_failed_is_done_again_lane_by_lane(x64):
+    """A shortcut that is wrong above 1: values, lanes and slopes are those of what is right."""
+
+    def root(x):
+        return numerics.repaired(lambda x: (jnp.where(x > 1, jnp.nan, jnp.sqrt(x)), x > 1), jnp.sqrt, x)
+
+    x = jnp.array([0.25, 4.0, 0.5, 9.0])
+    np.testing.assert_allclose(jax.jit(jax.vmap(root))(x), np.sqrt(x), rtol=1e-15)
+    for value in x:
+        np.testing.assert_allclose(jax.jit(jax.jvp, static_argnums=0)(root, (value,), (1.0,))[1], 0.5 / np.sqrt(value))
+
+    def smooth(x):
+        return numerics.repaired(lambda x: (2 * x, x > 1), jnp.square, x)
+
+    np.testing.assert_allclose(jax.vmap(jax.grad(smooth))(x), np.where(x > 1, 2 * x, 2.0))
+
+
+@settings(deadline=None, derandomize=True, max_examples=12)
+@given(steps=st.integers(1, 30), lanes=st.integers(1, 5), shared=st.booleans())
+def test_steps_as_lanes_are_the_steps(steps, lanes, shared):
+    """In groups that do not fill up, with what all lanes share, and sums over what is there alone."""
+    rng = np.random.default_rng(steps)
+    a = jnp.asarray(rng.normal(size=(steps, 3, 2, 1 if shared else lanes)), jnp.float32)
+    b = jnp.asarray(rng.normal(size=(steps, 3, lanes)), jnp.float32)
+    at_a_time, lanewise._AT_A_TIME = lanewise._AT_A_TIME, 7
+    try:
+        found, total = lanewise.over_steps(
+            lambda at: (lanewise.times(lanewise.transposed(at[0]), at[1]), at[1].sum()), (a, b)
+        )
+    finally:
+        lanewise._AT_A_TIME = at_a_time
+    np.testing.assert_allclose(
+        found, np.einsum("tijb,tib->tjb", np.broadcast_to(a, (steps, 3, 2, lanes)), b), atol=1e-5
+    )
+    np.testing.assert_allclose(total, np.sum(b), atol=1e-4)
 
 
 def test_rows_must_agree():
