@@ -23,7 +23,7 @@ from timing import Row, measure, take_turns
 
 from jaxem import HMM, HMMParams, Normal, NormalParams, Poisson, PoissonParams, datasets, em_fit, fit_restarts
 
-STATES, COLUMNS, STEPS = 5, 2, 10
+STATES, COLUMNS, STEPS = 5, 2, 25
 
 
 def simulated(sequences: int, length: int):

@@ -19,6 +19,9 @@ from .expect import Exact, Hard, Sample
 
 FORMS = ("auto", "scaled", "log")
 
+# States up to which a product with one vector is a sum: no call of a matrix library at every step.
+_WRITTEN_OUT = 12
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -231,9 +234,12 @@ def _scaled_posterior(chain: Chain, counted: jax.Array | None) -> tuple[Posterio
 
 def _onward(matrix: jax.Array, mass: jax.Array) -> jax.Array:
     """matrix (K, K) times the distribution of mass (K[, L]): the sum is found beside the product, not before it."""
-    moved = numerics.safe_divide(jnp.dot(matrix, mass, precision=_HIGHEST), jnp.sum(mass, axis=0))
+    if mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT:
+        moved = jnp.sum(matrix * mass, axis=1)
+    else:
+        moved = jnp.dot(matrix, mass, precision=_HIGHEST)
     # A barrier: what is carried on and what is stored would each be computed.
-    return jax.lax.optimization_barrier(moved)
+    return jax.lax.optimization_barrier(numerics.safe_divide(moved, jnp.sum(mass, axis=0)))
 
 
 def _distribution(mass: jax.Array, axis: int = 0) -> jax.Array:
