@@ -9,6 +9,8 @@ Letters: T steps, S states, P pseudo-observations a step; time first and lanes (
 (T, S, B). What sequences share has one lane, which broadcasts: a covariance recursion never sees observations.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -236,7 +238,23 @@ def _with_pairs(means: jax.Array, covariances: jax.Array, predicted: jax.Array, 
     return Smoothed(means=means, covariances=covariances, moves=moves, cross=cross, spread=spread)
 
 
-def draw_path(key: jax.Array, transition: Transition, filtered: Filtered) -> tuple[jax.Array, jax.Array]:
+class Returns(NamedTuple):
+    """`gain` and `part` of the links of all steps, and roots (T - 1, 2S, S, ·) of their noise and spread."""
+
+    gain: jax.Array
+    part: jax.Array
+    noise: jax.Array
+    rest: jax.Array
+
+
+def returns(transition: Transition, filtered: Filtered) -> Returns:
+    """What paths are drawn with, backward in time: the same for every one of them."""
+    starts = None if transition.starts is None else transition.starts[1:]
+    found, _ = lanewise.over_steps(lambda at: (_backward(transition, *at), None), (filtered.roots[:-1], starts))
+    return Returns(*found)
+
+
+def draw_path(key: jax.Array, filtered: Filtered, returns: Returns) -> tuple[jax.Array, jax.Array]:
     """One path (T, S, B) from the posterior, and the noise (T - 1, S, B) in it: filter forward, sample backward.
 
     Frühwirth-Schnatter (1994), Data augmentation and dynamic linear models, J. Time Series Analysis 15.
@@ -244,15 +262,7 @@ def draw_path(key: jax.Array, transition: Transition, filtered: Filtered) -> tup
     steps, states, lanes = filtered.means.shape
     draws = jax.random.normal(key, (steps, 2 * states, lanes), filtered.means.dtype)
     last = filtered.means[-1] + lanewise.times(lanewise.transposed(filtered.roots[-1]), draws[-1, :states])
-    starts = None if transition.starts is None else transition.starts[1:]
-
-    def prepare(at: tuple) -> tuple[tuple[jax.Array, ...], None]:
-        root, begins, draw = at
-        gain, part, noise, rest = _backward(transition, root, begins)
-        noise, rest = (lanewise.times(lanewise.transposed(x), draw) for x in (noise, rest))
-        return (gain, part, noise, rest), None
-
-    (gain, part, noise, rest), _ = lanewise.over_steps(prepare, (filtered.roots[:-1], starts, draws[:-1]))
+    noise, rest = (lanewise.times(lanewise.transposed(root), draws[:-1]) for root in (returns.noise, returns.rest))
     predicted = filtered.predicted[1:]
 
     def step(after: jax.Array, at: tuple) -> tuple[jax.Array, jax.Array]:
@@ -260,9 +270,9 @@ def draw_path(key: jax.Array, transition: Transition, filtered: Filtered) -> tup
         state = mean + lanewise.times(gain, after - forecast) + noise
         return state, state
 
-    _, path = jax.lax.scan(step, last, (filtered.means[:-1], predicted, gain, noise), reverse=True)
+    _, path = jax.lax.scan(step, last, (filtered.means[:-1], predicted, returns.gain, noise), reverse=True)
     path = jnp.concatenate([path, last[None]])
-    return path, lanewise.times(part, path[1:] - predicted) + rest
+    return path, lanewise.times(returns.part, path[1:] - predicted) + rest
 
 
 # Side by side in time.

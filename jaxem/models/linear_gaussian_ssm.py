@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -10,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, sequences, tree
-from ..families import columns, covariance, design
+from ..families import covariance
 from ..latents import Exact, Sample, lanewise, linear_gaussian, steady, whitening
 from ..latents.linear_gaussian import Transition
 from ..protocols import Data
 from ..record import record, static
 from ..sequences import Sequences
+from . import linear_equation
+from .linear_equation import EquationStats
 
 _SHAPES: dict[str, covariance.Full | covariance.Diagonal] = {"full": covariance.Full(), "diag": covariance.Diagonal()}
 _DYNAMICS = ("dynamics", "dynamics_bias", "dynamics_inputs")
@@ -43,21 +44,6 @@ class LinearGaussianSSMParams:
     emission_bias: jax.Array | None = None
     dynamics_inputs: jax.Array | None = None
     emission_inputs: jax.Array | None = None
-
-
-@record
-class EquationStats:
-    """Expected normal equations of one linear equation, response = line features + noise, about the current line.
-
-    O responses, F features, e = response - current line features: count (); reference (O, F) = count · line;
-    gram (F, F) = sum E ffᵀ; cross (F, O) = sum E f eᵀ; square (O, O), or (O,) of a diagonal noise, = sum E eeᵀ.
-    """
-
-    count: jax.Array
-    reference: jax.Array
-    gram: jax.Array
-    cross: jax.Array
-    square: jax.Array
 
 
 @record
@@ -252,9 +238,9 @@ class LinearGaussianSSM:
         """Expected log-density of states and observations; covariances must be positive definite."""
         full, noise = _SHAPES["full"], _SHAPES[self.covariance]
         return (
-            _score(full, params.initial_mean[:, None], params.initial_covariance, stats.initial)
-            + _score(full, self._line(_DYNAMICS, params), params.dynamics_covariance, stats.dynamics)
-            + _score(noise, self._line(_EMISSION, params), params.emission_covariance, stats.emission)
+            linear_equation.score(full, params.initial_mean[:, None], params.initial_covariance, stats.initial)
+            + linear_equation.score(full, self._line(_DYNAMICS, params), params.dynamics_covariance, stats.dynamics)
+            + linear_equation.score(noise, self._line(_EMISSION, params), params.emission_covariance, stats.emission)
         )
 
     def log_prior(self, params: LinearGaussianSSMParams) -> jax.Array:
@@ -305,9 +291,9 @@ class LinearGaussianSSM:
         """The same statistics about the lines of `params`, exactly."""
         return dataclasses.replace(
             stats,
-            initial=_about(stats.initial, params.initial_mean[:, None]),
-            dynamics=_about(stats.dynamics, self._line(_DYNAMICS, params)),
-            emission=_about(stats.emission, self._line(_EMISSION, params)),
+            initial=linear_equation.about(stats.initial, params.initial_mean[:, None]),
+            dynamics=linear_equation.about(stats.dynamics, self._line(_DYNAMICS, params)),
+            emission=linear_equation.about(stats.emission, self._line(_EMISSION, params)),
         )
 
     @jax.jit
@@ -776,9 +762,10 @@ class LinearGaussianSSM:
         key = expect.random_key()
         states, steps = self.state_size, data.values.shape[1]
         none = jnp.zeros((steps, states, states, 1), data.values.dtype)
+        returns = linear_gaussian.returns(transition, filtered)
 
         def draw(number: jax.Array) -> LinearGaussianSSMStats:
-            path, moves = linear_gaussian.draw_path(jax.random.fold_in(key, number), transition, filtered)
+            path, moves = linear_gaussian.draw_path(jax.random.fold_in(key, number), filtered, returns)
             known = linear_gaussian.Smoothed(means=path, covariances=none, moves=moves, cross=none[1:], spread=none[1:])
             return self._stats(params, data, self._lane_by_lane(params, data, seen, filtered.log_prob, known))
 
@@ -807,17 +794,15 @@ class LinearGaussianSSM:
         )
         left = (expected.start, expected.moves, expected.residuals)
         counts, moments = [], []
-        for mask, feature, residual in zip(_masks(data), features, left, strict=True):
+        for weight, feature, residual in zip(_weights(data), features, left, strict=True):
             both = jnp.concatenate([feature, residual], axis=-1)
             if white is not None and data.weights is None:
                 counts.append(jnp.asarray(both.shape[0] * both.shape[1], both.dtype))
-                moments.append(_moments(both, both))
+                moments.append(linear_equation.moments(both, both))
                 continue
-            each = jnp.ones(both.shape[:2], both.dtype) if white is not None else mask.astype(both.dtype)
-            if data.weights is not None:
-                each = each * data.weights[:, None]
+            each = weight[:, : both.shape[1]]
             counts.append(jnp.sum(each))
-            moments.append(_moments(each[..., None] * both, both))
+            moments.append(linear_equation.moments(each[..., None] * both, both))
 
         loglik = expected.loglik
         roots: tuple[jax.Array | None, ...] = (None, None, None)
@@ -833,15 +818,15 @@ class LinearGaussianSSM:
 
         full = _SHAPES["full"]
         return LinearGaussianSSMStats(
-            initial=_equation(
+            initial=linear_equation.collect(
                 full, counts[0], params.initial_mean[:, None], params.initial_covariance, moments[0], roots[0],
                 expected.first, None, None,
             ),
-            dynamics=_equation(
+            dynamics=linear_equation.collect(
                 full, counts[1], self._line(_DYNAMICS, params), params.dynamics_covariance, moments[1], roots[1],
                 expected.spread, expected.before, expected.cross,
             ),
-            emission=_equation(
+            emission=linear_equation.collect(
                 noise, counts[2], self._line(_EMISSION, params), params.emission_covariance, moments[2], roots[2],
                 expected.noise, expected.every, expected.looks,
             ),
@@ -868,35 +853,9 @@ class LinearGaussianSSM:
     def _estimate(
         self, part: str, stats: EquationStats, groups: list[tuple[int, jax.Array | None]]
     ) -> tuple[jax.Array, jax.Array]:
-        """The line (O, F) and the covariance of one equation, given the lines of some groups of features."""
         shape = _SHAPES[self.covariance] if part == "emission" else _SHAPES["full"]
-        line = stats.reference / stats.count
-        if self.prior is not None:
-            pseudo = _about(getattr(self.prior, part), line)
-            stats = jax.tree.map(jnp.add, stats, pseudo)
-        free = np.concatenate([np.full(width, value is None) for width, value in groups])
-        if not np.all(free):
-            start, pieces = 0, []
-            for width, value in groups:
-                pieces.append(line[:, start : start + width] if value is None else value)
-                start += width
-            stats = _about(stats, line := jnp.concatenate(pieces, axis=1))
-        index = np.flatnonzero(free)
-        rows = line.shape[0]
-        if len(index):
-            gram = jnp.broadcast_to(stats.gram[index][:, index], (rows, len(index), len(index)))
-            delta = jnp.zeros_like(line).at[:, index].set(design.solve(gram, stats.cross[index].T))
-            line = line + delta
-            best = _about(stats, line)
-        else:
-            best = stats
-        noise = best.square / stats.count
-        eps = jnp.finfo(noise.dtype).eps
-        deep = shape.columns_of(stats.square, rows) / stats.count
-        energy = deep + jnp.sum(line * numerics.product(line, best.gram, "if,fg->ig"), axis=1) / stats.count
-        # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
-        lowest = jnp.maximum(jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * line.shape[1] * eps * deep)
-        return line, shape.floor(noise, lowest)[0]
+        prior = None if self.prior is None else getattr(self.prior, part)
+        return linear_equation.estimate(shape, stats, groups, prior)
 
     def _check_values(self, values: dict[str, Any], prefix: str) -> None:
         states = self.state_size
@@ -994,38 +953,6 @@ def _weights(data: _Data) -> list[jax.Array]:
     return masks if data.weights is None else [mask * data.weights[:, None] for mask in masks]
 
 
-def _equation(
-    shape: Any,
-    count: jax.Array,
-    line: jax.Array,
-    noise: jax.Array,
-    moments: jax.Array,
-    root: jax.Array | None,
-    spread: jax.Array,
-    before: jax.Array | None,
-    across: jax.Array | None,
-) -> EquationStats:
-    """Statistics from moments (F + O, F + O) of features and noise at the means, the noise in the coordinates of its
-    root where there is one, and the covariances' sums. An equation that nothing is seen of keeps what it had."""
-    size = line.shape[1]
-    gram, cross, square = moments[:size, :size], moments[:size, size:], moments[size:, size:]
-    if root is not None:
-        cross = numerics.product(cross, root, "fk,ko->fo")
-        square = numerics.product(numerics.product(square, root, "kl,lo->ko"), root, "ko,kp->po")
-    if before is not None and across is not None:
-        states = before.shape[0]
-        gram = gram.at[:states, :states].add(before)
-        cross = cross.at[:states].add(across)
-    count = count + columns.PSEUDO_COUNT
-    return EquationStats(
-        count=count,
-        reference=count * line,
-        gram=gram + columns.PSEUDO_COUNT * jnp.eye(size, dtype=gram.dtype),
-        cross=cross,
-        square=shape.from_matrix(square) + spread + columns.PSEUDO_COUNT * noise,
-    )
-
-
 def _root(matrix: jax.Array) -> jax.Array:
     """U (S, S) with UᵀU the covariance, which may be singular: a variance of 0 gives a row of zeros."""
     states = matrix.shape[0]
@@ -1040,38 +967,9 @@ def _root(matrix: jax.Array) -> jax.Array:
     return jnp.stack(rows)
 
 
-def _moments(a: jax.Array, b: jax.Array) -> jax.Array:
-    """sum a bᵀ: (B, T, I), (B, T, J) -> (I, J); by sequences first, which is quicker, and rounds less."""
-    return jnp.sum(numerics.product(a, b, "bti,btj->bij"), axis=0)
-
-
 def _outer(shape: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     """a bᵀ, as the shape keeps it."""
     return shape.from_matrix(numerics.product(a, b, "is,js->ij"))
-
-
-def _about(stats: EquationStats, line: jax.Array) -> EquationStats:
-    """The same statistics about another line, exactly."""
-    delta = line - stats.reference / stats.count
-    moved = numerics.product(stats.gram, delta, "fg,ig->fi")
-    twice = stats.cross - 0.5 * moved
-    if stats.square.ndim == 2:
-        half = numerics.product(delta, twice, "if,fj->ij")
-        change = half + half.T
-    else:
-        change = 2 * jnp.sum(delta.T * twice, axis=0)
-    return dataclasses.replace(
-        stats, reference=stats.count * line, cross=stats.cross - moved, square=stats.square - change
-    )
-
-
-def _score(shape: Any, line: jax.Array, noise: jax.Array, stats: EquationStats) -> jax.Array:
-    """Expected log-density of the responses of one equation."""
-    rows = line.shape[0]
-    whitener, half_logdet = shape.whitener(noise, rows)
-    square = _about(stats, line).square
-    normaliser = rows * math.log(2 * math.pi) + 2 * half_logdet
-    return -0.5 * (stats.count * normaliser + shape.trace(shape.precision(whitener), square))
 
 
 def _coloured(key: jax.Array, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
