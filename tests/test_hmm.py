@@ -168,7 +168,7 @@ def test_earthquakes():
     np.testing.assert_allclose(bic(model, fit.params, x), 2 * 341.878701 + 5 * np.log(107), atol=1e-5)
     np.testing.assert_allclose(bic(model, fit.params, x[None, :, None]), bic(model, fit.params, x))
     np.testing.assert_allclose(aic(model, fit.params, x[None, :, None]), 2 * 341.878701 + 10, atol=1e-5)
-    # A stationary start, table 1.? of the same book: the same chain under one parameter less.
+    # A stationary start: the same chain with one parameter less, which cannot fit better.
     still = HMM(Poisson(), 2, stationary=True)
     held = em_fit(still, params, x, tol=1e-9)
     assert held.converged
