@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, sequences, tree
-from ..families import covariance
+from ..families import covariance, linear_equation
+from ..families.linear_equation import EquationStats
 from ..latents import Exact, Sample, lanewise, linear_gaussian, steady, whitening
 from ..latents.linear_gaussian import Transition
 from ..protocols import Data
 from ..record import record, static
 from ..sequences import Sequences
-from . import linear_equation
-from .linear_equation import EquationStats
 
 _SHAPES: dict[str, covariance.Full | covariance.Diagonal] = {"full": covariance.Full(), "diag": covariance.Diagonal()}
 _DYNAMICS = ("dynamics", "dynamics_bias", "dynamics_inputs")

@@ -1,6 +1,6 @@
 """One linear equation with Gaussian noise, its responses and features expected: statistics, score and estimate.
 
-A linear dynamical system is three of these. `shape`: of the noise covariance, as in `families/covariance.py`.
+A linear dynamical system is three of these. `shape`: of the noise covariance, as in `covariance.py`.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import numerics
-from ..families import columns, design
 from ..record import record
+from . import columns, design
 
 
 @record
