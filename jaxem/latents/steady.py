@@ -1,10 +1,11 @@
 """Linear-Gaussian latents of sequences that share their covariances: one recursion of covariances serves all, and once
 it has come to rest, what is left is a recursion of means with constant gains.
 
-Letters as in `linear_gaussian`; here lanes come first: (B, T, S).
+Letters and axes as in `linear_gaussian`: time first, lanes last.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ from ..record import record
 from . import lanewise, linear_gaussian
 from .linear_gaussian import Evidence, Filtered, Smoothed, Transition
 
-# Steps that one product with a triangular block of powers covers.
-_CHUNK = 16
+# Lanes that a recursion of means should have.
+_LANES = 64
 
-# Numbers side by side up to which steps are grouped for a product.
+# Numbers side by side up to which steps of one lane are grouped for a product.
 _GROUPED_WIDTH = 64
 
 # Of how many times its rounding a covariance may still move and count as settled.
@@ -25,40 +26,43 @@ _SETTLED = 32
 
 
 def affine_scan(matrix: jax.Array, inputs: jax.Array, start: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """m_t = matrix m_(t-1) + inputs_t from m_0 = start, for all t: (S, S), (B, T, S), (B, S) -> (B, T, S).
+    """m_t = matrix m_(t-1) + inputs_t from m_0 = start, for all t: (S, S), (T, S, B), (S, B) -> (T, S, B).
 
-    In chunks, side by side: inside of one by a product with a triangular block of powers, and from one to the next
-    by the same, with the power of a whole chunk: log T products in place of T steps. reverse: m_t from m_(t+1), and
-    `start` follows the last.
+    Where lanes are few, time is cut into pieces that stand side by side as lanes: a first run tells where each of them
+    ends when it starts from nothing, and so where the next one starts. reverse: m_t from m_(t+1), and `start` follows
+    the last.
     """
-    lanes, steps, states = inputs.shape
-    size = min(_CHUNK, steps)
-    powers, top = jnp.eye(states, dtype=matrix.dtype)[None], matrix
-    while len(powers) < size + 1:
-        powers = jnp.concatenate([powers, numerics.product(powers, top, "kij,jl->kil")])
-        top = numerics.product(top, top, "ij,jl->il")
-    lag = jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
-    lag, reach = (-lag, powers[size:0:-1]) if reverse else (lag, powers[1 : size + 1])
-    block = jnp.where((lag >= 0)[:, :, None, None], powers[jnp.maximum(lag, 0)], 0)
-    block = jnp.swapaxes(block, 1, 2).reshape(size * states, size * states)
-    chunks = -(-steps // size)
-    room = (chunks * size - steps, 0) if reverse else (0, chunks * size - steps)
-    padded = inputs if chunks * size == steps else jnp.pad(inputs, ((0, 0), room, (0, 0)))
-    inside = numerics.product(padded.reshape(lanes, chunks, size * states), block, "bnj,ij->bni")
-    begins = start[:, None]
-    if chunks > 1:
-        ends = inside[:, 1:, :states] if reverse else inside[:, :-1, -states:]
-        between = affine_scan(powers[size], ends, start, reverse=reverse)
-        begins = jnp.concatenate([between, begins] if reverse else [begins, between], axis=1)
-    carried = numerics.product(begins, reach.reshape(size * states, states), "bnj,ij->bni")
-    whole = (inside + carried).reshape(lanes, chunks * size, states)
-    return whole[:, -steps:] if reverse else whole[:, :steps]
+    steps, states, lanes = inputs.shape
+
+    def run(matrix: jax.Array, start: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(mean: jax.Array, more: jax.Array) -> tuple[jax.Array, jax.Array]:
+            mean = lanewise.times(matrix[:, :, None], mean) + more
+            return mean, mean
+
+        return jax.lax.scan(step, start, inputs, reverse=reverse)
+
+    pieces = min(_LANES // lanes, math.isqrt(2 * steps))
+    if pieces < 2:
+        return run(matrix, start, inputs)[1]
+    size = -(-steps // pieces)
+    room = pieces * size - steps
+    padded = jnp.pad(inputs, ((room, 0) if reverse else (0, room), (0, 0), (0, 0)))
+    apart = jnp.moveaxis(padded.reshape(pieces, size, states, lanes), 0, 2).reshape(size, states, pieces * lanes)
+    ends, _ = run(matrix, jnp.zeros_like(apart[0]), apart)
+    ends = jnp.moveaxis(ends.reshape(states, pieces, lanes), 1, 0)
+    with jax.default_matmul_precision("highest"):
+        across = jnp.linalg.matrix_power(matrix, size)
+    _, reached = run(across, start, ends)
+    begins = jnp.concatenate([reached[1:], start[None]] if reverse else [start[None], reached[:-1]])
+    _, found = run(matrix, jnp.moveaxis(begins, 0, 1).reshape(states, pieces * lanes), apart)
+    whole = jnp.moveaxis(found.reshape(size, states, pieces, lanes), 2, 0).reshape(pieces * size, states, lanes)
+    return whole[room:] if reverse else whole[:steps]
 
 
 @record
 class SharedMoments:
-    """Posterior of sequences of one length with nothing missing: means (B, T, S) and moves (B, T - 1, S) as in
-    `Smoothed`, lanes first; and what all sequences share: the sum of half_logdet, as in `Filtered`, and covariances,
+    """Posterior of sequences of one length with nothing missing: means (T, S, B) and moves (T - 1, S, B) as in
+    `Smoothed`; and what all sequences share: the sum of half_logdet, as in `Filtered`, and covariances,
     of the first state (S, S), and summed over time, of all states, of all but the last, and the pairs' cross and
     spread."""
 
@@ -77,11 +81,11 @@ def shared_moments(
 ) -> SharedMoments:
     """Smoothed moments where one covariance recursion, of any length, serves all sequences.
 
-    matrix (P, S) and values (B, T, P) as in `Evidence`. A recursion that has come to rest, as it does after some tens
+    matrix (P, S) and values (T, P, B) as in `Evidence`. A recursion that has come to rest, as it does after some tens
     of steps, is not carried on: from there means obey recursions with constant gains.
     """
-    steps = values.shape[1]
-    evidence = _evidence(matrix, values, jnp.zeros((1, steps), values.dtype))
+    steps = len(values)
+    evidence = _evidence(matrix, values, jnp.zeros((steps, 1), values.dtype))
 
     def plainly() -> SharedMoments:
         if parallel:
@@ -105,21 +109,20 @@ def shared_moments(
     def steadily() -> SharedMoments:
         tail = _tail(transition, start, matrix, values, head)
         gain, part = back.gain[:, :, 0], back.part[:, :, 0]
-        offset = tail.means[:, :-1] - apply(gain, tail.predicted[:, 1:])
-        later = affine_scan(gain, offset, tail.means[:, -1], reverse=True)
-        means = jnp.concatenate([later, tail.means[:, -1:]], axis=1)
-        moves = apply(part, means[:, 1:] - tail.predicted[:, 1:])
+        offset = tail.means[:-1] - apply(gain, tail.predicted[1:])
+        later = affine_scan(gain, offset, tail.means[-1], reverse=True)
+        means = jnp.concatenate([later, tail.means[-1:]])
+        moves = apply(part, means[1:] - tail.predicted[1:])
         # From the far end covariances come to rest, stay so, and meet the first steps.
-        last = (means[:, 0].T, ends[-1], tail.predicted[:, 0].T)
-        early = linear_gaussian.smooth_steps(transition, start.filtered, last)
+        early = linear_gaussian.smooth_steps(transition, start.filtered, (means[0], ends[-1], tail.predicted[0]))
         count = steps - head
         middle = jnp.sum(ends, axis=0) + (count - head - 2) * ends[-1]
         paired = (end + middle)[..., 0]
         across = numerics.product(paired, part, "ij,kj->ik")
         first = jnp.sum(early.covariances, axis=0)[..., 0]
         return SharedMoments(
-            means=jnp.concatenate([_lanes_first(early.means[:-1]), means], axis=1),
-            moves=jnp.concatenate([_lanes_first(early.moves), moves], axis=1),
+            means=jnp.concatenate([early.means[:-1], means]),
+            moves=jnp.concatenate([early.moves, moves]),
             half_logdet=jnp.sum(start.filtered.half_logdet) + count * start.half_logdet[0],
             first=early.covariances[0, :, :, 0],
             every=first + paired,
@@ -139,27 +142,27 @@ def shared_moments(
 def shared_log_prob(
     transition: Transition, matrix: jax.Array, values: jax.Array, constant: jax.Array, *, parallel: bool = False
 ) -> jax.Array:
-    """Of the same, the log-density (B, T) of every step given those before it."""
+    """Of the same, the log-density (T, B) of every step given those before it; constant (T, B) as in `Evidence`."""
     evidence = _evidence(matrix, values, constant)
 
     def plainly() -> jax.Array:
         if parallel:
-            return linear_gaussian.filter_side_by_side(transition, evidence).log_prob.T
-        return linear_gaussian.filter_steps(transition, evidence)[0].log_prob.T
+            return linear_gaussian.filter_side_by_side(transition, evidence).log_prob
+        return linear_gaussian.filter_steps(transition, evidence)[0].log_prob
 
-    head = _head(values.shape[1])
+    head = _head(len(values))
     if parallel or head is None:
         return plainly()
     start = _start(transition, evidence, head)
 
     def steadily() -> jax.Array:
         tail = _tail(transition, start, matrix, values, head)
-        late = values[:, head:]
+        late = values[head:]
         correction = apply(start.step[:, :, 0], late - apply(matrix, tail.predicted))
         left = late - apply(matrix, tail.means)
-        quadratic = jnp.sum(jnp.square(correction), axis=-1) + jnp.sum(jnp.square(left), axis=-1)
-        log_prob = constant[:, head:] - 0.5 * quadratic - start.half_logdet[0]
-        return jnp.concatenate([start.filtered.log_prob.T, log_prob], axis=1)
+        quadratic = jnp.sum(jnp.square(correction), axis=1) + jnp.sum(jnp.square(left), axis=1)
+        log_prob = constant[head:] - 0.5 * quadratic - start.half_logdet
+        return jnp.concatenate([start.filtered.log_prob, log_prob])
 
     return jax.lax.cond(start.settled, steadily, plainly)
 
@@ -171,36 +174,30 @@ def _head(steps: int) -> int | None:
 
 
 def _evidence(matrix: jax.Array, values: jax.Array, constant: jax.Array) -> Evidence:
-    steps = values.shape[1]
-    return Evidence(
-        matrix=jnp.broadcast_to(matrix[None, :, :, None], (steps, *matrix.shape, 1)),
-        values=jnp.moveaxis(values, 0, -1),
-        constant=constant.T,
-    )
-
-
-def _lanes_first(x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(x, -1, 0)
+    same = jnp.broadcast_to(matrix[None, :, :, None], (len(values), *matrix.shape, 1))
+    return Evidence(matrix=same, values=values, constant=constant)
 
 
 def apply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
-    """matrix v: (I, J), (B, T, J) -> (B, T, I).
-
-    Products with a short inner axis run far below a CPU's speed: several steps are taken together, as one vector.
-    """
-    lanes, steps, width = vectors.shape
-    rows, height = lanes * steps, len(matrix)
-    group = next(g for g in (8, 4, 2, 1) if g == 1 or (rows % g == 0 and g * max(width, height) <= _GROUPED_WIDTH))
+    """matrix v of one matrix for all steps and lanes: (I, J), (T, J, B) -> (T, I, B)."""
+    steps, width, lanes = vectors.shape
+    height = len(matrix)
+    if lanes > 1:
+        if width > lanewise.UNROLLED_COLUMNS:
+            return numerics.product(matrix, vectors, "ij,tjb->tib")
+        return lanewise.times(matrix[:, :, None], vectors)
+    # Products with a short inner axis run far below a CPU's speed: several steps are taken together, as one vector.
+    group = next(g for g in (8, 4, 2, 1) if g == 1 or (steps % g == 0 and g * max(width, height) <= _GROUPED_WIDTH))
     block = jnp.kron(jnp.eye(group, dtype=matrix.dtype), matrix) if group > 1 else matrix
-    grouped = numerics.product(vectors.reshape(rows // group, group * width), block, "nj,ij->ni")
-    return grouped.reshape(lanes, steps, height)
+    grouped = numerics.product(vectors.reshape(steps // group, group * width), block, "nj,ij->ni")
+    return grouped.reshape(steps, height, 1)
 
 
 def _gathered(filtered: Filtered, smoothed: Smoothed) -> SharedMoments:
     before = lanewise.sum_steps(smoothed.covariances[:-1, :, :, 0])
     return SharedMoments(
-        means=_lanes_first(smoothed.means),
-        moves=_lanes_first(smoothed.moves),
+        means=smoothed.means,
+        moves=smoothed.moves,
         half_logdet=lanewise.sum_steps(filtered.half_logdet[:, 0]),
         first=smoothed.covariances[0, :, :, 0],
         every=before + smoothed.covariances[-1, :, :, 0],
@@ -241,7 +238,7 @@ def _start(transition: Transition, evidence: Evidence, head: int) -> _Start:
 
 @record
 class _Tail:
-    """Means of what follows the first steps, filtered with constant gains, and predicted: (B, T - head, S)."""
+    """Means of what follows the first steps, filtered with constant gains, and predicted: (T - head, S, B)."""
 
     means: jax.Array
     predicted: jax.Array
@@ -250,10 +247,9 @@ class _Tail:
 def _tail(transition: Transition, start: _Start, matrix: jax.Array, values: jax.Array, head: int) -> _Tail:
     gain = numerics.product(start.root[:, :, 0], start.step[:, :, 0], "ki,kp->ip")
     kept = jnp.eye(len(gain), dtype=gain.dtype) - numerics.product(gain, matrix, "ip,pj->ij")
-    shift = _lanes_first(transition.shift[head:])
-    inputs = apply(gain, values[:, head:]) + apply(kept, shift)
-    first = start.filtered.means[-1].T
+    shift = transition.shift[head:]
+    first = start.filtered.means[-1]
     carry = numerics.product(kept, transition.matrix, "ij,jk->ik")
-    means = affine_scan(carry, inputs, first)
-    previous = jnp.concatenate([first[:, None], means[:, :-1]], axis=1)
+    means = affine_scan(carry, apply(gain, values[head:]) + apply(kept, shift), first)
+    previous = jnp.concatenate([first[None], means[:-1]])
     return _Tail(means=means, predicted=apply(transition.matrix, previous) + shift)

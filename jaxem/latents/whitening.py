@@ -26,7 +26,7 @@ class Seen:
 
 @record
 class Whitened:
-    """Observations that are all there, in coordinates in which their noise is white: emission (D, S), values (B, T, D),
+    """Observations that are all there, in coordinates in which their noise is white: emission (D, S), values (T, D, B),
     and the normaliser, the constant of the log-density of a step. Of these the state can explain `directions` (D, P)
     alone, P = min(D, S): it sees `matrix` (P, S), so that no step meets anything of the observations' size."""
 
@@ -38,25 +38,25 @@ class Whitened:
 
     @property
     def compressed(self) -> jax.Array:
-        """What the state sees: (B, T, P)."""
+        """What the state sees: (T, P, B)."""
         return self.values if self.directions is None else apply(self.directions.T, self.values)
 
     def constant(self) -> jax.Array:
-        """The log-density of what it does not see: (B, T)."""
-        total = jnp.broadcast_to(self.normaliser, self.values.shape[:2])
+        """The log-density of what it does not see: (T, B)."""
+        total = jnp.broadcast_to(self.normaliser, (len(self.values), self.values.shape[2]))
         if self.directions is None:
             return total
         rest = self.values - apply(self.directions, self.compressed)
-        return total - 0.5 * jnp.sum(jnp.square(rest), axis=-1)
+        return total - 0.5 * jnp.sum(jnp.square(rest), axis=1)
 
 
 def whiten(emission: jax.Array, covariance: jax.Array, residuals: jax.Array) -> Whitened:
-    """Of residuals (B, T, D) = emission z_t + N(0, covariance): emission (D, S), covariance (D, D) or (D,)."""
+    """Of residuals (T, D, B) = emission z_t + N(0, covariance): emission (D, S), covariance (D, D) or (D,)."""
     columns, states = emission.shape
     if covariance.ndim == 1:
         scale = jax.lax.rsqrt(covariance)
         half_logdet = -jnp.sum(jnp.log(scale))
-        white, values = scale[:, None] * emission, scale * residuals
+        white, values = scale[:, None] * emission, scale[:, None] * residuals
     else:
         factor = numerics.cholesky(covariance)
         inverse, half_logdet = numerics.inverse_lower(factor), jnp.sum(jnp.log(jnp.diagonal(factor)))

@@ -301,11 +301,13 @@ class LinearGaussianSSM:
         x = self.units(x)
 
         def shared(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
-            white = whitening.whiten(params.emission, params.emission_covariance, self._residuals(params, data))
-            transition = self._transition(params, data)
-            return steady.shared_log_prob(
-                transition, white.matrix, white.compressed, white.constant(), parallel=self.parallel
-            )
+            residuals = lanewise.once(jnp.moveaxis(self._residuals(params, data), 0, -1))
+            white = whitening.whiten(params.emission, params.emission_covariance, residuals)
+            found = steady.shared_log_prob(
+                self._transition(params, data), white.matrix, white.compressed, white.constant(),
+                parallel=self.parallel,
+            )  # fmt: skip
+            return found.T
 
         def apart(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
             return self._apart(params, data)[2].log_prob.T
@@ -413,7 +415,7 @@ class LinearGaussianSSM:
 
         Meaningless where a state that grows is not seen: then there is no such place.
         """
-        flat = jnp.zeros((1, 1, params.emission.shape[0]), params.emission.dtype)
+        flat = jnp.zeros((1, params.emission.shape[0], 1), params.emission.dtype)
         matrix = whitening.whiten(params.emission, params.emission_covariance, flat).matrix
         transition = Transition(
             matrix=params.dynamics, root=_root(params.dynamics_covariance), start_mean=params.initial_mean,
@@ -592,13 +594,13 @@ class LinearGaussianSSM:
         }
 
     def _features(self, names: tuple[str, ...], states: jax.Array, inputs: jax.Array | None) -> jax.Array:
-        """(z, 1, u) of every step: (B, T, F)."""
+        """(z, 1, u) of every step: (T, F, B), from states (T, S, B) and inputs (T, U, B)."""
         parts = [states]
         if getattr(self, names[1]):
-            parts.append(jnp.ones_like(states[..., :1]))
+            parts.append(jnp.ones_like(states[:, :1]))
         if getattr(self, names[2]) and inputs is not None:
             parts.append(inputs)
-        return jnp.concatenate(parts, axis=-1)
+        return jnp.concatenate(parts, axis=1)
 
     def _terms(
         self, names: tuple[str, ...], params: LinearGaussianSSMParams, inputs: jax.Array | None, like: jax.Array
@@ -651,7 +653,7 @@ class LinearGaussianSSM:
 
     def _seen(self, params: LinearGaussianSSMParams, data: "_Data", residuals: jax.Array) -> whitening.Seen:
         residuals, seen = (jnp.moveaxis(leaf, 0, -1) for leaf in (residuals, data.entries()))
-        used = _weights(data)[2].T
+        used = _weights(data)[2]
         return whitening.compress_seen(params.emission, params.emission_covariance, residuals, seen, used)
 
     def _filtered(self, transition: Transition, evidence: linear_gaussian.Evidence) -> linear_gaussian.Filtered:
@@ -685,17 +687,18 @@ class LinearGaussianSSM:
         Noise is summed in coordinates in which it is white: the log-likelihood then is the sum of its squares at the
         smoothed means, and log-determinants.
         """
-        residuals = self._residuals(params, data)
+        residuals = lanewise.once(jnp.moveaxis(self._residuals(params, data), 0, -1))
         transition = self._transition(params, data)
         white = whitening.whiten(params.emission, params.emission_covariance, residuals)
         found = steady.shared_moments(transition, white.matrix, white.compressed, parallel=self.parallel)
-        total = jnp.asarray(len(residuals), residuals.dtype) if data.weights is None else jnp.sum(data.weights)
+        steps, _, lanes = residuals.shape
+        total = jnp.asarray(lanes, residuals.dtype) if data.weights is None else jnp.sum(data.weights)
         start, moves = (lanewise.generalized_inverse(root) for root in (transition.start_root, transition.root))
         looked = numerics.product(params.emission, found.every, "ds,sr->dr")
         expected = _Expected(
-            loglik=total * (residuals.shape[1] * white.normaliser - found.half_logdet),
+            loglik=total * (steps * white.normaliser - found.half_logdet),
             means=found.means,
-            start=steady.apply(start.T, found.means[:, :1] - params.initial_mean),
+            start=steady.apply(start.T, found.means[:1] - params.initial_mean[:, None]),
             moves=steady.apply(moves.T, found.moves),
             residuals=white.values - steady.apply(white.emission, found.means),
             first=total * found.first,
@@ -722,7 +725,7 @@ class LinearGaussianSSM:
 
         def total(weights: jax.Array, values: jax.Array) -> jax.Array:
             # values (T, I, J, B), one lane standing for all where they are the same
-            return lanewise.sum_steps(jnp.sum(weights.T[:, None, None] * values, axis=-1))
+            return lanewise.sum_steps(jnp.sum(weights[:, None, None] * values, axis=-1))
 
         def observed(at: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             filled, loadings, mean, covariance, weight = at
@@ -736,16 +739,15 @@ class LinearGaussianSSM:
 
         covariances = smoothed.covariances
         left, (looks, noise) = lanewise.over_steps(
-            observed, (seen.filled, seen.loadings, smoothed.means, covariances, used.T)
+            observed, (seen.filled, seen.loadings, smoothed.means, covariances, used)
         )
-        means = jnp.moveaxis(smoothed.means, -1, 0)
         steps = jnp.sum(jnp.where(data.counted, log_prob.T, 0), axis=1)
         return _Expected(
             loglik=numerics.weighted_sum(steps, data.weights),
-            means=means,
-            start=means - params.initial_mean,
-            moves=jnp.moveaxis(smoothed.moves, -1, 0),
-            residuals=jnp.moveaxis(left, -1, 0),
+            means=smoothed.means,
+            start=smoothed.means - params.initial_mean[:, None],
+            moves=smoothed.moves,
+            residuals=left,
             first=total(begins, covariances),
             before=total(linked, covariances[:-1]),
             cross=total(linked, smoothed.cross),
@@ -785,23 +787,23 @@ class LinearGaussianSSM:
         white: given where all steps count and the noise is in white coordinates.
         """
         noise = _SHAPES[self.covariance]
-        steps = None if data.inputs is None else data.inputs[:, 1:]
+        inputs = None if data.inputs is None else jnp.moveaxis(data.inputs, 0, -1)
         features = (
-            jnp.ones_like(expected.start[..., :1]),
-            self._features(_DYNAMICS, expected.means[:, :-1], steps),
-            self._features(_EMISSION, expected.means, data.inputs),
+            jnp.ones_like(expected.start[:, :1]),
+            self._features(_DYNAMICS, expected.means[:-1], None if inputs is None else inputs[1:]),
+            self._features(_EMISSION, expected.means, inputs),
         )
         left = (expected.start, expected.moves, expected.residuals)
         counts, moments = [], []
         for weight, feature, residual in zip(_weights(data), features, left, strict=True):
-            both = jnp.concatenate([feature, residual], axis=-1)
+            both = jnp.concatenate([feature, residual], axis=1)
             if white is not None and data.weights is None:
-                counts.append(jnp.asarray(both.shape[0] * both.shape[1], both.dtype))
+                counts.append(jnp.asarray(both.shape[0] * both.shape[2], both.dtype))
                 moments.append(linear_equation.moments(both, both))
                 continue
-            each = weight[:, : both.shape[1]]
+            each = weight[: len(both)]
             counts.append(jnp.sum(each))
-            moments.append(linear_equation.moments(each[..., None] * both, both))
+            moments.append(linear_equation.moments(each[:, None] * both, both))
 
         loglik = expected.loglik
         roots: tuple[jax.Array | None, ...] = (None, None, None)
@@ -810,7 +812,7 @@ class LinearGaussianSSM:
             colour = numerics.cholesky(scale).T if noise.trailing == 2 else jnp.diag(jnp.sqrt(scale))
             roots = (white.start_root, white.root, colour)
             squares = [
-                jnp.trace(moment[feature.shape[-1] :, feature.shape[-1] :])
+                jnp.trace(moment[feature.shape[1] :, feature.shape[1] :])
                 for moment, feature in zip(moments, features, strict=True)
             ]
             loglik = loglik - 0.5 * sum(squares[1:], squares[0])
@@ -920,8 +922,8 @@ class _Data:
 
 @record
 class _Expected:
-    """The log-likelihood, or of it what does not depend on noise; posterior means (B, T, S); noise of the first states
-    (B, T or 1, S), of moves (B, T - 1, S) and of the observations (B, T, D); and sums of covariances over all that
+    """The log-likelihood, or of it what does not depend on noise; posterior means (T, S, B); noise of the first states
+    (T or 1, S, B), of moves (T - 1, S, B) and of the observations (T, D, B); and sums of covariances over all that
     counts: of first states, of states before another, of these with the noise that comes next and of this noise, of
     observed states, of these with the observations' noise, and of this noise."""
 
@@ -940,16 +942,16 @@ class _Expected:
 
 
 def _masks(data: _Data) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """First steps of sequences (B, T), pairs (B, T - 1) of neighbours in one, and steps (B, T) with an observation."""
-    pairs = data.counted[:, 1:] & ~data.starts[:, 1:]
-    observed = data.counted if data.seen is None else jnp.any(data.seen, axis=-1)
-    return data.starts & data.counted, pairs, observed
+    """First steps of sequences (T, B), pairs (T - 1, B) of neighbours in one, and steps (T, B) with an observation."""
+    starts, counted = data.starts.T, data.counted.T
+    observed = counted if data.seen is None else jnp.any(data.seen, axis=-1).T
+    return starts & counted, counted[1:] & ~starts[1:], observed
 
 
 def _weights(data: _Data) -> list[jax.Array]:
     """The same as what they count."""
     masks = [mask.astype(data.values.dtype) for mask in _masks(data)]
-    return masks if data.weights is None else [mask * data.weights[:, None] for mask in masks]
+    return masks if data.weights is None else [mask * data.weights for mask in masks]
 
 
 def _root(matrix: jax.Array) -> jax.Array:
