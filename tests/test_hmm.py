@@ -370,6 +370,19 @@ def test_what_does_not_matter():
     assert np.all(np.asarray(model.viterbi(params, pad_sequences(parts)))[1, 4:] == -1)
 
 
+@pytest.mark.parametrize("shape", [(1, 40, 2), (3, 30, 2)])
+def test_data_known_to_be_complete_give_the_same_statistics(shape):
+    model = HMM(Normal("diag"), 3)
+    x = jnp.asarray(RNG.normal(size=shape))
+    params = model.init(KEY, x)
+    known, unknown = model.units(x), Sequences(values=x)
+    assert known.complete
+    assert not unknown.complete
+    e_step = jax.jit(model.e_step)
+    for ours, theirs in zip(*(jax.tree.leaves(e_step(params, data)) for data in (known, unknown)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_packing_wastes_next_to_nothing():
     lengths = np.random.default_rng(0).geometric(0.02, 300)
     parts = [np.full((length, 1), number) for number, length in enumerate(lengths)]

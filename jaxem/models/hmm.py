@@ -157,7 +157,7 @@ class HMM:
         return HMMStats(
             initial=begins + _PSEUDO_COUNT * params.initial,
             transitions=posterior.transitions + _PSEUDO_COUNT * params.transition,
-            emissions=self._family_stats(params.emissions, rows, responsibilities),
+            emissions=self._family_stats(x, params.emissions, rows, responsibilities),
             loglik=numerics.weighted_sum(evidence, weights),
         )
 
@@ -386,13 +386,14 @@ class HMM:
         )
 
     def _chain(self, params: HMMParams, x: Sequences, rows: Data, seen: jax.Array) -> markov.Chain:
-        size = tree.rows_per_block(
-            2 * self.num_states + self.family.floats_per_row(params.emissions), tree.float_dtype(x.values)
-        )
-        scores = tree.map_over_blocks(lambda rows: self.family.log_prob(params.emissions, rows).T, rows, size)
-        scores = jnp.where(seen[:, None], scores, 0)
-        if x.num_rows > 1:
-            scores = jnp.moveaxis(scores.reshape(x.num_steps, x.num_rows, -1), 1, 2)
+        # Not by `_family`: the branch on missing entries keeps XLA from computing densities anew for each use.
+        size = self._rows_at_a_time(params.emissions, rows)
+        if size < tree.num_rows(rows):
+            scores = tree.map_over_blocks(lambda rows: self.family.log_prob(params.emissions, rows).T, rows, size).T
+        else:
+            scores = self.family.log_prob(params.emissions, rows)
+        scores = jnp.where(seen, scores, 0)
+        scores = scores.T if x.num_rows == 1 else jnp.moveaxis(scores.reshape(-1, x.num_steps, x.num_rows), 0, 1)
         linked = _linked(x, jnp.bool_)
         return markov.Chain(
             initial=params.initial,
@@ -401,13 +402,19 @@ class HMM:
             linked=_lanes(linked, x),
         )
 
-    def _family_stats(self, emissions: Params, rows: Data, responsibilities: jax.Array) -> Stats:
-        size = self._rows_at_a_time(emissions, rows)
+    def _family_stats(self, x: Sequences, emissions: Params, rows: Data, responsibilities: jax.Array) -> Stats:
+        family, size = self._family(x), self._rows_at_a_time(emissions, rows)
         if size >= tree.num_rows(rows):
-            return self.family.stats(emissions, rows, responsibilities)
+            return family.stats(emissions, rows, responsibilities)
         return tree.sum_over_blocks(
-            lambda rows, _: self.family.stats(emissions, rows[0], rows[1].T), (rows, responsibilities.T), None, size
+            lambda rows, _: family.stats(emissions, rows[0], rows[1].T), (rows, responsibilities.T), None, size
         )
+
+    def _family(self, x: Sequences) -> Family:
+        """The family, told so where it is known that no entry is missing."""
+        family: Any = self.family
+        known = x.complete and getattr(family, "missing", False)
+        return dataclasses.replace(family, missing=False) if known else family
 
     def _rows_at_a_time(self, emissions: Params, rows: Data) -> int:
         """All, or as many as fit fast memory once the temporaries of all would be large."""
