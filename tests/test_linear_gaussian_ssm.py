@@ -301,6 +301,25 @@ def test_em_as_in_dynamax(x64):
 # Other roads to the same statistics.
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("steps", "lanes"), [(1, 1), (7, 1), (200, 1), (95, 3), (30, 70)])
+def test_recursions_of_means_in_pieces(steps, lanes, reverse, x64):
+    matrix = np.array([[0.9, 0.2, 0.0], [-0.1, 0.8, 0.3], [0.0, -0.4, 1.0]])
+    inputs, mean = RNG.normal(size=(steps, 3, lanes)), RNG.normal(size=(3, lanes))
+    found = steady_recursion.affine_scan(*map(jnp.asarray, (matrix, inputs, mean)), reverse=reverse)
+    for t in reversed(range(steps)) if reverse else range(steps):
+        mean = matrix @ mean + inputs[t]
+        np.testing.assert_allclose(found[t], mean, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "lanes"), [(20, 1), (6, 3), (6, 12)])
+@pytest.mark.parametrize("height", [3, 9])
+def test_one_matrix_for_all_steps_and_lanes(steps, lanes, height, x64):
+    matrix, vectors = RNG.normal(size=(height, 10)), RNG.normal(size=(steps, 10, lanes))
+    found = steady_recursion.apply(jnp.asarray(matrix), jnp.asarray(vectors))
+    np.testing.assert_allclose(found, np.einsum("ij,tjb->tib", matrix, vectors), rtol=1e-12, atol=1e-12)
+
+
 def test_every_road_leads_to_the_same_statistics(x64, monkeypatch):
     """With gains at rest, step by step, and with a recursion for each sequence."""
     params = system(dynamics_bias=jnp.array([0.1, 0.2]))

@@ -21,6 +21,9 @@ _LANES = 64
 # Numbers side by side up to which steps of one lane are grouped for a product.
 _GROUPED_WIDTH = 64
 
+# Entries of a matrix up to which its product with vectors is written out, lane by lane.
+_WRITTEN_OUT = 64
+
 # Of how many times its rounding a covariance may still move and count as settled.
 _SETTLED = 32
 
@@ -182,10 +185,14 @@ def apply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     """matrix v of one matrix for all steps and lanes: (I, J), (T, J, B) -> (T, I, B)."""
     steps, width, lanes = vectors.shape
     height = len(matrix)
-    if lanes > 1:
-        if width > lanewise.UNROLLED_COLUMNS:
-            return numerics.product(matrix, vectors, "ij,tjb->tib")
+    if lanes > 1 and height * width <= _WRITTEN_OUT:
         return lanewise.times(matrix[:, :, None], vectors)
+    if lanes >= width > 1:
+        # One product a step, whose result is stored: written out, it would be computed anew inside each of its uses.
+        same = jnp.broadcast_to(matrix, (steps, height, width))
+        return numerics.product(same, vectors, "tij,tjb->tib")
+    if lanes > 1:
+        return numerics.product(matrix, vectors, "ij,tjb->tib")
     # Products with a short inner axis run far below a CPU's speed: several steps are taken together, as one vector.
     group = next(g for g in (8, 4, 2, 1) if g == 1 or (steps % g == 0 and g * max(width, height) <= _GROUPED_WIDTH))
     block = jnp.kron(jnp.eye(group, dtype=matrix.dtype), matrix) if group > 1 else matrix
