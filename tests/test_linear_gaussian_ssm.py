@@ -303,7 +303,9 @@ def test_em_as_in_dynamax(x64):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("steps", "lanes"), [(1, 1), (7, 1), (200, 1), (95, 3), (30, 70)])
-def test_recursions_of_means_in_pieces(steps, lanes, reverse, x64):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_recursions_of_means_in_pieces(steps, lanes, reverse, backend, x64, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     matrix = np.array([[0.9, 0.2, 0.0], [-0.1, 0.8, 0.3], [0.0, -0.4, 1.0]])
     inputs, mean = RNG.normal(size=(steps, 3, lanes)), RNG.normal(size=(3, lanes))
     found = steady_recursion.affine_scan(*map(jnp.asarray, (matrix, inputs, mean)), reverse=reverse)

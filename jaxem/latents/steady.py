@@ -15,8 +15,8 @@ from ..record import record
 from . import lanewise, linear_gaussian
 from .linear_gaussian import Evidence, Filtered, Smoothed, Transition
 
-# Lanes that a recursion of means should have.
-_LANES = 64
+# Lanes that a recursion of means should have: on a CPU, and on an accelerator, where a step costs far more than a lane.
+_LANES, _LANES_OF_ACCELERATORS = 64, 4096
 
 # Numbers side by side up to which steps of one lane are grouped for a product.
 _GROUPED_WIDTH = 64
@@ -44,7 +44,8 @@ def affine_scan(matrix: jax.Array, inputs: jax.Array, start: jax.Array, *, rever
 
         return jax.lax.scan(step, start, inputs, reverse=reverse)
 
-    pieces = min(_LANES // lanes, math.isqrt(2 * steps))
+    wanted = _LANES if jax.default_backend() == "cpu" else _LANES_OF_ACCELERATORS
+    pieces = min(wanted // lanes, math.isqrt(2 * steps))
     if pieces < 2:
         return run(matrix, start, inputs)[1]
     size = -(-steps // pieces)
