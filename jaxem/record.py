@@ -5,7 +5,7 @@ other field holds arrays, or records of arrays, that can be traced, vmapped and 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
@@ -75,6 +75,21 @@ def record(cls: Any = None, *, kw_only: bool = True) -> Any:
         for name, method in (("__repr__", _repr), ("__eq__", _eq), ("__hash__", _hash)):
             if name not in cls.__dict__ or cls.__dict__[name] is None:
                 setattr(cls, name, method)
-        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+
+        # Not `register_dataclass`: of its nodes jaxlib compares fields but not classes, and takes one model's program
+        # for another's where their hashes meet. With the class among the static values they are never equal.
+        def flatten(record: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            values = tuple(getattr(record, name) for name in data)
+            return values, (cls, *(getattr(record, name) for name in meta))
+
+        def flatten_with_keys(record: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+            values, statics = flatten(record)
+            return tuple(zip(map(jax.tree_util.GetAttrKey, data), values, strict=True)), statics
+
+        def unflatten(statics: tuple[Any, ...], values: Iterable[Any]) -> T:
+            return cls(**dict(zip(meta, statics[1:], strict=True)), **dict(zip(data, values, strict=True)))
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return cls
 
     return wrap if cls is None else wrap(cls)

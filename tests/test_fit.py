@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from zoo import zoo
 
+import jaxem
 from jaxem import EM, Blocks, EMError, Mixture, Normal, Status, default_prior, em_fit, from_functions
 from jaxem import fit as fit_module
 
@@ -253,3 +254,11 @@ def test_a_start_of_the_wrong_shape_is_named(case, x64):
     wrong = dataclasses.replace(params, weights=jnp.full(1, 1.0))
     with pytest.raises(ValueError, match="weights"):
         em_fit(model, wrong, x)
+
+
+def test_models_of_different_families_never_share_a_program():
+    """Their fields are the same, and so may be the shapes of their data: only their classes tell them apart."""
+    families = (jaxem.Bernoulli(), jaxem.Poisson(), jaxem.Exponential())
+    structures = [jax.tree.structure(jaxem.Mixture(family, 2)) for family in families]
+    assert all((a == b) == (a is b) for a in structures for b in structures)
+    assert structures[0] == jax.tree.structure(jaxem.Mixture(jaxem.Bernoulli(), 2))
