@@ -80,24 +80,42 @@ class Progress:
 
 
 def begin(
-    model: Any, algorithm: Any, params: Params, x: Data, weights: jax.Array | None, key: jax.Array | None
+    model: Any,
+    algorithm: Any,
+    params: Params,
+    x: Data,
+    weights: jax.Array | None,
+    key: jax.Array | None,
+    max_steps: jax.Array | int,
 ) -> Progress:
-    """A fit before its first step; NONFINITE at once if the start is."""
-    dtype = tree.float_dtype(x)
-    state = algorithm.init(model, params, x, weights, key)
-    value = objective(model, state)
-    sound = tree.all_finite(state.params) & (jnp.isfinite(value) | (state.loglik is None))
-    unknown = jnp.full((), jnp.nan, dtype)
-    return Progress(
+    """A fit before its first step; where the algorithm can wait, before the E-step at its start too."""
+    waits = getattr(algorithm, "waits", False)
+    state = (algorithm.waiting if waits else algorithm.init)(model, params, x, weights, key)
+    unknown = jnp.full((), jnp.nan, tree.float_dtype(x))
+    fit = Progress(
         state=state,
-        objective=value,
+        objective=unknown,
         gain=unknown,
         ratio=unknown,
-        record=value,
+        record=unknown,
         stalled=jnp.zeros((), jnp.int32),
         num_steps=jnp.zeros((), jnp.int32),
-        status=jnp.where(sound, Status.RUNNING, Status.NONFINITE).astype(jnp.int32),
-        largest_decrease=jnp.zeros((), dtype),
+        status=jnp.full((), Status.RUNNING, jnp.int32),
+        largest_decrease=jnp.zeros_like(unknown),
+    )
+    return fit if waits else _looked_at(fit, state, objective(model, state), max_steps)
+
+
+def _looked_at(fit: Progress, state: Any, value: jax.Array, max_steps: jax.Array | int) -> Progress:
+    """A fit at its start, once that has an objective; NONFINITE at once if the start is."""
+    sound = tree.all_finite(state.params) & (jnp.isfinite(value) | (state.loglik is None))
+    status = jnp.where(fit.num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
+    return dataclasses.replace(
+        fit,
+        state=state,
+        objective=value,
+        record=value,
+        status=jnp.where(sound, status, Status.NONFINITE).astype(jnp.int32),
     )
 
 
@@ -121,7 +139,8 @@ def advance(
     total = tree.total_weight(x, weights).astype(dtype)
     # A log-likelihood is rounded in units of one nat a row; another objective has no unit of its own.
     rounded = total if getattr(model, "likelihood", True) else jnp.zeros_like(total)
-    state = algorithm.step(model, fit.state, x, weights)
+    waits = getattr(algorithm, "waits", False)
+    state = (algorithm.go_on if waits else algorithm.step)(model, fit.state, x, weights)
     value = objective(model, state)
     known = state.loglik is not None
     num_steps = fit.num_steps + 1
@@ -184,6 +203,8 @@ def advance(
         status=status,
         largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, drop), fit.largest_decrease),
     )
+    if waits:
+        after = tree.where(fit.state.num_steps < 0, _looked_at(fit, state, value, max_steps), after)
     return tree.where(fit.status == Status.RUNNING, after, fit)
 
 
@@ -264,9 +285,8 @@ def _fit(
     capacity: int,
 ) -> Result:
     params = like_step(model, algorithm, params, x, weights, key)
-    start = begin(model, algorithm, params, x, weights, key)
+    start = begin(model, algorithm, params, x, weights, key, max_steps)
     history = jnp.full(capacity + 1, jnp.nan, start.objective.dtype).at[0].set(start.objective)
-    start = tree.where(max_steps > 0, start, with_status(start, Status.MAX_STEPS))
 
     def running(carry: tuple[Progress, jax.Array]) -> jax.Array:
         return carry[0].status == Status.RUNNING
@@ -289,13 +309,6 @@ def _fit(
         history=history,
         largest_decrease=fit.largest_decrease,
     )
-
-
-def with_status(fit: Progress, status: Status) -> Progress:
-    """The fit, ended with this status if it was running."""
-
-    ended = jnp.where(fit.status == Status.RUNNING, status, fit.status).astype(jnp.int32)
-    return dataclasses.replace(fit, status=ended)
 
 
 def history_capacity(max_steps: Any) -> int:

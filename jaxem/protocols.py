@@ -89,7 +89,8 @@ class Gather(Protocol):
 
     A gather may also have (each is used where present): `parts(x) -> int`, how many M-steps and `step`s
     make one turn (1), `part` counts them; `passes(x) -> float`, passes over the data in a turn (1);
-    `complete = False` where statistics are not those of all rows at the parameters;
+    `complete = False` where statistics are not those of all rows at the parameters; `stateless = True` where
+    `init` does no more than `step`, and nothing is remembered;
     `stochastic = True` where they stay random; `monotone = False` where the objective may fall.
     """
 
@@ -151,8 +152,10 @@ class Algorithm(Protocol):
     """An EM step, and whether exact arithmetic would let it lower the objective.
 
     It may also have `stochastic = True`, where a fit never settles by itself; `inexact(model)`, True where gains
-    are irregular; and `evaluated(model, state, x, weights) -> state`: the state with the log-likelihood of
-    all rows at its parameters.
+    are irregular; `evaluated(model, state, x, weights) -> state`: the state with the log-likelihood of
+    all rows at its parameters; and `waits = True` with `waiting(model, params, x, weights, key) -> state`, a state
+    before the E-step at its start (num_steps -1), and `go_on(model, state, x, weights)`, that E-step or a `step`:
+    a compiled fit then holds one E-step, not two.
     """
 
     @property

@@ -21,7 +21,6 @@ from .fit import (
     ended,
     history_capacity,
     like_step,
-    with_status,
 )
 from .protocols import Data, Params
 from .record import record, static
@@ -141,15 +140,14 @@ def _drive(
     def load(jobs: _Jobs, slot: jax.Array) -> Progress:
         """A restart taken up where it was left, with its own count of steps."""
         job = jax.tree.map(lambda leaf: leaf[slot], dataclasses.replace(jobs, history=None))
-        fit = begin(model, algorithm, job.params, x, weights, job.key)
-        fit = dataclasses.replace(
+        fit = begin(model, algorithm, job.params, x, weights, job.key, max_steps - job.num_steps)
+        return dataclasses.replace(
             fit,
             num_steps=job.num_steps,
             largest_decrease=job.largest_decrease,
             # What has run before has stood still before: it need not prove that at full length again.
             stalled=jnp.where(job.num_steps > 0, PATIENCE // 2, 0),
         )
-        return tree.where(fit.num_steps < max_steps, fit, with_status(fit, Status.MAX_STEPS))
 
     def put(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
         """Write restarts back; slot R stands for none."""

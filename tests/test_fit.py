@@ -10,7 +10,18 @@ import pytest
 from zoo import zoo
 
 import jaxem
-from jaxem import EM, Blocks, EMError, Mixture, Normal, Status, default_prior, em_fit, from_functions
+from jaxem import (
+    EM,
+    Blocks,
+    EMError,
+    Mixture,
+    Normal,
+    Status,
+    default_prior,
+    em_fit,
+    fit_restarts,
+    from_functions,
+)
 from jaxem import fit as fit_module
 
 
@@ -158,6 +169,31 @@ def test_eager_calls_compile_once(case, x64):
     before = fit_module._fit._cache_size()
     em_fit(Mixture(Normal("diag"), 3), model.init(jax.random.key(9), x), x + 1, tol=1e-3, max_steps=77)
     assert fit_module._fit._cache_size() == before
+
+
+def test_a_compiled_fit_holds_its_e_step_once():
+    """The E-step at the start is a round of the loop, in which no M-step counts: its statistics are nothing yet."""
+    traced = []
+
+    def e_step(theta, x):
+        traced.append(theta)
+        return theta, jnp.sum(jax.lax.erf_inv(0.5 * theta * x))
+
+    halved = from_functions(e_step, lambda theta: 0.5 * theta * theta / theta)  # NaN at 0
+    x = -jnp.ones(4)
+    program = jax.jit(em_fit).lower(halved, jnp.float32(1), x).as_text()
+    assert program.count("chlo.erf_inv ") == 1
+    assert len(traced) == 1
+    expected = 4 * jax.lax.erf_inv(-(0.5 ** jnp.arange(1.0, 5)))
+    for steps in (0, 3):
+        result = em_fit(halved, jnp.float32(1), x, tol=-1.0, max_steps=steps)
+        np.testing.assert_allclose(result.history, expected[: steps + 1], rtol=1e-6)
+        assert (result.num_steps, result.num_passes, result.status) == (steps, steps + 1, Status.MAX_STEPS)
+        runs = fit_restarts(halved, None, x, init=jnp.array([1.0, 0.5, jnp.nan]), tol=-1.0, max_steps=steps)
+        np.testing.assert_allclose(runs.objective[0], expected[steps], rtol=1e-6)
+        np.testing.assert_array_equal(runs.status, [Status.MAX_STEPS, Status.MAX_STEPS, Status.NONFINITE])
+        np.testing.assert_array_equal(runs.num_steps, [steps, steps, 0])
+        np.testing.assert_array_equal(runs.num_passes, [steps + 1, steps + 1, 1])
 
 
 def test_vmap_over_params_is_a_loop_over_params(case, x64):

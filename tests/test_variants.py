@@ -148,12 +148,13 @@ def test_draws_follow_the_schedule_and_blocks_have_their_own():
     algorithm = monte_carlo_em(8, lambda step: 1 + step)
     state = algorithm.init(MODEL, params, x, key=KEY)
     for draws in range(1, 12):
+        assert state.num_steps == draws - 1
         share = float(state.stats.counts[0])
         used = min(draws, 8)
         assert abs(share * used - round(share * used)) < 1e-9
         # Back to the same parameters, so that shares stay inside (0, 1).
-        state = dataclasses.replace(algorithm.step(MODEL, state, x), params=params)
-        state = algorithm.moved(MODEL, dataclasses.replace(state, num_steps=state.num_steps - 1), params, x)
+        moved = algorithm.moved(MODEL, state, params, x)
+        state = dataclasses.replace(moved, num_steps=state.num_steps + 1)
     # The same row in every block, one draw each: not all of them fall alike.
     many = np.zeros(64)
     blocks = EM(expect=Sample(1), gather=Blocks(1)).init(MODEL, params, many, key=KEY).stats

@@ -1,5 +1,6 @@
 """How expected statistics are summed over the rows, all of them in every step."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,13 +11,19 @@ from ..protocols import Data, Params, Stats
 from ..record import record, static
 
 
+@functools.partial(jax.jit, inline=True)
+def _e_step(model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any) -> Stats:
+    """Traced once for all the places of a program, and programs, that it stands in."""
+    return model.e_step(params, x, weights, expect)
+
+
 def e_step_in_blocks(
     model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, block_size: int
 ) -> Stats:
     """The E-step on all rows, `block_size` of them in memory at a time."""
     rows = tree.num_rows(x)
     if block_size >= rows:
-        return model.e_step(params, x, weights, expect)
+        return _e_step(model, params, x, weights, expect)
     part = as_part(model)
     if not expect.stochastic:
         return tree.sum_over_blocks(lambda x, weights: part.e_step(params, x, weights, expect), x, weights, block_size)
@@ -31,7 +38,7 @@ def e_step_in_blocks(
 def e_step_on_all(model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any) -> Stats:
     """The E-step on all rows, in blocks where their temporaries outgrow fast memory."""
     if not hasattr(model, "floats_per_row"):
-        return model.e_step(params, x, weights, expect)
+        return _e_step(model, params, x, weights, expect)
     size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
     return e_step_in_blocks(model, params, x, weights, expect, size)
 
@@ -52,6 +59,8 @@ class Full:
 
     The block size follows from the shapes and the backend, where the model tells `floats_per_row`.
     """
+
+    stateless = True
 
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
@@ -80,6 +89,8 @@ class Blocks:
     """
 
     block_size: int = static()
+
+    stateless = True
 
     def __post_init__(self) -> None:
         checks.positive_integer("block_size", self.block_size)

@@ -70,14 +70,20 @@ class EM:
         """Whether a state's statistics are those of all rows at its parameters."""
         return getattr(self.gather, "complete", True)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a start is one E-step and no more, so that it can be left to the program of the steps."""
+        return getattr(self.gather, "stateless", False) and not getattr(self.maximize, "multicycle", False)
+
     def init(
         self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> EMState:
         """The state at a start: one E-step. Raises TypeError where a random algorithm gets no key."""
         x = units(model, x)
         step = jnp.zeros((), jnp.int32)
-        key, own = (None, None) if key is None else jax.random.split(key)
-        stats, gather = self.gather.init(model, params, x, weights, self._expect(step, key), own)
+        key, gathers = (None, None) if key is None else jax.random.split(key)
+        key, own = self._split(key)
+        stats, gather = self.gather.init(model, params, x, weights, self._expect(step, own), gathers)
         return EMState(
             params=params,
             stats=stats,
@@ -89,17 +95,49 @@ class EM:
             num_passes=jnp.asarray(min(1.0, self._passes(x)), tree.float_dtype(x)),
         )
 
+    def waiting(
+        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> EMState:
+        """A state before the E-step at its start, which `go_on` makes, where this algorithm `waits`.
+
+        So that a compiled fit holds its E-step once. Raises as `init` does.
+        """
+
+        def start(params: Params, key: jax.Array | None) -> EMState:
+            state = self.init(model, params, x, weights, key)
+            return dataclasses.replace(state, key=None, params=None, maximize=None)
+
+        blank = tree.zeros_like(jax.eval_shape(start, params, key))
+        x = units(model, x)
+        return dataclasses.replace(
+            blank,
+            params=params,
+            maximize=self.maximize.init(model, params, tree.total_weight(x, weights)),
+            key=None if key is None else jax.random.split(key)[0],
+            num_steps=blank.num_steps - 1,
+        )
+
+    def go_on(self, model: Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
+        """`step`, or the E-step at its start where a state waits for that."""
+        return self._step(model, state, x, weights, state.num_steps < 0)
+
     def step(self, model: Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
         """M-step from the statistics at hand, then the E-step at the new parameters.
 
         Where slots work in parts, pieces of the data or blocks of parameters, a step is one turn of all.
         """
+        return self._step(model, state, x, weights, None)
+
+    def _step(self, model: Any, state: EMState, x: Data, weights: jax.Array | None, waits: jax.Array | None) -> EMState:
         x = units(model, x)
         pieces = self.gather.parts(x) if hasattr(self.gather, "parts") else 1
         blocks = self.maximize.parts(model, state.params) if hasattr(self.maximize, "parts") else 1
 
         def part(index: jax.Array | int, state: EMState) -> EMState:
             params, maximize = self.maximized(model, state, index // pieces)
+            if waits is not None:
+                # What the M-step makes of no statistics counts for nothing.
+                params, maximize = tree.where(waits, (state.params, state.maximize), (params, maximize))
             state = dataclasses.replace(state, maximize=maximize)
             return self.moved(model, state, params, x, weights, index % pieces)
 
@@ -125,9 +163,7 @@ class EM:
         part: jax.Array | int = 0,
     ) -> EMState:
         """The state at other parameters: the E-step there."""
-        key, own = state.key, None
-        if getattr(self.expect, "stochastic", False):
-            key, own = jax.random.split(jnp.asarray(state.key))
+        key, own = self._split(state.key)
         expect = self._expect(state.num_steps + 1, own)
         stats, gather = self.gather.step(model, params, state.stats, state.gather, x, weights, expect, part)
         return dataclasses.replace(state, params=params, stats=stats, loglik=stats.loglik, gather=gather, key=key)
@@ -142,6 +178,13 @@ class EM:
         x = units(model, x)
         stats = e_step_on_all(model, state.params, x, weights, expect)
         return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
+
+    def _split(self, key: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+        """The key of the steps to come and that of this one's draws, where there are any."""
+        if key is None or not getattr(self.expect, "stochastic", False):
+            return key, None
+        key, own = jax.random.split(key)
+        return key, own
 
     def _expect(self, step: jax.Array, key: jax.Array | None) -> Any:
         """What the slot `expect` is in this step."""
