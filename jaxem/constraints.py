@@ -31,6 +31,8 @@ def _delegate(self: Any, name: str) -> Any:
         return lambda params, *rest, **options: found(self.apply(params), *rest, **options)
     if name == "blocks":
         return lambda params: tuple(block for block in found(params) if block not in _stated(self))
+    if name == "degenerate" and isinstance(self, Fixed) and hasattr(self.inner, "collapses"):
+        return lambda stats, held=(): found(stats, held=(*held, *self.values))
     if name in _FORMS:
         return lambda: self if found() is self.inner else dataclasses.replace(self, inner=found())
     return found

@@ -18,7 +18,8 @@ class Model(Protocol):
 
     A model may also have (each is used where present): `init(key, x, weights)`,
     `check(x, weights)` and `check_params(params)` to refuse bad input eagerly, `degenerate(stats) ->
-    bool array` for components that died or collapsed, `floats_per_row(params, x) -> int` for the size
+    bool array` for components that died or collapsed (`collapses` if it takes `held` too, names of parameters that are
+    held, which cannot collapse), `floats_per_row(params, x) -> int` for the size
     of blocks, `floats_per_restart` for how many restarts fit side by side, `coarse()`
     for a cheaper model with the same parameters that does the bulk of many restarts, `partial()` for
     the model as it sees a part of the rows (where an E-step on all of them does more), `rebase`,

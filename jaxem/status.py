@@ -27,12 +27,14 @@ REMEDIES = {
     Status.DEGENERATE: (
         "a component died, or its covariance is singular to this precision: it collapsed onto a few rows or onto a "
         "plane, where the likelihood has no maximum. Use a prior (jaxem.default_prior(x, num_components, covariance); "
-        "jaxem.pseudo_rows for other families; jaxem.Dirichlet on the weights where components die), fewer components, "
-        "a simpler covariance, no constant columns, more restarts, or float64"
+        "jaxem.pseudo_rows for other families; jaxem.Dirichlet on the weights where components die; pseudo_steps of a "
+        "linear system), fewer components, a simpler covariance, no columns that are constant or repeat each other, "
+        "more restarts, or float64"
     ),
     Status.DECREASED: (
         "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "
-        "means an m_step that does not maximise q_function + log_prior, or an e_step that does not fit the likelihood"
+        "means an m_step that does not maximise q_function + log_prior, or an e_step that does not fit the likelihood; "
+        "or a covariance so nearly singular that rounding outweighs what a step gains: then do as for DEGENERATE"
     ),
 }
 

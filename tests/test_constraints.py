@@ -18,8 +18,10 @@ from jaxem import (
     Normal,
     NormalParams,
     Poisson,
+    Status,
     StudentT,
     Tied,
+    VonMisesFisher,
     ZeroInflated,
     em_fit,
     fit_restarts,
@@ -162,3 +164,47 @@ def test_a_fixed_covariance_leaves_the_means_free():
     share = np.asarray(model.posterior(fit.params, X))
     np.testing.assert_allclose(fit.params.components.mean, share.T @ X / share.sum(axis=0)[:, None], rtol=1e-9)
     assert isinstance(fit.params.components, NormalParams)
+
+
+def _two_groups(kind):
+    """Ordinary rows, and rows that coincide (or lie on one line)."""
+    rng = np.random.default_rng(3)
+    spread, along = rng.normal(size=(40, 2)), np.linspace(-1, 1, 20)
+    if kind == "points":
+        return np.concatenate([spread, np.full((20, 2), 20.0)])
+    if kind == "positive":
+        return np.concatenate([np.exp(0.3 * spread), np.full((20, 2), 40.0)])
+    if kind == "directions":
+        rows = np.concatenate([spread - [3.0, 0.0], np.tile([1.0, 0.0], (20, 1))])
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    features = np.concatenate([spread[:, :1], along[:, None]])
+    return features, np.concatenate([spread[:, 1], 50 + 3 * along])
+
+
+@pytest.mark.parametrize(
+    ("family", "held", "kind"),
+    [
+        (Normal("full"), {"covariance": np.eye(2)}, "points"),
+        (Normal("tied"), None, "points"),  # the other rows keep it up
+        (Normal("diag"), {"mean": np.array([[0.0, 0.0], [19.0, 19.0]])}, "points"),
+        (StudentT("diag"), {"scale": 1.0}, "points"),
+        (Gamma(), {"shape": 3.0}, "positive"),
+        (VonMisesFisher(), {"concentration": 5.0}, "directions"),
+        (LinearRegression(), {"variance": 1.0}, "line"),
+    ],
+)
+def test_what_is_held_cannot_collapse(family, held, kind):
+    """Rows that coincide leave a free width no maximum; one that is held they do not touch."""
+    x = _two_groups(kind)
+    share = np.repeat([0, 1], [40, 20])
+
+    def ending(family):
+        model = Mixture(family, 2)
+        return em_fit(model, model.params_from_responsibilities(x, share), x, max_steps=3000).status
+
+    assert ending(family if held is None else Fixed(family, held)) == Status.CONVERGED
+    if held is not None:
+        assert ending(family) == Status.DEGENERATE
+        free = Mixture(family, 2)
+        params = free.params_from_responsibilities(x, share)
+        assert em_fit(Fixed(free, {"components": params.components}), params, x).status == Status.CONVERGED

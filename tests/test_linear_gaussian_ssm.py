@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxem import Exact, Fixed, Hard, Sample, datasets, em_fit
+from jaxem import Exact, Fixed, Hard, Sample, Status, datasets, em_fit
 from jaxem.latents import steady as steady_recursion
 from jaxem.models import LinearGaussianSSM, LinearGaussianSSMParams
 from jaxem.sequences import Sequences, pack_sequences, pad_sequences
@@ -427,6 +427,25 @@ def test_float32_over_a_hundred_thousand_steps():
     # And where every step is a step of the recursion.
     slow = dataclasses.replace(params, dynamics=jnp.eye(2), emission=jnp.eye(3, 2).at[:, 1].set(0))
     compare_precisions(slow, x, 2e-3)
+
+
+def test_a_column_predicted_without_error_is_degenerate(x64):
+    """Its noise has no maximum; noise that is held leaves nothing to collapse."""
+    x = np.stack([np.cumsum(np.random.default_rng(2).normal(size=40)), np.full(40, 3.0)], axis=1)
+    model = LinearGaussianSSM(1, emission_bias=True, missing=False)
+    params = model.init(jax.random.key(0), x)
+    fit = em_fit(model, params, x, tol=-1.0, max_steps=200)
+    assert fit.status == Status.DEGENERATE
+    stats = model.e_step(fit.params, x)
+    assert not np.any(model.degenerate(model.e_step(params, x + [0, 1] * np.sin(np.arange(40.0))[:, None])))
+    assert np.all(model.degenerate(stats))
+    assert not np.any(model.degenerate(stats, held=("emission_covariance",)))
+    # A line held away from the constant leaves the noise something to do.
+    off = dataclasses.replace(fit.params, emission=jnp.ones((2, 1)), emission_bias=jnp.zeros(2))
+    off = dataclasses.replace(off, emission_covariance=jnp.eye(2))
+    assert not np.any(model.degenerate(model.e_step(off, x), held=("emission", "emission_bias")))
+    held = Fixed(model, {"emission_covariance": 0.1 * np.eye(2)})
+    assert em_fit(held, params, x, tol=-1.0, max_steps=200).status == Status.MAX_STEPS
 
 
 @pytest.mark.parametrize(("level", "noise"), [(1.0, 1e-8), (1.0, 1e8), (1e-8, 1.0), (1e4, 1e4)])

@@ -45,6 +45,7 @@ class Gamma:
 
     # Either parameter, held, changes the M-step of the other.
     separable = ()
+    collapses = True
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> GammaParams:
         one = jnp.ones((1, checks.columns("x", x).shape[1]), tree.float_dtype(x))
@@ -98,10 +99,13 @@ class Gamma:
     def log_prior(self, params: GammaParams) -> jax.Array:
         return jnp.zeros((), params.rate.dtype) if self.prior is None else self.q_function(params, self.prior)
 
-    def degenerate(self, stats: GammaStats) -> jax.Array:
+    def degenerate(self, stats: GammaStats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components (K,) without rows, or whose entries in a column are all but equal."""
+        empty = columns.empty(stats.count)
+        if held:  # one parameter alone cannot follow them
+            return empty
         stuck = self.m_step(stats).shape >= 0.99 * _largest_shape(stats.total.dtype)
-        return columns.empty(stats.count) | jnp.any(stuck, axis=1)
+        return empty | jnp.any(stuck, axis=1)
 
     def sample(self, key: jax.Array, params: GammaParams, labels: jax.Array) -> jax.Array:
         """Rows (N, D), above 0, from the component that each label (N,) names."""

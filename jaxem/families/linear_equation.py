@@ -98,8 +98,9 @@ def score(shape: Any, line: jax.Array, noise: jax.Array, stats: EquationStats) -
 
 def estimate(
     shape: Any, stats: EquationStats, groups: list[tuple[int, jax.Array | None]], prior: EquationStats | None
-) -> tuple[jax.Array, jax.Array]:
-    """The line (O, F) and the covariance of the noise, by least squares; prior: pseudo-statistics.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The line (O, F) and the covariance of the noise, by least squares, and whether that needed its floor; prior:
+    pseudo-statistics.
 
     groups: of features, how many, and their line (O, ·) where it is held.
     """
@@ -128,4 +129,4 @@ def estimate(
     energy = deep + jnp.sum(line * numerics.product(line, best.gram, "if,fg->ig"), axis=1) / stats.count
     # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
     lowest = jnp.maximum(jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * line.shape[1] * eps * deep)
-    return line, shape.floor(noise, lowest)[0]
+    return line, *shape.floor(noise, lowest)

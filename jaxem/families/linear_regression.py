@@ -49,6 +49,7 @@ class LinearRegression:
     prior: LinearRegressionStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("variance",)
+    collapses = True
 
     def init(self, x: Data, weights: jax.Array | None, num_components: int) -> LinearRegressionParams:
         matrix, _ = design.read(x)
@@ -111,9 +112,10 @@ class LinearRegression:
             square=stats.square - jnp.sum((2 * stats.cross - moved) * delta, axis=-1),
         )
 
-    def degenerate(self, stats: LinearRegressionStats) -> jax.Array:
+    def degenerate(self, stats: LinearRegressionStats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components (K,) without rows, or whose line passes through all of them."""
-        return columns.empty(stats.count) | self._estimate(stats)[1]
+        empty = columns.empty(stats.count)
+        return empty if "variance" in held else empty | self._estimate(stats)[1]
 
     def sample(
         self, key: jax.Array, params: LinearRegressionParams, labels: jax.Array, features: jax.Array | None = None

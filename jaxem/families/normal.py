@@ -72,6 +72,7 @@ class Normal:
     missing: bool = static(default=True, kw_only=True)
 
     separable = ("covariance",)
+    collapses = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covariance", shapes.canonical(self.covariance))
@@ -220,13 +221,17 @@ class Normal:
     def m_step_given(self, stats: NormalStats, *, mean: jax.Array) -> NormalParams:
         """The M-step with the means held: covariances about these."""
         about = NormalParams(mean=jnp.broadcast_to(mean, stats.first.shape), covariance=stats.second)
-        moved = self.rebase(stats, about)
-        held = dataclasses.replace(moved, first=jnp.zeros_like(moved.first))
+        held = _at_reference(self.rebase(stats, about))
         return dataclasses.replace(self._estimate(held, moves=False)[0], mean=about.mean)
 
-    def degenerate(self, stats: NormalStats) -> jax.Array:
+    def degenerate(self, stats: NormalStats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components (K,) that are empty, or whose covariance rests on its floor."""
-        return columns_of.empty(stats.count) | self._estimate(stats)[1]
+        empty = columns_of.empty(stats.count)
+        if "covariance" in held:
+            return empty
+        if "mean" in held:
+            return empty | self._estimate(_at_reference(stats), moves=False)[1]
+        return empty | self._estimate(stats)[1]
 
     def q_function(self, params: NormalParams, stats: NormalStats) -> jax.Array:
         """Expected complete-data log-likelihood of the observations; linear in stats of one reference."""
@@ -361,6 +366,11 @@ class Normal:
         """Whether a mean is so far from the centre, in widths, that an expanded square would lose too much."""
         widths = self.shape.whiten(whitener, offset[..., None])
         return jnp.max(jnp.mean(jnp.square(widths), axis=1)) * jnp.finfo(offset.dtype).eps ** 0.25 > 1
+
+
+def _at_reference(stats: NormalStats) -> NormalStats:
+    """Statistics of means that stay at the reference."""
+    return dataclasses.replace(stats, first=jnp.zeros_like(stats.first))
 
 
 def _lowest(mean_square: jax.Array, about: jax.Array) -> jax.Array:

@@ -64,6 +64,7 @@ class StudentT:
 
     separable = ("scale", "degrees_of_freedom")
     shareable = ("degrees_of_freedom",)
+    collapses = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", shapes.canonical(self.scale))
@@ -146,8 +147,9 @@ class StudentT:
         normal = NormalParams(mean=params.mean, covariance=params.scale)
         return dataclasses.replace(stats, moments=self._normal.rebase(stats.moments, normal))
 
-    def degenerate(self, stats: StudentTStats) -> jax.Array:
-        return columns.empty(stats.count) | self._normal.degenerate(stats.moments)
+    def degenerate(self, stats: StudentTStats, held: tuple[str, ...] = ()) -> jax.Array:
+        inside = tuple("covariance" if name == "scale" else name for name in held)
+        return columns.empty(stats.count) | self._normal.degenerate(stats.moments, inside)
 
     def sample(self, key: jax.Array, params: StudentTParams, labels: jax.Array) -> jax.Array:
         """One row (N, D) from the component that each label (N,) names."""

@@ -49,6 +49,7 @@ class VonMisesFisher:
     prior: VonMisesFisherStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("concentration",)
+    collapses = True
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> VonMisesFisherParams:
         rows = _unit(x)
@@ -115,11 +116,14 @@ class VonMisesFisher:
     def log_prior(self, params: VonMisesFisherParams) -> jax.Array:
         return jnp.zeros((), params.concentration.dtype) if self.prior is None else self.q_function(params, self.prior)
 
-    def degenerate(self, stats: VonMisesFisherStats) -> jax.Array:
+    def degenerate(self, stats: VonMisesFisherStats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components (K,) without rows, or whose rows all but coincide."""
         stats = columns.with_prior(self.prior, stats)
+        empty = columns.empty(stats.count)
+        if held:  # a direction, or a concentration, that is held is no better for rows that coincide
+            return empty
         spread = 1 - _norm(stats.resultant)[:, 0] / stats.count
-        return columns.empty(stats.count) | (spread <= _least_spread(stats.count.dtype))
+        return empty | (spread <= _least_spread(stats.count.dtype))
 
     def sample(self, key: jax.Array, params: VonMisesFisherParams, labels: jax.Array) -> jax.Array:
         """Unit rows (N, D) from the component that each label (N,) names. Wood (1994), Comm. Statist. Simul. 23."""

@@ -91,6 +91,8 @@ class HMM:
             if np.shape(value) != shape or not np.all(np.any(np.asarray(value) != 0, axis=-1)):
                 raise ValueError(f"{name} must have shape {shape}, with a nonzero entry in every row; got {value}")
 
+    collapses = True
+
     @property
     def separable(self) -> tuple[str, ...]:
         return ("emissions",) if self.stationary else ("initial", "transition", "emissions")
@@ -223,9 +225,10 @@ class HMM:
             return stats
         return dataclasses.replace(stats, emissions=self.family.rebase(stats.emissions, params.emissions))
 
-    def degenerate(self, stats: HMMStats) -> jax.Array:
-        """States (K,) that are never visited, or whose observations collapsed."""
-        return self.family.degenerate(stats.emissions)
+    def degenerate(self, stats: HMMStats, held: tuple[str, ...] = ()) -> jax.Array:
+        """States (K,) that are never visited, or whose observations collapsed; none where emissions are held."""
+        found = self.family.degenerate(stats.emissions)
+        return jnp.zeros_like(found) if "emissions" in held else found
 
     @jax.jit
     def log_prob(self, params: HMMParams, x: Data) -> jax.Array:

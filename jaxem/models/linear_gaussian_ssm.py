@@ -114,6 +114,7 @@ class LinearGaussianSSM:
     prior: LinearGaussianSSMStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = _COVARIANCES
+    collapses = True
 
     def __post_init__(self) -> None:
         checks.positive_integer("state_size", self.state_size)
@@ -201,13 +202,13 @@ class LinearGaussianSSM:
         """The M-step over all others, where some coefficients are held at these values."""
         states, width = stats.dynamics.square.shape[0], stats.emission.square.shape[0]
         first = None if initial_mean is None else jnp.reshape(initial_mean, (-1, 1))
-        line, initial_covariance = self._estimate("initial", stats.initial, [(1, first)])
+        line, initial_covariance, _ = self._estimate("initial", stats.initial, [(1, first)])
         names, given = _DYNAMICS, (dynamics, dynamics_bias, dynamics_inputs)
-        moves, dynamics_covariance = self._estimate(
+        moves, dynamics_covariance, _ = self._estimate(
             "dynamics", stats.dynamics, self._held(names, given, stats.dynamics, states)
         )
         names, given = _EMISSION, (emission, emission_bias, emission_inputs)
-        looks, emission_covariance = self._estimate(
+        looks, emission_covariance, _ = self._estimate(
             "emission", stats.emission, self._held(names, given, stats.emission, width)
         )
         return LinearGaussianSSMParams(
@@ -232,6 +233,15 @@ class LinearGaussianSSM:
         lines = {name: value for name, value in held.items() if name not in _COVARIANCES}
         covariances = {name: value for name, value in held.items() if name in _COVARIANCES}
         return dataclasses.replace(self.m_step_given(stats, **lines), **covariances)
+
+    def degenerate(self, stats: LinearGaussianSSMStats, held: tuple[str, ...] = ()) -> jax.Array:
+        """Whether (1,) the observations' noise collapsed: some combination of columns is predicted without error."""
+        if "emission_covariance" in held:
+            return jnp.zeros(1, bool)
+        current = self._parted(_EMISSION, stats.emission.reference / stats.emission.count)
+        given = tuple(current[name] if name in held else None for name in _EMISSION)
+        groups = self._held(_EMISSION, given, stats.emission, stats.emission.square.shape[0])
+        return self._estimate("emission", stats.emission, groups)[2].reshape(1)
 
     def q_function(self, params: LinearGaussianSSMParams, stats: LinearGaussianSSMStats) -> jax.Array:
         """Expected log-density of states and observations; covariances must be positive definite."""
@@ -301,7 +311,7 @@ class LinearGaussianSSM:
         x = self.units(x)
 
         def shared(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
-            residuals = lanewise.once(jnp.moveaxis(self._residuals(params, data), 0, -1))
+            residuals = jnp.moveaxis(self._residuals(params, data), 0, -1)
             white = whitening.whiten(params.emission, params.emission_covariance, residuals)
             found = steady.shared_log_prob(
                 self._transition(params, data), white.matrix, white.compressed, white.constant(),
@@ -687,7 +697,7 @@ class LinearGaussianSSM:
         Noise is summed in coordinates in which it is white: the log-likelihood then is the sum of its squares at the
         smoothed means, and log-determinants.
         """
-        residuals = lanewise.once(jnp.moveaxis(self._residuals(params, data), 0, -1))
+        residuals = jnp.moveaxis(self._residuals(params, data), 0, -1)
         transition = self._transition(params, data)
         white = whitening.whiten(params.emission, params.emission_covariance, residuals)
         found = steady.shared_moments(transition, white.matrix, white.compressed, parallel=self.parallel)
@@ -853,7 +863,7 @@ class LinearGaussianSSM:
 
     def _estimate(
         self, part: str, stats: EquationStats, groups: list[tuple[int, jax.Array | None]]
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         shape = _SHAPES[self.covariance] if part == "emission" else _SHAPES["full"]
         prior = None if self.prior is None else getattr(self.prior, part)
         return linear_equation.estimate(shape, stats, groups, prior)

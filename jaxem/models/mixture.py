@@ -56,6 +56,7 @@ class Mixture:
     prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
 
     separable = ("weights", "components")
+    collapses = True
 
     def __post_init__(self) -> None:
         checks.positive_integer("num_components", self.num_components)
@@ -152,9 +153,10 @@ class Mixture:
             return stats
         return dataclasses.replace(stats, components=self.family.rebase(stats.components, params.components))
 
-    def degenerate(self, stats: MixtureStats) -> jax.Array:
-        """Components (K,) that died or collapsed."""
-        return self.family.degenerate(stats.components)
+    def degenerate(self, stats: MixtureStats, held: tuple[str, ...] = ()) -> jax.Array:
+        """Components (K,) that died or collapsed; held ones do neither."""
+        found = self.family.degenerate(stats.components)
+        return jnp.zeros_like(found) if "components" in held else found
 
     @jax.jit
     def log_prob(self, params: MixtureParams, x: Data) -> jax.Array:
