@@ -391,11 +391,8 @@ class HMM:
     def _chain(self, params: HMMParams, x: Sequences, rows: Data, seen: jax.Array) -> markov.Chain:
         # Not by `_family`: the branch on missing entries keeps XLA from computing densities anew for each use.
         size = self._rows_at_a_time(params.emissions, rows)
-        if size < tree.num_rows(rows):
-            scores = tree.map_over_blocks(lambda rows: self.family.log_prob(params.emissions, rows).T, rows, size).T
-        else:
-            scores = self.family.log_prob(params.emissions, rows)
-        scores = jnp.where(seen, scores, 0)
+        scores = tree.map_over_blocks(lambda rows: self.family.log_prob(params.emissions, rows).T, rows, size)
+        scores = jnp.where(seen, scores.T, 0)
         scores = scores.T if x.num_rows == 1 else jnp.moveaxis(scores.reshape(-1, x.num_steps, x.num_rows), 0, 1)
         linked = _linked(x, jnp.bool_)
         return markov.Chain(
