@@ -20,7 +20,7 @@ class Sequences:
     values: arrays (B, T, ...), or a pytree of such; lengths (B,): steps of each row that count, None where all
     do. What stands behind them is never looked at. Packed rows hold several sequences, one after the other:
     ids (B, T) tells the number of the sequence that every step belongs to, num_sequences how many there are.
-    complete: whether it is known that no entry is NaN, which saves looking for missing ones.
+    complete: whether no entry is NaN, None where that is not known: to know saves compiling for both.
     Row weights count rows: sequences, or where they are packed all sequences of a row.
     """
 
@@ -28,7 +28,7 @@ class Sequences:
     lengths: jax.Array | None = None
     ids: jax.Array | None = None
     num_sequences: int | None = static(default=None)
-    complete: bool = static(default=False)
+    complete: bool | None = static(default=None)
 
     @property
     def num_steps(self) -> int:
@@ -139,7 +139,7 @@ def as_sequences(x: Any) -> Sequences:
     """Data of a sequence model as `Sequences`: arrays of up to two axes are one sequence, of three a batch.
 
     Of a pytree the array with the most axes decides. Where it can be seen that all lengths reach the end, they become
-    None, and where no entry is NaN the data are marked as complete: less is then compiled, and done.
+    None, and where it can be seen whether an entry is NaN, the data are marked so: less is then compiled, and done.
     """
     if not isinstance(x, Sequences):
         leaves = jax.tree.leaves(x)
@@ -152,7 +152,7 @@ def as_sequences(x: Any) -> Sequences:
         if x.lengths is not None and x.ids is None and checks.is_concrete(x.lengths):
             full = bool(jnp.all(jnp.asarray(x.lengths) == x.num_steps))
             x = dataclasses.replace(x, lengths=None) if full else x
-        if not x.complete and checks.is_concrete(x.values):
+        if x.complete is None and checks.is_concrete(x.values):
             floats = [leaf for leaf in jax.tree.leaves(x.values) if jnp.issubdtype(leaf.dtype, jnp.floating)]
             x = dataclasses.replace(x, complete=not any(bool(jnp.any(jnp.isnan(leaf))) for leaf in floats))
     return x

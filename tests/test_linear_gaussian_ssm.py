@@ -329,11 +329,19 @@ def test_every_road_leads_to_the_same_statistics(x64, monkeypatch):
     x = model.sample(jax.random.key(1), params, 300, 3)
 
     def statistics(params, x):
-        return model.e_step(params, x), jnp.sum(model.log_prob.__wrapped__(model, params, x))
+        return model.e_step(params, x), jnp.sum(model._log_prob.__wrapped__(model, params, model.units(x)))
 
     steady = jax.jit(statistics)(params, x)
     lane_by_lane = Sequences(jnp.pad(x, ((0, 0), (0, 1), (0, 0))), jnp.full(3, 300))
     close(jax.jit(statistics)(params, lane_by_lane), steady)
+    hole, careful = x.at[1, 100:].set(jnp.nan), dataclasses.replace(model, missing=True)
+    for name in ("filter", "smooth"):
+        moments, unsure = getattr(model, name), jax.jit(getattr(careful, name))
+        apart = jax.tree.map(lambda leaf: leaf[:, :300], moments(params, lane_by_lane))
+        close(moments(params, x), apart)
+        close(moments(params, x[0]), jax.tree.map(lambda leaf: leaf[0], apart))
+        close(unsure(params, x), apart)
+        close(unsure(params, hole), getattr(careful, name)(params, hole))
     slope = jax.jit(jax.grad(lambda params: statistics(params, x)[1]))(params)
     monkeypatch.setattr(steady_recursion, "_head", lambda steps: None)
     close(jax.jit(lambda params, x: statistics(params, x))(params, x), steady)
@@ -354,7 +362,7 @@ def test_what_is_missing_shows_only_as_a_program_runs(x64):
     close(traced(params, jnp.asarray(HOLES[:3]), weights).loglik, weights @ loglik)
 
     both = jnp.stack([WALKS[:3], HOLES[:3]])
-    value_and_slope = jax.value_and_grad(lambda params, x: jnp.sum(careful.log_prob.__wrapped__(careful, params, x)))
+    value_and_slope = jax.value_and_grad(lambda params, x: jnp.sum(careful.log_prob(params, x)))
     found = jax.jit(jax.vmap(value_and_slope, (None, 0)))(params, both)
     for lane, x in enumerate(both):
         stats = traced(params, x)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .. import numerics
 from ..record import record
 from . import lanewise, linear_gaussian
-from .linear_gaussian import Evidence, Filtered, Smoothed, Transition
+from .linear_gaussian import Evidence, Filtered, Link, Smoothed, Transition
 
 # Lanes that a recursion of means should have: on a CPU, and on an accelerator, where a step costs far more than a lane.
 _LANES, _LANES_OF_ACCELERATORS = 64, 4096
@@ -88,40 +88,26 @@ def shared_moments(
     matrix (P, S) and values (T, P, B) as in `Evidence`. A recursion that has come to rest, as it does after some tens
     of steps, is not carried on: from there means obey recursions with constant gains.
     """
-    steps = len(values)
-    evidence = _evidence(matrix, values, jnp.zeros((steps, 1), values.dtype))
+    evidence = _evidence(matrix, values)
 
     def plainly() -> SharedMoments:
-        if parallel:
-            filtered = linear_gaussian.filter_side_by_side(transition, evidence)
-            return _gathered(filtered, linear_gaussian.smooth_side_by_side(transition, filtered))
-        filtered = linear_gaussian.filter_steps(transition, evidence)[0]
-        return _gathered(filtered, linear_gaussian.smooth_steps(transition, filtered))
+        filtered = _filtered(transition, evidence, parallel)
+        return _gathered(filtered, _smoothed(transition, filtered, parallel))
 
-    head = _head(steps)
+    head = _head(len(values))
     if parallel or head is None:
         return plainly()
     start = _start(transition, evidence, head)
-    back = linear_gaussian.link(transition, start.small, None)
-
-    def join(covariance: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        return (following := linear_gaussian.join(back, covariance)), following
-
-    end = lanewise.square(start.small)
-    _, ends = jax.lax.scan(join, end, None, length=head)
+    back = _back(transition, start, head)
 
     def steadily() -> SharedMoments:
         tail = _tail(transition, start, matrix, values, head)
-        gain, part = back.gain[:, :, 0], back.part[:, :, 0]
-        offset = tail.means[:-1] - apply(gain, tail.predicted[1:])
-        later = affine_scan(gain, offset, tail.means[-1], reverse=True)
-        means = jnp.concatenate([later, tail.means[-1:]])
+        means, early = _late_and_early(transition, start, back, tail)
+        gain, part, ends = back.link.gain[:, :, 0], back.link.part[:, :, 0], back.ends
         moves = apply(part, means[1:] - tail.predicted[1:])
-        # From the far end covariances come to rest, stay so, and meet the first steps.
-        early = linear_gaussian.smooth_steps(transition, start.filtered, (means[0], ends[-1], tail.predicted[0]))
-        count = steps - head
-        middle = jnp.sum(ends, axis=0) + (count - head - 2) * ends[-1]
-        paired = (end + middle)[..., 0]
+        count = len(means)
+        middle = jnp.sum(ends[1:], axis=0) + (count - head - 2) * ends[-1]
+        paired = (ends[0] + middle)[..., 0]
         across = numerics.product(paired, part, "ij,kj->ik")
         first = jnp.sum(early.covariances, axis=0)[..., 0]
         return SharedMoments(
@@ -133,14 +119,66 @@ def shared_moments(
             before=first + middle[..., 0],
             cross=jnp.sum(early.cross, axis=0)[..., 0]
             + numerics.product(gain, across, "ij,jk->ik")
-            + (count - 1) * back.mixed[:, :, 0],
+            + (count - 1) * back.link.mixed[:, :, 0],
             spread=jnp.sum(early.spread, axis=0)[..., 0]
             + numerics.product(part, across, "ij,jk->ik")
-            + (count - 1) * back.spread[:, :, 0],
+            + (count - 1) * back.link.spread[:, :, 0],
         )
 
-    settled = start.settled & _at_rest(ends[head - head // 4 - 1], ends[-1])
-    return jax.lax.cond(settled, steadily, plainly)
+    return jax.lax.cond(back.settled, steadily, plainly)
+
+
+def shared_filter(
+    transition: Transition, matrix: jax.Array, values: jax.Array, *, parallel: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Of the same, filtered means (T, S, B) and roots (T, S, S, 1)."""
+    evidence = _evidence(matrix, values)
+
+    def plainly() -> tuple[jax.Array, jax.Array]:
+        filtered = _filtered(transition, evidence, parallel)
+        return filtered.means, filtered.roots
+
+    head = _head(len(values))
+    if parallel or head is None:
+        return plainly()
+    start = _start(transition, evidence, head)
+
+    def steadily() -> tuple[jax.Array, jax.Array]:
+        tail = _tail(transition, start, matrix, values, head)
+        return (
+            jnp.concatenate([start.filtered.means, tail.means]),
+            jnp.concatenate([start.filtered.roots, _repeated(start.small, len(tail.means))]),
+        )
+
+    return jax.lax.cond(start.settled, steadily, plainly)
+
+
+def shared_smoother(
+    transition: Transition, matrix: jax.Array, values: jax.Array, *, parallel: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Of the same, smoothed means (T, S, B) and covariances (T, S, S, 1)."""
+    evidence = _evidence(matrix, values)
+
+    def plainly() -> tuple[jax.Array, jax.Array]:
+        smoothed = _smoothed(transition, _filtered(transition, evidence, parallel), parallel)
+        return smoothed.means, smoothed.covariances
+
+    head = _head(len(values))
+    if parallel or head is None:
+        return plainly()
+    start = _start(transition, evidence, head)
+    back = _back(transition, start, head)
+
+    def steadily() -> tuple[jax.Array, jax.Array]:
+        tail = _tail(transition, start, matrix, values, head)
+        means, early = _late_and_early(transition, start, back, tail)
+        middle = _repeated(back.ends[-1], len(means) - len(back.ends))
+        return (
+            jnp.concatenate([early.means[:-1], means]),
+            jnp.concatenate([early.covariances[:-1], middle, back.ends[::-1]]),
+        )
+
+    return jax.lax.cond(back.settled, steadily, plainly)
 
 
 def shared_log_prob(
@@ -150,9 +188,7 @@ def shared_log_prob(
     evidence = _evidence(matrix, values, constant)
 
     def plainly() -> jax.Array:
-        if parallel:
-            return linear_gaussian.filter_side_by_side(transition, evidence).log_prob
-        return linear_gaussian.filter_steps(transition, evidence)[0].log_prob
+        return _filtered(transition, evidence, parallel).log_prob
 
     head = _head(len(values))
     if parallel or head is None:
@@ -177,9 +213,26 @@ def _head(steps: int) -> int | None:
     return head if steps >= 4 * head else None
 
 
-def _evidence(matrix: jax.Array, values: jax.Array, constant: jax.Array) -> Evidence:
-    same = jnp.broadcast_to(matrix[None, :, :, None], (len(values), *matrix.shape, 1))
-    return Evidence(matrix=same, values=values, constant=constant)
+def _repeated(x: jax.Array, steps: int) -> jax.Array:
+    return jnp.broadcast_to(x, (steps, *x.shape))
+
+
+def _evidence(matrix: jax.Array, values: jax.Array, constant: jax.Array | None = None) -> Evidence:
+    if constant is None:
+        constant = jnp.zeros((len(values), 1), values.dtype)
+    return Evidence(matrix=_repeated(matrix[:, :, None], len(values)), values=values, constant=constant)
+
+
+def _filtered(transition: Transition, evidence: Evidence, parallel: bool) -> Filtered:
+    if parallel:
+        return linear_gaussian.filter_side_by_side(transition, evidence)
+    return linear_gaussian.filter_steps(transition, evidence)[0]
+
+
+def _smoothed(transition: Transition, filtered: Filtered, parallel: bool) -> Smoothed:
+    if parallel:
+        return linear_gaussian.smooth_side_by_side(transition, filtered)
+    return linear_gaussian.smooth_steps(transition, filtered)
 
 
 def apply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -261,3 +314,37 @@ def _tail(transition: Transition, start: _Start, matrix: jax.Array, values: jax.
     means = affine_scan(carry, apply(gain, values[head:]) + apply(kept, shift), first)
     previous = jnp.concatenate([first[None], means[:-1]])
     return _Tail(means=means, predicted=apply(transition.matrix, previous) + shift)
+
+
+@record
+class _Back:
+    """The way back: the link of steps at rest; covariances (head + 1, S, S, 1) given all steps, of the last one and,
+    in turn, of those before it; settled: whether these came to rest, and those of the way there."""
+
+    link: Link
+    ends: jax.Array
+    settled: jax.Array
+
+
+def _back(transition: Transition, start: _Start, head: int) -> _Back:
+    link = linear_gaussian.link(transition, start.small, None)
+
+    def join(covariance: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        return (following := linear_gaussian.join(link, covariance)), following
+
+    end = lanewise.square(start.small)
+    _, before = jax.lax.scan(join, end, None, length=head)
+    settled = start.settled & _at_rest(before[head - head // 4 - 1], before[-1])
+    return _Back(link=link, ends=jnp.concatenate([end[None], before]), settled=settled)
+
+
+def _late_and_early(transition: Transition, start: _Start, back: _Back, tail: _Tail) -> tuple[jax.Array, Smoothed]:
+    """Smoothed means of the steps after the first ones, and all of these with one more, the first after them.
+
+    From the far end covariances come to rest, stay so, and meet the first steps.
+    """
+    gain = back.link.gain[:, :, 0]
+    offset = tail.means[:-1] - apply(gain, tail.predicted[1:])
+    later = affine_scan(gain, offset, tail.means[-1], reverse=True)
+    means = jnp.concatenate([later, tail.means[-1:]])
+    return means, linear_gaussian.smooth_steps(transition, start.filtered, (means[0], back.ends[-1], tail.predicted[0]))

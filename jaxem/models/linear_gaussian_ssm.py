@@ -305,43 +305,54 @@ class LinearGaussianSSM:
             emission=linear_equation.about(stats.emission, self._line(_EMISSION, params)),
         )
 
-    @jax.jit
     def log_prob(self, params: LinearGaussianSSMParams, x: Data) -> jax.Array:
         """Log-likelihood log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
-        x = self.units(x)
+        # Units are read outside of what is compiled: of concrete data they tell whether anything is missing.
+        return self._log_prob(params, self.units(x))
 
+    @jax.jit
+    def _log_prob(self, params: LinearGaussianSSMParams, x: Sequences) -> jax.Array:
         def shared(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
-            residuals = jnp.moveaxis(self._residuals(params, data), 0, -1)
-            white = whitening.whiten(params.emission, params.emission_covariance, residuals)
-            found = steady.shared_log_prob(
-                self._transition(params, data), white.matrix, white.compressed, white.constant(),
-                parallel=self.parallel,
-            )  # fmt: skip
-            return found.T
+            transition, white = self._white(params, data)
+            return steady.shared_log_prob(
+                transition, white.matrix, white.compressed, white.constant(), parallel=self.parallel
+            ).T
 
         def apart(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
             return self._apart(params, data)[2].log_prob.T
 
         return x.per_sequence(self._either(shared, apart, params, self._read(x, None, params)))
 
-    @jax.jit
     def filter(self, params: LinearGaussianSSMParams, x: Data) -> StateMoments:
         """p(z_t | x_1..t): means (T, S), covariances (T, S, S) of one sequence, (B, T, ...) of several."""
-        data = self._read(self.units(x), None, params).masked()
-        filtered = self._apart(params, data)[2]
-        return _by_step(x, data, filtered.means, lanewise.square(filtered.roots))
+        return self._filter(params, self.units(x), one=sequences.is_one(x))
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnames="one")
+    def _filter(self, params: LinearGaussianSSMParams, x: Sequences, one: bool) -> StateMoments:
+        data = self._read(x, None, params)
+        return _by_step(data, one, *self._filtered_moments(params, data))
+
     def smooth(self, params: LinearGaussianSSMParams, x: Data) -> StateMoments:
         """p(z_t | x_1..T): means (T, S), covariances (T, S, S) of one sequence, (B, T, ...) of several."""
-        data = self._read(self.units(x), None, params).masked()
-        transition, _, filtered = self._apart(params, data)
-        smoothed = self._smoothed(transition, filtered)
-        return _by_step(x, data, smoothed.means, smoothed.covariances)
+        return self._smooth(params, self.units(x), one=sequences.is_one(x))
+
+    @functools.partial(jax.jit, static_argnames="one")
+    def _smooth(self, params: LinearGaussianSSMParams, x: Sequences, one: bool) -> StateMoments:
+        data = self._read(x, None, params)
+
+        def shared(params: LinearGaussianSSMParams, data: _Data) -> tuple[jax.Array, jax.Array]:
+            transition, white = self._white(params, data)
+            return _alike(*steady.shared_smoother(transition, white.matrix, white.compressed, parallel=self.parallel))
+
+        def apart(params: LinearGaussianSSMParams, data: _Data) -> tuple[jax.Array, jax.Array]:
+            transition, _, filtered = self._apart(params, data)
+            smoothed = self._smoothed(transition, filtered)
+            return smoothed.means, smoothed.covariances
+
+        return _by_step(data, one, *self._either(shared, apart, params, data))
 
     posterior = smooth
 
-    @functools.partial(jax.jit, static_argnames="steps")
     def forecast(
         self, params: LinearGaussianSSMParams, x: Data, steps: int, inputs: jax.Array | None = None
     ) -> Forecast:
@@ -351,10 +362,13 @@ class LinearGaussianSSM:
         told apart: the leading axis is num_sequences.
         """
         checks.positive_integer("steps", steps)
-        units = self.units(x)
-        data = self._read(units, None, params).masked()
-        filtered = self._apart(params, data)[2]
-        means, covariances = _ends(units, filtered.means, lanewise.square(filtered.roots))
+        return self._forecast(params, self.units(x), inputs, steps=steps, one=sequences.is_one(x))
+
+    @functools.partial(jax.jit, static_argnames=("steps", "one"))
+    def _forecast(
+        self, params: LinearGaussianSSMParams, x: Sequences, inputs: jax.Array | None, steps: int, one: bool
+    ) -> Forecast:
+        means, covariances = _ends(x, *self._filtered_moments(params, self._read(x, None, params)))
         lanes = means.shape[0]
         shifts, offsets = self._ahead(params, inputs, lanes, steps, means.dtype)
 
@@ -375,7 +389,7 @@ class LinearGaussianSSM:
             observation_means=numerics.product(ahead, params.emission, "bts,ds->btd") + offsets,
             observation_covariances=numerics.product(half, params.emission, "btdr,er->btde") + noise,
         )
-        return jax.tree.map(lambda leaf: leaf[0], result) if sequences.is_one(x) else result
+        return jax.tree.map(lambda leaf: leaf[0], result) if one else result
 
     def sample(
         self,
@@ -568,14 +582,14 @@ class LinearGaussianSSM:
             counted=counted,
             starts=x.starts(),
             whole=x.lengths is None and x.ids is None,
-            missing=self.missing and not x.complete,
+            missing=(None if x.complete is None else not x.complete) if self.missing else False,
         )
 
     def _either(self, shared: Any, apart: Any, params: LinearGaussianSSMParams, data: "_Data") -> Any:
         """One recursion of covariances for all sequences, or one for each, whichever the data allow."""
-        if not data.whole:
+        if not data.whole or data.missing:
             return apart(params, data.masked())
-        if not data.missing:
+        if data.missing is False:
             return shared(params, data)
 
         def attempt(params: LinearGaussianSSMParams, data: "_Data") -> tuple[Any, jax.Array]:
@@ -683,6 +697,26 @@ class LinearGaussianSSM:
         seen = self._seen(params, data, self._residuals(params, data))
         return transition, seen, self._filtered(transition, seen.evidence)
 
+    def _white(self, params: LinearGaussianSSMParams, data: "_Data") -> tuple[Transition, whitening.Whitened]:
+        """Where all is seen: the dynamics, and observations in coordinates in which their noise is white."""
+        residuals = jnp.moveaxis(self._residuals(params, data), 0, -1)
+        white = whitening.whiten(params.emission, params.emission_covariance, residuals)
+        return self._transition(params, data), white
+
+    def _filtered_moments(self, params: LinearGaussianSSMParams, data: "_Data") -> tuple[jax.Array, jax.Array]:
+        """Means (T, S, B) and covariances (T, S, S, B) given the steps so far."""
+
+        def shared(params: LinearGaussianSSMParams, data: _Data) -> tuple[jax.Array, jax.Array]:
+            transition, white = self._white(params, data)
+            means, roots = steady.shared_filter(transition, white.matrix, white.compressed, parallel=self.parallel)
+            return _alike(means, lanewise.square(roots))
+
+        def apart(params: LinearGaussianSSMParams, data: _Data) -> tuple[jax.Array, jax.Array]:
+            filtered = self._apart(params, data)[2]
+            return filtered.means, lanewise.square(filtered.roots)
+
+        return self._either(shared, apart, params, data)
+
     # Statistics.
 
     def _separately(self, params: LinearGaussianSSMParams, data: "_Data") -> LinearGaussianSSMStats:
@@ -697,12 +731,10 @@ class LinearGaussianSSM:
         Noise is summed in coordinates in which it is white: the log-likelihood then is the sum of its squares at the
         smoothed means, and log-determinants.
         """
-        residuals = jnp.moveaxis(self._residuals(params, data), 0, -1)
-        transition = self._transition(params, data)
-        white = whitening.whiten(params.emission, params.emission_covariance, residuals)
+        transition, white = self._white(params, data)
         found = steady.shared_moments(transition, white.matrix, white.compressed, parallel=self.parallel)
-        steps, _, lanes = residuals.shape
-        total = jnp.asarray(lanes, residuals.dtype) if data.weights is None else jnp.sum(data.weights)
+        lanes, steps, _ = data.values.shape
+        total = jnp.asarray(lanes, data.values.dtype) if data.weights is None else jnp.sum(data.weights)
         start, moves = (lanewise.generalized_inverse(root) for root in (transition.start_root, transition.root))
         looked = numerics.product(params.emission, found.every, "ds,sr->dr")
         expected = _Expected(
@@ -909,7 +941,8 @@ class LinearGaussianSSM:
 class _Data:
     """Sequences as an E-step reads them: values (B, T, D); seen (B, T, D), None before what is not seen is told apart,
     and 0 in the values; inputs (B, T, U); weights (B,); counted (B, T), steps of sequences of positive weight; starts
-    (B, T); whole: all rows are one full sequence; missing: there may be entries that are not seen."""
+    (B, T); whole: all rows are one full sequence; missing: whether there are entries that are not seen, None where that
+    is not known."""
 
     values: jax.Array
     seen: jax.Array | None
@@ -918,14 +951,14 @@ class _Data:
     counted: jax.Array
     starts: jax.Array
     whole: bool = static()
-    missing: bool = static()
+    missing: bool | None = static()
 
     def entries(self) -> jax.Array:
         return jnp.broadcast_to(self.counted[..., None], self.values.shape) if self.seen is None else self.seen
 
     def masked(self) -> "_Data":
         seen = self.entries()
-        if self.missing:
+        if self.missing is not False:
             seen = seen & ~jnp.isnan(self.values)
         return dataclasses.replace(self, values=jnp.where(seen, self.values, 0), seen=seen)
 
@@ -988,13 +1021,18 @@ def _coloured(key: jax.Array, matrix: jax.Array, shape: tuple[int, ...]) -> jax.
     return numerics.product(jax.random.normal(key, shape, matrix.dtype), _root(matrix), "...k,ks->...s")
 
 
-def _by_step(x: Data, data: _Data, means: jax.Array, covariances: jax.Array) -> StateMoments:
-    """Moments (T, ..., B) with sequences first, 0 in the padding; without their axis for one plain sequence."""
+def _alike(means: jax.Array, covariances: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Covariances (T, S, S, 1) repeated for all lanes of means (T, S, B)."""
+    return means, jnp.broadcast_to(covariances, (*covariances.shape[:-1], means.shape[-1]))
+
+
+def _by_step(data: _Data, one: bool, means: jax.Array, covariances: jax.Array) -> StateMoments:
+    """Moments (T, ..., B) with sequences first, 0 in the padding; without their axis for `one` plain sequence."""
     found = StateMoments(
         means=jnp.where(data.counted[..., None], jnp.moveaxis(means, -1, 0), 0),
         covariances=jnp.where(data.counted[..., None, None], jnp.moveaxis(covariances, -1, 0), 0),
     )
-    return jax.tree.map(lambda leaf: leaf[0], found) if sequences.is_one(x) else found
+    return jax.tree.map(lambda leaf: leaf[0], found) if one else found
 
 
 def _ends(x: Sequences, *moments: jax.Array) -> list[jax.Array]:
