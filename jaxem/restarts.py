@@ -220,8 +220,9 @@ def _prepare(
     """Every restart before its first step. Restart i draws from `fold_in(key, i)` alone."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_restarts))
     if starts is None:
-        draw = model.init if init is None else init
-        starts = jax.lax.map(lambda key: draw(jax.random.fold_in(key, 0), x, weights), keys, batch_size=lanes)
+        starts = jax.lax.map(
+            lambda key: _draw(model, init, jax.random.fold_in(key, 0), x, weights), keys, batch_size=lanes
+        )
     run_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
     starts = jax.vmap(lambda params, key: like_step(model, algorithm, params, x, weights, key))(starts, run_keys)
     unknown = jnp.full(num_restarts, jnp.nan, tree.float_dtype(x))
@@ -358,15 +359,21 @@ def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | N
     return jax.tree.map(jnp.asarray, init), None, stacked
 
 
+@functools.partial(jax.jit, static_argnames="function", inline=True)
+def _draw(model: Any, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
+    """A start; compiled only for its trace to be remembered."""
+    return (model.init if function is None else function)(key, x, weights)
+
+
 def _work(
     model: Any, starts: Params | None, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None
 ) -> int:
     """Temporaries of one E-step of one restart, in numbers."""
     rows = tree.num_rows(x)
     if starts is None:
-        params = jax.eval_shape(model.init if function is None else function, key, x, weights)
+        params = _draw.eval_shape(model, function, key, x, weights)
     else:
-        params = jax.eval_shape(lambda starts: jax.tree.map(lambda leaf: leaf[0], starts), starts)
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), starts)
     if hasattr(model, "floats_per_row"):
         return rows * getattr(model, "floats_per_restart", model.floats_per_row)(params, x)
     return tree.size(x) + rows + tree.size(params)
