@@ -383,6 +383,43 @@ def test_data_known_to_be_complete_give_the_same_statistics(shape):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["plain", "weighted", "packed", "hard zeros"])
+def test_many_chains_side_by_side_are_each_what_they_are_alone(kind):
+    """vmap makes lanes of them: over parameters, over data too, twice, and of slopes."""
+    support = np.tril(np.ones((3, 3)))[::-1, ::-1] if kind == "hard zeros" else None
+    model = HMM(Poisson(), 3, transition_support=support)
+    x = jnp.asarray(RNG.poisson(6.0, size=(4, 30)).astype(float))
+    data = pack_sequences([x[0, :12], x[0, 12:19], x[0, 19:]], num_rows=1) if kind == "packed" else x[0]
+    weights = jnp.array([2.5]) if kind == "weighted" else None
+    params = jax.vmap(lambda key: model.init(key, x[0]))(jax.random.split(KEY, 4))
+
+    def statistics(params, data):
+        return model.e_step(params, data, weights)
+
+    def slope(params, data):
+        return jax.grad(lambda params: statistics(params, data).loglik)(params)
+
+    def each(function, *arguments):
+        alone = [jax.jit(function)(*(jax.tree.map(lambda leaf: leaf[i], a) for a in arguments)) for i in range(4)]  # noqa: B023
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+
+    def same(ours, theirs):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+    for function in (statistics, slope):
+        over_params = jax.jit(jax.vmap(function, (0, None)))
+        alone = each(lambda params: function(params, data), params)  # noqa: B023
+        same(over_params(params, data), alone)
+        halves = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), params)
+        twice = jax.jit(jax.vmap(jax.vmap(function, (0, None)), (0, None)))(halves, data)
+        same(jax.tree.map(lambda leaf: leaf.reshape(4, *leaf.shape[2:]), twice), alone)
+        if kind != "packed":
+            same(jax.jit(jax.vmap(function))(params, x), each(function, params, x))
+            same(jax.jit(jax.vmap(function, (None, 0)))(jax.tree.map(lambda leaf: leaf[0], params), x),
+                 each(lambda x: function(jax.tree.map(lambda leaf: leaf[0], params), x), x))  # fmt: skip  # noqa: B023
+
+
 def test_packing_wastes_next_to_nothing():
     lengths = np.random.default_rng(0).geometric(0.02, 300)
     parts = [np.full((length, 1), number) for number, length in enumerate(lengths)]

@@ -7,6 +7,7 @@ Two arithmetics. Scaled probabilities: a step is one matrix product, but what un
 lost, which only matters where no transition leads back to it. Logarithms: nothing is lost, at K² exponentials a step.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Chain:
 
     initial (K,); transition (K, K), rows from; log_likelihood (T, K) or (T, K, L) of every state's observation, 0
     where there is none; linked (T - 1,) or (T - 1, L): whether step t + 1 goes on from step t, None where all do.
+    Lanes with a chain of their own each: initial (K, L), transition (K, K, L).
     """
 
     initial: jax.Array
@@ -131,7 +133,8 @@ def _exact(chain: Chain, counted: jax.Array | None, form: str, parallel: bool) -
         after = _log_backward_parallel(chain)
         arrive = after[1:] + chain.log_likelihood[1:]
         return _joined(chain, forward, after, arrive, counted)._replace(evidence=_rises(running))
-    return _choose(form, _scaled_posterior, _log_posterior, chain, counted)
+    scaled = _scaled_posterior if chain.log_likelihood.ndim > 2 else _scaled_posterior_of_one
+    return _choose(form, scaled, _log_posterior, chain, counted)
 
 
 def _choose(form: str, scaled: Callable, logs: Callable, chain: Chain, counted: jax.Array | None) -> Any:
@@ -165,7 +168,7 @@ def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.
     What underflows beside a likelier state is lost, and counts for nothing as long as every state stays in reach
     of the likelier ones: none is predicted with a probability near the least number, or 0.
     """
-    onto, start = chain.transition.T, _column(numerics.safe_log(chain.initial), chain)
+    onto, start = jnp.swapaxes(chain.transition, 0, 1), _column(numerics.safe_log(chain.initial), chain)
     scores, linked = chain.log_likelihood, chain.linked
     # Where a sequence starts, likelihoods count relative to those of states that it can start in.
     begun, height = _exp(start + (scores[:1] if linked is None else scores))
@@ -187,7 +190,7 @@ def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.
         joint = jnp.where(linked[:, None], joint, begun[1:])
         predicted = jnp.where(linked[:, None], predicted, 1)
     limits = jnp.finfo(likelihood.dtype)
-    lossy = jnp.min(predicted, initial=1) < limits.tiny / limits.eps
+    lossy = jnp.min(predicted, axis=(0, 1) if onto.ndim > 2 else None, initial=1) < limits.tiny / limits.eps
     return jnp.concatenate([begun[:1], joint]), peak, lossy
 
 
@@ -226,15 +229,45 @@ def _scaled_posterior(chain: Chain, counted: jax.Array | None) -> tuple[Posterio
     arrive = _distribution(after[1:] * likelihood[1:], axis=1)
     posterior = Posterior(
         states=numerics.safe_divide(both, scale),
-        transitions=chain.transition * _pairs(come, arrive),
+        transitions=chain.transition * _pairs(come, arrive, chain.transition.ndim > 2),
         evidence=jnp.squeeze(numerics.safe_log(evidence) + peak, 1),
     )
     return posterior, lossy
 
 
+@jax.custom_batching.custom_vmap
+def _one_or_many(chain: Chain, counted: jax.Array | None) -> tuple[Posterior, jax.Array]:
+    return _scaled_posterior(chain, counted)
+
+
+@_one_or_many.def_vmap
+def _many(size: int, batched: Any, chain: Chain, counted: jax.Array | None) -> tuple[Any, Any]:
+    """Chains side by side as lanes, the last axis: `vmap` would put them first, and the few states last."""
+
+    def lanes(leaf: jax.Array, is_batched: bool) -> jax.Array:
+        return jnp.moveaxis(leaf, 0, -1) if is_batched else leaf[..., None]
+
+    chain, counted = jax.tree.map(lanes, (chain, counted), tuple(batched))
+    steps, states, _ = chain.log_likelihood.shape
+    whole = jnp.broadcast_to(chain.log_likelihood, (steps, states, size))
+    found = _scaled_posterior(dataclasses.replace(chain, log_likelihood=whole), counted)
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), found), jax.tree.map(lambda _: True, found)
+
+
+@jax.custom_jvp
+def _scaled_posterior_of_one(chain: Chain, counted: jax.Array | None) -> tuple[Posterior, jax.Array]:
+    """`_scaled_posterior` of one sequence."""
+    return _one_or_many(chain, counted)
+
+
+@_scaled_posterior_of_one.defjvp
+def _scaled_posterior_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    return jax.jvp(_scaled_posterior, primals, tangents)  # a vmap of one's own has no reverse mode
+
+
 def _onward(matrix: jax.Array, mass: jax.Array) -> jax.Array:
-    """matrix (K, K) times the distribution of mass (K[, L]): the sum is found beside the product, not before it."""
-    if mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT:
+    """matrix (K, K[, L]) times the distribution of mass (K[, L]): the sum is found beside the product, not before."""
+    if matrix.ndim > 2 or (mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT):
         moved = jnp.sum(matrix * mass, axis=1)
     else:
         moved = jnp.dot(matrix, mass, precision=_HIGHEST)
@@ -247,8 +280,10 @@ def _distribution(mass: jax.Array, axis: int = 0) -> jax.Array:
     return numerics.safe_divide(mass, jnp.sum(mass, axis=axis, keepdims=True))
 
 
-def _pairs(before: jax.Array, after: jax.Array) -> jax.Array:
-    """sum over steps and lanes of before_i after_j: (T, K[, L]) twice -> (K, K)."""
+def _pairs(before: jax.Array, after: jax.Array, apart: bool = False) -> jax.Array:
+    """sum over steps and lanes of before_i after_j: (T, K[, L]) twice -> (K, K); (K, K, L) where lanes are apart."""
+    if apart:
+        return jnp.sum(before[:, :, None] * after[:, None], axis=0)
     if before.ndim == 2:
         return jnp.dot(before.T, after, precision=_HIGHEST)
 
@@ -457,8 +492,8 @@ def _tempered(chain: Chain, temperature: jax.Array) -> Chain:
 
 
 def _column(values: jax.Array, chain: Chain) -> jax.Array:
-    """(K,) against lanes: (K, 1), or as it is without them."""
-    return values.reshape(-1, *(1,) * (chain.log_likelihood.ndim - 2))
+    """(K,) against lanes: (K, 1), or as it is without them, or with its own."""
+    return values if values.ndim > 1 else values.reshape(-1, *(1,) * (chain.log_likelihood.ndim - 2))
 
 
 def _like(matrix: jax.Array, chain: Chain) -> jax.Array:
