@@ -282,17 +282,17 @@ def _distribution(mass: jax.Array, axis: int = 0) -> jax.Array:
 
 def _pairs(before: jax.Array, after: jax.Array, apart: bool = False) -> jax.Array:
     """sum over steps and lanes of before_i after_j: (T, K[, L]) twice -> (K, K); (K, K, L) where lanes are apart."""
-    if apart:
-        return jnp.sum(before[:, :, None] * after[:, None], axis=0)
     if before.ndim == 2:
         return jnp.dot(before.T, after, precision=_HIGHEST)
 
     # As one product it would transpose both first.
     def add(total: jax.Array, both: Any) -> tuple[jax.Array, None]:
-        return total + jnp.dot(both[0], both[1].T, precision=_HIGHEST), None
+        before, after = both
+        return total + (before[:, None] * after if apart else jnp.dot(before, after.T, precision=_HIGHEST)), None
 
-    count = before.shape[1]
-    return jax.lax.scan(add, jnp.zeros((count, count), before.dtype), (before, after))[0]
+    _, count, lanes = before.shape
+    shape = (count, count, lanes) if apart else (count, count)
+    return jax.lax.scan(add, jnp.zeros(shape, before.dtype), (before, after))[0]
 
 
 # Logarithms.
