@@ -8,6 +8,7 @@ lost, which only matters where no transition leads back to it. Logarithms: nothi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,10 @@ FORMS = ("auto", "scaled", "log")
 
 # States up to which a product with one vector is a sum: no call of a matrix library at every step.
 _WRITTEN_OUT = 12
+
+# States up to which chains side by side are lanes, and numbers in their transitions from which on sums over states are
+# written out: XLA sums so many on a CPU by a library call a step, up to ten times slower.
+_FEW, _WIDE = 6, 4000
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -242,7 +247,12 @@ def _one_or_many(chain: Chain, counted: jax.Array | None) -> tuple[Posterior, ja
 
 @_one_or_many.def_vmap
 def _many(size: int, batched: Any, chain: Chain, counted: jax.Array | None) -> tuple[Any, Any]:
-    """Chains side by side as lanes, the last axis: `vmap` would put them first, and the few states last."""
+    """Chains of few states side by side as lanes, the last axis: `vmap` would put them first, and the states last."""
+    if chain.log_likelihood.shape[-1] > _FEW or not batched[0].transition:
+        leaves, structure = jax.tree.flatten((chain, counted))
+        axes = [0 if is_batched else None for is_batched in jax.tree.leaves(tuple(batched))]
+        found = jax.vmap(lambda leaves: _scaled_posterior(*jax.tree.unflatten(structure, leaves)), (axes,))(leaves)
+        return found, jax.tree.map(lambda _: True, found)
 
     def lanes(leaf: jax.Array, is_batched: bool) -> jax.Array:
         return jnp.moveaxis(leaf, 0, -1) if is_batched else leaf[..., None]
@@ -267,12 +277,16 @@ def _scaled_posterior_jvp(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
 
 def _onward(matrix: jax.Array, mass: jax.Array) -> jax.Array:
     """matrix (K, K[, L]) times the distribution of mass (K[, L]): the sum is found beside the product, not before."""
-    if matrix.ndim > 2 or (mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT):
+    total = jnp.sum(mass, axis=0)
+    if matrix.ndim > 2 and matrix.size > _WIDE:
+        moved = functools.reduce(jnp.add, [matrix[:, i] * mass[i] for i in range(len(mass))])
+        total = functools.reduce(jnp.add, list(mass))
+    elif matrix.ndim > 2 or (mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT):
         moved = jnp.sum(matrix * mass, axis=1)
     else:
         moved = jnp.dot(matrix, mass, precision=_HIGHEST)
     # A barrier: what is carried on and what is stored would each be computed.
-    return jax.lax.optimization_barrier(numerics.safe_divide(moved, jnp.sum(mass, axis=0)))
+    return jax.lax.optimization_barrier(numerics.safe_divide(moved, total))
 
 
 def _distribution(mass: jax.Array, axis: int = 0) -> jax.Array:
