@@ -361,7 +361,7 @@ def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | N
 
 @functools.partial(jax.jit, static_argnames="function", inline=True)
 def _draw(model: Any, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
-    """A start; compiled only for its trace to be remembered."""
+    """A start; under jit for its trace to be remembered."""
     return (model.init if function is None else function)(key, x, weights)
 
 

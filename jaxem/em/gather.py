@@ -26,11 +26,13 @@ def e_step_in_blocks(
         return _e_step(model, params, x, weights, expect)
     part = as_part(model)
     if not expect.stochastic:
-        return tree.sum_over_blocks(lambda x, weights: part.e_step(params, x, weights, expect), x, weights, block_size)
+        return tree.sum_over_blocks(
+            lambda x, weights: _e_step(part, params, x, weights, expect), x, weights, block_size
+        )
 
     def block(numbered: tuple[Data, jax.Array], inside: jax.Array | None) -> Stats:
         x, number = numbered
-        return part.e_step(params, x, inside, expect.fold(number[0]))  # every block has draws of its own
+        return _e_step(part, params, x, inside, expect.fold(number[0]))  # every block has draws of its own
 
     return tree.sum_over_blocks(block, (x, jnp.arange(rows)), weights, block_size)
 

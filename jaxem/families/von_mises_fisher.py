@@ -120,7 +120,7 @@ class VonMisesFisher:
         """Components (K,) without rows, or whose rows all but coincide."""
         stats = columns.with_prior(self.prior, stats)
         empty = columns.empty(stats.count)
-        if held:  # a direction, or a concentration, that is held is no better for rows that coincide
+        if "concentration" in held:
             return empty
         spread = 1 - _norm(stats.resultant)[:, 0] / stats.count
         return empty | (spread <= _least_spread(stats.count.dtype))

@@ -423,3 +423,16 @@ def steady_root(transition: Transition, matrix: jax.Array) -> jax.Array:
     )  # fmt: skip
     span = jax.tree.map(lambda leaf: leaf[0], _spans(never, constant))
     return jax.lax.fori_loop(0, 30, lambda _, span: _follow(span, span), span).root
+
+
+# Either way.
+
+
+def filtered(transition: Transition, evidence: Evidence, parallel: bool) -> Filtered:
+    """The Kalman filter, step by step or side by side in time."""
+    return filter_side_by_side(transition, evidence) if parallel else filter_steps(transition, evidence)[0]
+
+
+def smoothed(transition: Transition, filtered: Filtered, parallel: bool) -> Smoothed:
+    """The smoother, likewise."""
+    return (smooth_side_by_side if parallel else smooth_steps)(transition, filtered)

@@ -6,6 +6,8 @@ Letters and axes as in `linear_gaussian`: time first, lanes last.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,22 +93,16 @@ def shared_moments(
     evidence = _evidence(matrix, values)
 
     def plainly() -> SharedMoments:
-        filtered = _filtered(transition, evidence, parallel)
-        return _gathered(filtered, _smoothed(transition, filtered, parallel))
+        filtered = linear_gaussian.filtered(transition, evidence, parallel)
+        return _gathered(filtered, linear_gaussian.smoothed(transition, filtered, parallel))
 
-    head = _head(len(values))
-    if parallel or head is None:
-        return plainly()
-    start = _start(transition, evidence, head)
-    back = _back(transition, start, head)
-
-    def steadily() -> SharedMoments:
-        tail = _tail(transition, start, matrix, values, head)
+    def steadily(start: _Start, back: _Back) -> SharedMoments:
+        tail = _tail(transition, start, matrix, values)
         means, early = _late_and_early(transition, start, back, tail)
         gain, part, ends = back.link.gain[:, :, 0], back.link.part[:, :, 0], back.ends
         moves = apply(part, means[1:] - tail.predicted[1:])
         count = len(means)
-        middle = jnp.sum(ends[1:], axis=0) + (count - head - 2) * ends[-1]
+        middle = jnp.sum(ends[1:], axis=0) + (count - len(ends) - 1) * ends[-1]
         paired = (ends[0] + middle)[..., 0]
         across = numerics.product(paired, part, "ij,kj->ik")
         first = jnp.sum(early.covariances, axis=0)[..., 0]
@@ -125,7 +121,7 @@ def shared_moments(
             + (count - 1) * back.link.spread[:, :, 0],
         )
 
-    return jax.lax.cond(back.settled, steadily, plainly)
+    return _at_rest_or_not(transition, evidence, parallel, plainly, steadily, back=True)
 
 
 def shared_filter(
@@ -135,22 +131,17 @@ def shared_filter(
     evidence = _evidence(matrix, values)
 
     def plainly() -> tuple[jax.Array, jax.Array]:
-        filtered = _filtered(transition, evidence, parallel)
+        filtered = linear_gaussian.filtered(transition, evidence, parallel)
         return filtered.means, filtered.roots
 
-    head = _head(len(values))
-    if parallel or head is None:
-        return plainly()
-    start = _start(transition, evidence, head)
-
-    def steadily() -> tuple[jax.Array, jax.Array]:
-        tail = _tail(transition, start, matrix, values, head)
+    def steadily(start: _Start) -> tuple[jax.Array, jax.Array]:
+        tail = _tail(transition, start, matrix, values)
         return (
             jnp.concatenate([start.filtered.means, tail.means]),
             jnp.concatenate([start.filtered.roots, _repeated(start.small, len(tail.means))]),
         )
 
-    return jax.lax.cond(start.settled, steadily, plainly)
+    return _at_rest_or_not(transition, evidence, parallel, plainly, steadily)
 
 
 def shared_smoother(
@@ -160,17 +151,13 @@ def shared_smoother(
     evidence = _evidence(matrix, values)
 
     def plainly() -> tuple[jax.Array, jax.Array]:
-        smoothed = _smoothed(transition, _filtered(transition, evidence, parallel), parallel)
+        smoothed = linear_gaussian.smoothed(
+            transition, linear_gaussian.filtered(transition, evidence, parallel), parallel
+        )
         return smoothed.means, smoothed.covariances
 
-    head = _head(len(values))
-    if parallel or head is None:
-        return plainly()
-    start = _start(transition, evidence, head)
-    back = _back(transition, start, head)
-
-    def steadily() -> tuple[jax.Array, jax.Array]:
-        tail = _tail(transition, start, matrix, values, head)
+    def steadily(start: _Start, back: _Back) -> tuple[jax.Array, jax.Array]:
+        tail = _tail(transition, start, matrix, values)
         means, early = _late_and_early(transition, start, back, tail)
         middle = _repeated(back.ends[-1], len(means) - len(back.ends))
         return (
@@ -178,7 +165,7 @@ def shared_smoother(
             jnp.concatenate([early.covariances[:-1], middle, back.ends[::-1]]),
         )
 
-    return jax.lax.cond(back.settled, steadily, plainly)
+    return _at_rest_or_not(transition, evidence, parallel, plainly, steadily, back=True)
 
 
 def shared_log_prob(
@@ -188,15 +175,11 @@ def shared_log_prob(
     evidence = _evidence(matrix, values, constant)
 
     def plainly() -> jax.Array:
-        return _filtered(transition, evidence, parallel).log_prob
+        return linear_gaussian.filtered(transition, evidence, parallel).log_prob
 
-    head = _head(len(values))
-    if parallel or head is None:
-        return plainly()
-    start = _start(transition, evidence, head)
-
-    def steadily() -> jax.Array:
-        tail = _tail(transition, start, matrix, values, head)
+    def steadily(start: _Start) -> jax.Array:
+        tail = _tail(transition, start, matrix, values)
+        head = len(start.filtered.means)
         late = values[head:]
         correction = apply(start.step[:, :, 0], late - apply(matrix, tail.predicted))
         left = late - apply(matrix, tail.means)
@@ -204,7 +187,25 @@ def shared_log_prob(
         log_prob = constant[head:] - 0.5 * quadratic - start.half_logdet
         return jnp.concatenate([start.filtered.log_prob, log_prob])
 
-    return jax.lax.cond(start.settled, steadily, plainly)
+    return _at_rest_or_not(transition, evidence, parallel, plainly, steadily)
+
+
+def _at_rest_or_not(
+    transition: Transition,
+    evidence: Evidence,
+    parallel: bool,
+    plainly: Callable[[], Any],
+    steadily: Callable[..., Any],
+    back: bool = False,
+) -> Any:
+    """What `steadily` finds from the first steps, and from the way back where it goes there, if the covariances come to
+    rest on these; else what `plainly` does."""
+    head = _head(len(evidence.values))
+    if parallel or head is None:
+        return plainly()
+    start = _start(transition, evidence, head)
+    known: tuple[Any, ...] = (start, _back(transition, start)) if back else (start,)
+    return jax.lax.cond(known[-1].settled, lambda: steadily(*known), plainly)
 
 
 def _head(steps: int) -> int | None:
@@ -221,18 +222,6 @@ def _evidence(matrix: jax.Array, values: jax.Array, constant: jax.Array | None =
     if constant is None:
         constant = jnp.zeros((len(values), 1), values.dtype)
     return Evidence(matrix=_repeated(matrix[:, :, None], len(values)), values=values, constant=constant)
-
-
-def _filtered(transition: Transition, evidence: Evidence, parallel: bool) -> Filtered:
-    if parallel:
-        return linear_gaussian.filter_side_by_side(transition, evidence)
-    return linear_gaussian.filter_steps(transition, evidence)[0]
-
-
-def _smoothed(transition: Transition, filtered: Filtered, parallel: bool) -> Smoothed:
-    if parallel:
-        return linear_gaussian.smooth_side_by_side(transition, filtered)
-    return linear_gaussian.smooth_steps(transition, filtered)
 
 
 def apply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
@@ -305,7 +294,8 @@ class _Tail:
     predicted: jax.Array
 
 
-def _tail(transition: Transition, start: _Start, matrix: jax.Array, values: jax.Array, head: int) -> _Tail:
+def _tail(transition: Transition, start: _Start, matrix: jax.Array, values: jax.Array) -> _Tail:
+    head = len(start.filtered.means)
     gain = numerics.product(start.root[:, :, 0], start.step[:, :, 0], "ki,kp->ip")
     kept = jnp.eye(len(gain), dtype=gain.dtype) - numerics.product(gain, matrix, "ip,pj->ij")
     shift = transition.shift[head:]
@@ -326,7 +316,8 @@ class _Back:
     settled: jax.Array
 
 
-def _back(transition: Transition, start: _Start, head: int) -> _Back:
+def _back(transition: Transition, start: _Start) -> _Back:
+    head = len(start.filtered.means)
     link = linear_gaussian.link(transition, start.small, None)
 
     def join(covariance: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:

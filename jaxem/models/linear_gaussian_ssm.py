@@ -346,7 +346,7 @@ class LinearGaussianSSM:
 
         def apart(params: LinearGaussianSSMParams, data: _Data) -> tuple[jax.Array, jax.Array]:
             transition, _, filtered = self._apart(params, data)
-            smoothed = self._smoothed(transition, filtered)
+            smoothed = linear_gaussian.smoothed(transition, filtered, self.parallel)
             return smoothed.means, smoothed.covariances
 
         return _by_step(data, one, *self._either(shared, apart, params, data))
@@ -680,22 +680,12 @@ class LinearGaussianSSM:
         used = _weights(data)[2]
         return whitening.compress_seen(params.emission, params.emission_covariance, residuals, seen, used)
 
-    def _filtered(self, transition: Transition, evidence: linear_gaussian.Evidence) -> linear_gaussian.Filtered:
-        if self.parallel:
-            return linear_gaussian.filter_side_by_side(transition, evidence)
-        return linear_gaussian.filter_steps(transition, evidence)[0]
-
-    def _smoothed(self, transition: Transition, filtered: linear_gaussian.Filtered) -> linear_gaussian.Smoothed:
-        if self.parallel:
-            return linear_gaussian.smooth_side_by_side(transition, filtered)
-        return linear_gaussian.smooth_steps(transition, filtered)
-
     def _apart(
         self, params: LinearGaussianSSMParams, data: "_Data"
     ) -> tuple[Transition, whitening.Seen, linear_gaussian.Filtered]:
         transition = self._transition(params, data)
         seen = self._seen(params, data, self._residuals(params, data))
-        return transition, seen, self._filtered(transition, seen.evidence)
+        return transition, seen, linear_gaussian.filtered(transition, seen.evidence, self.parallel)
 
     def _white(self, params: LinearGaussianSSMParams, data: "_Data") -> tuple[Transition, whitening.Whitened]:
         """Where all is seen: the dynamics, and observations in coordinates in which their noise is white."""
@@ -722,7 +712,7 @@ class LinearGaussianSSM:
     def _separately(self, params: LinearGaussianSSMParams, data: "_Data") -> LinearGaussianSSMStats:
         """Statistics of sequences that do not share their covariances."""
         transition, seen, filtered = self._apart(params, data)
-        smoothed = self._smoothed(transition, filtered)
+        smoothed = linear_gaussian.smoothed(transition, filtered, self.parallel)
         return self._stats(params, data, self._lane_by_lane(params, data, seen, filtered.log_prob, smoothed))
 
     def _together(self, params: LinearGaussianSSMParams, data: "_Data") -> LinearGaussianSSMStats:
