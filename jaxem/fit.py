@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, tree
+from . import checks, stopping, tree
 from .em import EM, objective, units
 from .protocols import Data, Params
 from .record import record
@@ -16,9 +16,6 @@ from .status import EMError, Status
 
 # Steps of history kept when max_steps is traced, and the size that all shorter fits share one compilation at.
 HISTORY = 1000
-
-# Steps without visible progress after which a fit is at the resolution of its dtype.
-PATIENCE = 4
 
 
 @record
@@ -62,18 +59,11 @@ class Result:
 
 @record
 class Progress:
-    """A fit under way: the algorithm's state, and what the stopping rule remembers.
-
-    gain: last rise of what is watched; ratio: of the last two gains; record: the highest
-    objective that stood out of the rounding, and stalled: the steps since then.
-    """
+    """A fit under way: the algorithm's state, its objective, and what the stopping rule remembers."""
 
     state: Any
     objective: jax.Array
-    gain: jax.Array
-    ratio: jax.Array
-    record: jax.Array
-    stalled: jax.Array
+    watch: stopping.Watch
     num_steps: jax.Array
     status: jax.Array
     largest_decrease: jax.Array
@@ -95,10 +85,7 @@ def begin(
     fit = Progress(
         state=state,
         objective=unknown,
-        gain=unknown,
-        ratio=unknown,
-        record=unknown,
-        stalled=jnp.zeros((), jnp.int32),
+        watch=stopping.watch(unknown, params),
         num_steps=jnp.zeros((), jnp.int32),
         status=jnp.full((), Status.RUNNING, jnp.int32),
         largest_decrease=jnp.zeros_like(unknown),
@@ -114,7 +101,7 @@ def _looked_at(fit: Progress, state: Any, value: jax.Array, max_steps: jax.Array
         fit,
         state=state,
         objective=value,
-        record=value,
+        watch=dataclasses.replace(fit.watch, record=value),
         status=jnp.where(sound, status, Status.NONFINITE).astype(jnp.int32),
     )
 
@@ -130,15 +117,14 @@ def advance(
 ) -> Progress:
     """One EM step of one fit, and whether it was the last; a fit that has ended stays as it is.
 
-    Stops when Aitken's estimate of what is left to gain, gain ratio / (1 - ratio), is at most
-    tol x total weight (McLachlan & Krishnan, The EM Algorithm and Extensions, section 4.9), or when
-    the objective has not risen above its own rounding for a few steps.
+    It has converged when what is left to gain is estimated to be at most tol x total weight (see `stopping`).
     """
     dtype = fit.objective.dtype
     eps = jnp.finfo(dtype).eps
     total = tree.total_weight(x, weights).astype(dtype)
     # A log-likelihood is rounded in units of one nat a row; another objective has no unit of its own.
-    rounded = total if getattr(model, "likelihood", True) else jnp.zeros_like(total)
+    likelihood = getattr(model, "likelihood", True)
+    rounded = total if likelihood else jnp.zeros_like(total)
     waits = getattr(algorithm, "waits", False)
     state = (algorithm.go_on if waits else algorithm.step)(model, fit.state, x, weights)
     value = objective(model, state)
@@ -151,54 +137,58 @@ def advance(
         allowed = tol * total
         finite = jnp.isfinite(value) & tree.all_finite(state.params)
         fell = -gain > jnp.sqrt(eps) * jnp.maximum(jnp.abs(value), rounded) if algorithm.monotone else False
-        progress = value > fit.record + resolution
-        record = jnp.where(progress, value, fit.record)
+        drop = jnp.maximum(-gain, 0)
+        before, height = fit.watch, value
     else:
         # Without an objective the parameters themselves are watched: their moves shrink like its gains.
-        gain = _largest_move(fit.state.params, state.params, dtype)
+        gain = height = _largest_move(fit.state.params, state.params, dtype)
         resolution, allowed = jnp.asarray(4 * eps, dtype), jnp.asarray(tol, dtype)
-        finite, fell = tree.all_finite(state.params), False
-        progress = gain > resolution
-        record = fit.record
+        finite, fell, drop = tree.all_finite(state.params), False, jnp.zeros((), dtype)
+        before = dataclasses.replace(fit.watch, record=jnp.zeros((), dtype))
 
     if getattr(algorithm, "inexact", lambda _: False)(model):
         # One poor M-step does not end a fit: gains count by their envelope, which may halve in a step.
-        gain = jnp.fmax(gain, 0.5 * fit.gain)
-    ratio = gain / fit.gain
-    stalled = jnp.where(progress, 0, fit.stalled + 1)
-    # The slower of the last two ratios, so that one lucky ratio does not stop a slow fit. A ratio that rises by
-    # more than its rounding tells of a slower mode taking over: it is carried on for as long as the fit has to go,
-    # 1 / (1 - ratio) steps, at a rise that grows as fast.
-    slow = jnp.maximum(ratio, fit.ratio)
-    rise = jnp.maximum(ratio - fit.ratio - 4 * resolution / jnp.abs(fit.gain), 0)
-    slow = slow + jnp.where(slow < 1, rise / (1 - slow) ** 2, 0)
-    left = jnp.where((slow >= 0) & (slow < 1), gain * slow / (1 - slow), jnp.inf)
-    left = getattr(state, "left", left)  # some algorithms know better
-    near = left <= jnp.maximum(allowed, resolution)
-    patience = PATIENCE if getattr(model, "likelihood", True) else PATIENCE // 2
-    if not getattr(algorithm, "stochastic", False):
-        converged = ((gain > resolution) & near) | (stalled >= patience)
-    else:
-        # Gains are noise, and say nothing.
-        converged = near if hasattr(state, "left") else jnp.array(False)
+        gain = jnp.fmax(gain, 0.5 * fit.watch.gain)
     settled = getattr(state, "settled", True)
-    converged = converged & settled & (tol >= 0)
-
+    before, move = stopping.moved(before, fit.state.params, state.params)
+    watch = stopping.observe(before, height, gain, move, resolution)
+    summed = known and likelihood  # a long sum, whose rounding hides what parameters still show
+    if hasattr(state, "left"):  # some algorithms know better
+        left, visible = state.left, jnp.array(True)
+    else:
+        left, credible = stopping.left_by_gains(before, watch, resolution)
+        visible = gain > resolution
+        if summed:
+            left = jnp.where(credible, left, stopping.left_by_moves(before, watch, resolution, total))
+            visible = visible | ~credible
+    if hasattr(state, "missed"):  # what M-steps are known to have left of Q
+        left = jnp.maximum(left, state.missed)
+    # Rounding errors of rows average out in all that parameters see of them.
+    floor = resolution / jnp.sqrt(jnp.maximum(total, 1)) if summed else resolution
+    near = (left <= jnp.maximum(allowed, floor)) & visible
+    if getattr(algorithm, "stochastic", False):
+        # Gains are noise, and say nothing.
+        converged, stalled = near & hasattr(state, "left"), jnp.array(False)
+    elif summed:
+        watch, confirmed = stopping.confirm(before, watch, near)
+        stalled = stopping.rests(watch)
+        # A fit that rests has come as far as its dtype lets it: tol is floored at the resolution of the objective.
+        converged = (near if hasattr(state, "left") else confirmed) | (stalled & (left <= resolution))
+    else:
+        patience = stopping.PATIENCE if likelihood else stopping.PATIENCE // 2
+        converged, stalled = near | (watch.stalled >= patience), jnp.array(False)
+    going_on = jnp.where(num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
+    may_end = settled & (tol >= 0)
     bad = ~finite | fell
     status = jnp.where(
         bad,
         jnp.where(finite, Status.DECREASED, Status.NONFINITE),
-        jnp.where(converged, Status.CONVERGED, jnp.where(num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)),
+        jnp.where(converged & may_end, Status.CONVERGED, jnp.where(stalled & may_end, Status.STALLED, going_on)),
     ).astype(jnp.int32)
-    drop = jnp.maximum(-gain, 0) if known else jnp.zeros((), dtype)
     after = Progress(
         state=tree.where(bad, fit.state, state),
         objective=jnp.where(bad, fit.objective, value),
-        # While an objective is still being changed, what it did before is forgotten.
-        gain=jnp.where(settled, gain, jnp.nan),
-        ratio=ratio,
-        record=jnp.where(settled, record, value),
-        stalled=jnp.where(settled, stalled, 0),
+        watch=stopping.forget(watch, height, state.params, settled),
         num_steps=jnp.where(bad, fit.num_steps, num_steps),
         status=status,
         largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, drop), fit.largest_decrease),

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, tree
+from . import checks, stopping, tree
 from .em import EM, units
 from .fit import (
-    PATIENCE,
     Progress,
     Result,
     advance,
@@ -110,11 +109,12 @@ class _Jobs:
     num_steps: jax.Array
     num_passes: jax.Array
     largest_decrease: jax.Array
+    watch: Any
     history: Any
 
 
 def _eligible(status: jax.Array) -> jax.Array:
-    return (status == Status.CONVERGED) | (status == Status.MAX_STEPS)
+    return (status == Status.CONVERGED) | (status == Status.MAX_STEPS) | (status == Status.STALLED)
 
 
 @functools.partial(jax.jit, static_argnames="lanes")
@@ -145,8 +145,7 @@ def _drive(
             fit,
             num_steps=job.num_steps,
             largest_decrease=job.largest_decrease,
-            # What has run before has stood still before: it need not prove that at full length again.
-            stalled=jnp.where(job.num_steps > 0, PATIENCE // 2, 0),
+            watch=stopping.resumed(job.watch),
         )
 
     def put(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
@@ -161,6 +160,7 @@ def _drive(
             num_steps=fits.num_steps,
             num_passes=jobs.num_passes.at[slots].get(mode="fill", fill_value=0) + fits.state.num_passes,
             largest_decrease=fits.largest_decrease,
+            watch=fits.watch,
         )
         before = {name: getattr(jobs, name) for name in endings}
         after = jax.tree.map(lambda all_, some: all_.at[slots].set(some, mode="drop"), before, endings)
@@ -235,6 +235,7 @@ def _prepare(
         num_steps=jnp.zeros(num_restarts, jnp.int32),
         num_passes=jnp.zeros_like(unknown),
         largest_decrease=jnp.zeros_like(unknown),
+        watch=jax.vmap(stopping.watch)(unknown, starts),
         history=jnp.full((num_restarts, capacity + 1), jnp.nan, unknown.dtype),
     )
 

@@ -15,6 +15,9 @@ METHODS = ("k-means++", "random_rows", "random_responsibilities")
 # Share of every row that a start spreads over all components: no component starts singular.
 SMOOTHING = 0.1
 
+# Groups of rows, times the number of components, that random responsibilities are drawn for.
+_GROUPS = 4
+
 
 def shares(
     key: jax.Array,
@@ -28,13 +31,14 @@ def shares(
     """Which component every row starts in: its number (N,), or responsibilities (N, K).
 
     Of the METHODS, "k-means++" and "random_rows" give every row to its nearest seed, columns standardised, and
-    "random_responsibilities" draws from the simplex. A component with labelled rows is seeded by one of them.
+    "random_responsibilities" draws them from the simplex, rows near to each other alike. A component with labelled rows
+    is seeded by one of them.
     """
-    if method == "random_responsibilities":
-        total = num_components + getattr(family, "extra_components", 0)
-        draws = jax.random.exponential(key, (tree.num_rows(x), total), tree.float_dtype(x))
-        return draws / jnp.sum(draws, axis=1, keepdims=True)
     points = standardize(family.features(x), weights)
+    if method == "random_responsibilities":
+        return random_responsibilities(
+            key, points, weights, num_components + getattr(family, "extra_components", 0), tree.float_dtype(x)
+        )
     seed = kmeans_plusplus if method == "k-means++" else random_rows
     seeds, nearest = seed(key, points, weights, num_components)
     return nearest if labels is None else nearest_known(key, points, labels, weights, seeds)
@@ -169,6 +173,21 @@ def random_rows(
     start = (jnp.full(rows, jnp.inf, points.dtype), jnp.zeros(rows, jnp.int32))
     _, nearest = jax.lax.fori_loop(0, num_seeds, body, start)
     return seeds, nearest
+
+
+def random_responsibilities(
+    key: jax.Array, points: jax.Array, weights: jax.Array | None, count: int, dtype: Any
+) -> jax.Array:
+    """Responsibilities (N, K), each row's uniform on the simplex, and those of rows (N, F) near to each other the same.
+
+    With draws of its own for every row components would differ by 1 / sqrt(N) only: at large N that is a start next to
+    a saddle, all components alike. Rows are therefore grouped around a few of them, at random.
+    """
+    groups = min(points.shape[0], _GROUPS * count)
+    key_groups, key_draws = jax.random.split(key)
+    _, nearest = random_rows(key_groups, points, weights, groups)
+    draws = jax.random.exponential(key_draws, (groups, count), dtype)
+    return (draws / jnp.sum(draws, axis=1, keepdims=True))[nearest]
 
 
 def nearest_known(

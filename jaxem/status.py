@@ -12,6 +12,7 @@ class Status(IntEnum):
     NONFINITE = 2
     DEGENERATE = 3
     DECREASED = 4
+    STALLED = 5
 
 
 REMEDIES = {
@@ -35,6 +36,12 @@ REMEDIES = {
         "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "
         "means an m_step that does not maximise q_function + log_prior, or an e_step that does not fit the likelihood; "
         "or a covariance so nearly singular that rounding outweighs what a step gains: then do as for DEGENERATE"
+    ),
+    Status.STALLED: (
+        "steps no longer move the parameters by more than rounding, or an M-step no longer moves them at all, while "
+        "more than tol may still be left to gain. Fit in float64, wrap the algorithm in an accelerator "
+        "(jaxem.squarem), or ask for less with a larger tol; where an optimiser makes the M-step, give it larger steps "
+        "or another one"
     ),
 }
 

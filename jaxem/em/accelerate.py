@@ -111,7 +111,7 @@ class Squarem:
             # A cap that was reached is raised.
             longest=jnp.where(length >= state.longest, self.growth * state.longest, state.longest),
             rate=rate,
-            left=_left(objective(model, state.inner), gain if sure is None else sure, rate, state.rate),
+            left=_left(_seen(objective(model, state.inner), gain) if sure is None else sure, rate, state.rate),
         )
         return _into_domain(model, aim, third), state
 
@@ -235,7 +235,7 @@ class Anderson:
             refused=~taken,
             plain=plain | ~taken,
             rate=rate,
-            left=_left(before, gain if sure is None else sure, rate, state.rate),
+            left=_left(_seen(before, gain) if sure is None else sure, rate, state.rate),
         )
 
 
@@ -328,7 +328,11 @@ def _into_domain(model: Any, aim: Params, safe: Params) -> Params:
 
 
 def _sure_gain(model: Any, state: EMState, mapped: Params) -> jax.Array | None:
-    """What an EM step raises Q + log-prior by, and so the objective by at least; None for models without Q."""
+    """What an EM step raises Q + log-prior by, and so the objective by at least; None for models without Q.
+
+    Where that is hidden by the rounding of Q, half the slope along the move: Q is level at the step's end, and so, for
+    short moves, the mean slope is half of the first.
+    """
     if not hasattr(model, "q_function"):
         return None
 
@@ -336,20 +340,29 @@ def _sure_gain(model: Any, state: EMState, mapped: Params) -> jax.Array | None:
         prior = model.log_prior(params) if hasattr(model, "log_prior") else 0
         return model.q_function(params, state.stats) + prior
 
-    return surrogate(mapped) - surrogate(state.params)
+    before, slope = jax.value_and_grad(surrogate)(state.params)
+    rise = surrogate(mapped) - before
+    terms = jax.tree.map(lambda g, d: jnp.sum(jnp.where(d == 0, 0, g * d)), slope, _difference(mapped, state.params))
+    half = 0.5 * sum(jax.tree.leaves(terms))
+    rounding = jnp.finfo(before.dtype).eps * jnp.abs(before)
+    hidden = (rise < 64 * rounding) & jnp.isfinite(half)
+    return jnp.where(hidden, jnp.maximum(half, 0), jnp.maximum(rise, rounding))
 
 
-def _left(value: jax.Array, gain: jax.Array, rate: jax.Array, before: jax.Array) -> jax.Array:
+def _left(gain: jax.Array, rate: jax.Array, before: jax.Array) -> jax.Array:
     """An upper estimate of what is still to be gained above an objective, from what one EM step gains there.
 
     A mode of rate r that is d away from the maximum has d^2 h / 2 to gain, h its curvature; Q's is h / (1 - r),
     so that the rise of Q over an EM step is (1 - r) d^2 h / 2. A rate that rises tells of slower modes to come: it
     is carried on as in the loop's own rule.
     """
-    # A rise below its rounding tells nothing of what is left.
-    rise = jnp.maximum(gain, jnp.finfo(value.dtype).eps * jnp.abs(value))
     slow = rate + jnp.where(rate < 1, jnp.maximum(rate - before, 0) / jnp.where(rate < 1, 1 - rate, 1) ** 2, 0)
-    return jnp.where(slow < 1, rise / jnp.where(slow < 1, 1 - slow, 1), jnp.inf)
+    return jnp.where(slow < 1, gain / jnp.where(slow < 1, 1 - slow, 1), jnp.inf)
+
+
+def _seen(value: jax.Array, gain: jax.Array) -> jax.Array:
+    """A gain of an objective, or the rounding of that: a gain below it tells nothing of what is left."""
+    return jnp.maximum(gain, jnp.finfo(value.dtype).eps * jnp.abs(value))
 
 
 def _rate(before: jax.Array, cross: jax.Array, size: jax.Array) -> jax.Array:

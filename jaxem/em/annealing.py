@@ -8,23 +8,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import tree
 from ..latents import Exact
 from ..protocols import Data, Params
 from ..record import record, static
+from .maximize import coordinates
 from .step import EM, EMState, of_inner
 
 # Steps at which a schedule is looked at before it is used; the last stands for the end.
 _PROBED = (0, 1, 2, 5, 10, 100, 10**6)
 
+# Share of the way back to the start that a step in the heat is drawn.
+_DRAW = 0.1
+
+
+@record(kw_only=False)
+class _Drawn:
+    """An M-step whose parameters are drawn towards a start while it is `hot`."""
+
+    inner: Any
+    start: Any
+    hot: jax.Array
+
+    def init(self, model: Any, params: Params, total: jax.Array) -> Any:
+        return self.inner.init(model, params, total)
+
+    def parts(self, model: Any, params: Params) -> int:
+        return self.inner.parts(model, params) if hasattr(self.inner, "parts") else 1
+
+    def step(self, model: Any, params: Params, stats: Any, state: Any, part: jax.Array | int) -> tuple[Params, Any]:
+        found, state = self.inner.step(model, params, stats, state, part)
+        theta, constrain = coordinates(model, found)
+        drawn = constrain(jax.tree.map(lambda here, there: here + _DRAW * (there - here), theta, self.start))
+        return tree.where(self.hot, drawn, found), state
+
 
 @record
 class AnnealedState:
-    """inner: the EM state; settled: whether this and the objective before are both of temperature 1."""
+    """What annealing remembers.
+
+    inner: the EM state; start: coordinates of the parameters that the fit began with; settled: whether this and the
+    objective before are both of temperature 1.
+    """
 
     inner: EMState
+    start: Any
     settled: jax.Array
 
     params, stats, loglik, num_passes = map(of_inner, ("params", "stats", "loglik", "num_passes"))
+    missed = of_inner("missed")
 
 
 @record
@@ -34,8 +66,9 @@ class Annealed:
     High temperatures blur the likelihood until it has one optimum, which is followed as it sharpens;
     temperatures below 1 on the way (as in anti-annealing) are allowed. The objective is the tempered one
     until temperature 1 is reached (see `Exact`), and a fit is not told to have converged before.
-    It works best where the width of components is held, or has a prior. Cool fast enough: components that
-    stay hot for hundreds of steps merge to the last bit, and what is equal never parts again.
+    It works best where the width of components is held, or has a prior. Components that have merged in the heat are
+    parted as it cools: every step above temperature 1 draws the parameters a tenth of the way back to the start, in
+    unconstrained coordinates. That is undone where the map attracts, and grows where components want to part.
     Ueda & Nakano (1998), Deterministic annealing EM algorithm, Neural Networks 11.
     """
 
@@ -59,13 +92,15 @@ class Annealed:
         self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> AnnealedState:
         inner = self._at(jnp.zeros((), jnp.int32)).init(model, params, x, weights, key)
-        return AnnealedState(inner=inner, settled=jnp.array(False))
+        return AnnealedState(inner=inner, start=coordinates(model, params)[0], settled=jnp.array(False))
 
     def step(self, model: Any, state: AnnealedState, x: Data, weights: jax.Array | None = None) -> AnnealedState:
         before = state.inner.num_steps
-        inner = self._at(before + 1).step(model, state.inner, x, weights)
+        hot = self.temperature(before) > 1
+        parted = dataclasses.replace(self.inner, maximize=_Drawn(self.inner.maximize, state.start, hot))
+        inner = dataclasses.replace(self, inner=parted)._at(before + 1).step(model, state.inner, x, weights)
         settled = (self.temperature(before) == 1) & (self.temperature(before + 1) == 1)
-        return AnnealedState(inner=inner, settled=settled)
+        return AnnealedState(inner=inner, start=state.start, settled=settled)
 
     def evaluated(self, model: Any, state: AnnealedState, x: Data, weights: jax.Array | None = None) -> AnnealedState:
         """The state with the log-likelihood itself, of all rows."""

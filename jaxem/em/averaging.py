@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from ..protocols import Data, Params, Stats
 from ..record import record, static
 from .maximize import ClosedForm
-from .minibatch import mix
+from .minibatch import mix, rate_at
 from .step import EM, EMState, of_inner
 
-# Averages of fewer steps are not compared.
+# Averages that have renewed their statistics fewer times are not compared.
 _FEWEST = 8
 
 
@@ -20,14 +20,17 @@ _FEWEST = 8
 class AveragedState:
     """inner: the EM state; mean: statistics averaged over the steps since `start`; params: their M-step.
 
-    anchor: params when the number of steps averaged was last a power of two; left: what is still to be
-    gained, told by how far the average has moved since then.
+    anchor: params when the number of steps averaged was last a power of two; rise: of Q, between the two anchors
+    before; renewed: how many times over the steps averaged have replaced the statistics that they began with; left:
+    what is still to be gained, told by how far the average has moved.
     """
 
     inner: EMState
     mean: Stats
     params: Params
     anchor: Params
+    rise: jax.Array
+    renewed: jax.Array
     left: jax.Array
 
     stats, loglik, num_passes = map(of_inner, ("stats", "loglik", "num_passes"))
@@ -40,8 +43,9 @@ class Averaged:
     The algorithm itself goes on from its own parameters. Statistics are averaged, not parameters, so that the
     result is in the domain; their weights grow with the step, so that the way there is soon forgotten
     (Shamir & Zhang 2013, with eta = 1). Whenever the number of steps has doubled, the average is compared with
-    the one before: the rise of Q between them estimates what is left to gain, and a fit is told to
-    have converged when that is at most `tol` per unit of weight.
+    the one before. The rise of Q between them shrinks from one doubling to the next once the average has settled, and
+    grows while it still drifts: the series of rises estimates what is left to gain, and a fit is told to have converged
+    when that is at most `tol` per unit of weight. Statistics that small rates have hardly renewed are not compared.
     Polyak & Juditsky (1992), Acceleration of stochastic approximation by averaging; Cappé & Moulines (2009).
     """
 
@@ -56,24 +60,41 @@ class Averaged:
         self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> AveragedState:
         inner = self.inner.init(model, params, x, weights, key)
-        left = jnp.full((), jnp.inf, inner.num_passes.dtype)
-        return AveragedState(inner=inner, mean=inner.stats, params=params, anchor=params, left=left)
+        far = jnp.full((), jnp.inf, inner.num_passes.dtype)
+        return AveragedState(
+            inner=inner,
+            mean=inner.stats,
+            params=params,
+            anchor=params,
+            rise=far,
+            renewed=jnp.zeros_like(far),
+            left=far,
+        )
 
     def step(self, model: Any, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
         inner = self.inner.step(model, state.inner, x, weights)
         count = jnp.maximum(inner.num_steps - self.start, 1)
         mean = mix(model, inner.params, state.mean, inner.stats, 2 / (count + 1))
         params = model.m_step(mean)
+        rate = rate_at(getattr(self.inner.gather, "rate", 1.0), inner.num_steps)
+        renewed = jnp.where(count > 1, state.renewed, 0) + jnp.asarray(rate, state.left.dtype)
         doubled = (count & (count - 1) == 0) & (count > 1)
-        left = state.left
+        rise, left = state.rise, state.left
         if hasattr(model, "q_function"):
 
-            def rise() -> jax.Array:
-                return jnp.abs(model.q_function(params, mean) - model.q_function(state.anchor, mean))
+            def compared() -> tuple[jax.Array, jax.Array]:
+                rise = jnp.abs(model.q_function(params, mean) - model.q_function(state.anchor, mean))
+                share = rise / state.rise
+                return rise, jnp.where(share < 1, rise / jnp.where(share < 1, 1 - share, 1), jnp.inf)
 
-            left = jax.lax.cond(doubled & (count >= _FEWEST), rise, lambda: left)
+            comparable = doubled & (renewed >= _FEWEST)
+            rise, left = jax.lax.cond(comparable, compared, lambda: (rise, left))
+            # The first rise has none before it to be compared with.
+            left = jnp.where(jnp.isinf(state.rise), jnp.inf, left)
         anchor = jax.tree.map(lambda new, old: jnp.where(doubled | (count == 1), new, old), params, state.anchor)
-        return AveragedState(inner=inner, mean=mean, params=params, anchor=anchor, left=left)
+        return AveragedState(
+            inner=inner, mean=mean, params=params, anchor=anchor, rise=rise, renewed=renewed, left=left
+        )
 
     def evaluated(self, model: Any, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
         """The state with the log-likelihood of all rows at the averaged parameters."""

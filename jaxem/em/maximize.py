@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from .. import checks, tree
 from ..protocols import Params, Stats
@@ -15,6 +16,9 @@ from ..record import record, static
 
 # Lengths at which a gradient step that would lower Q is tried again.
 _SHORTER = tuple(2.0**-power for power in (0, 1, 2, 3, 5, 8, 12, 20))
+
+# Directions along which the curvature of Q is looked at, to tell what an M-step left.
+_CURVATURES = 10
 
 
 @record
@@ -32,10 +36,15 @@ class ClosedForm:
 
 @record
 class Ascent:
-    """What gradient steps remember: the optimiser's state, and the number of rows that Q is a sum over."""
+    """What gradient steps remember.
+
+    optimizer: the optimiser's state; total: the number of rows that Q is a sum over; missed: what the last M-step is
+    known to have left of Q + log-prior, in nats.
+    """
 
     optimizer: Any
     total: jax.Array
+    missed: jax.Array
 
 
 _LBFGS = optax.lbfgs(memory_size=8)
@@ -73,7 +82,7 @@ class Gradient:
                 "a gradient M-step climbs Q, and this model has no q_function(params, stats): give it one, or an m_step"
             )
         theta, _ = coordinates(model, params)
-        return Ascent(optimizer=self.optimizer.init(theta), total=total)
+        return Ascent(optimizer=self.optimizer.init(theta), total=total, missed=jnp.full_like(total, jnp.inf))
 
     def step(
         self, model: Any, params: Params, stats: Stats, state: Ascent, part: jax.Array | int
@@ -101,8 +110,9 @@ class Gradient:
             return (theta, optimizer, *jax.value_and_grad(descent)(theta))
 
         start = (theta, state.optimizer, *jax.value_and_grad(descent)(theta))
-        theta, optimizer, _, _ = jax.lax.fori_loop(0, self.num_steps, one, start)
-        return constrain(theta), dataclasses.replace(state, optimizer=optimizer)
+        theta, optimizer, _, slope = jax.lax.fori_loop(0, self.num_steps, one, start)
+        missed = state.total * _decrement(descent, theta, slope)
+        return constrain(theta), dataclasses.replace(state, optimizer=optimizer, missed=missed)
 
     def _check_state(self, theta: Any, state: Any) -> None:
         expected = jax.eval_shape(self.optimizer.init, theta)
@@ -163,6 +173,34 @@ class Conditional:
         if unknown:
             raise ValueError(f"blocks must be among {', '.join(map(repr, declared))}; got {unknown[0]!r}")
         return self.blocks or tuple((name,) for name in declared)
+
+
+def _decrement(function: Callable[[Any], jax.Array], theta: Any, slope: Any) -> jax.Array:
+    """What a Newton step from theta would lower a function by, gᵀH⁻¹g / 2; infinite where it bends downwards.
+
+    By conjugate gradients, whose every iterate is a lower bound (Nocedal & Wright, Numerical Optimization, section
+    5.1): a step that an optimiser refused or made too small is not taken for the end of the ascent.
+    """
+    at, unravel = ravel_pytree(theta)
+    start, _ = ravel_pytree(slope)
+
+    def curved(direction: jax.Array) -> jax.Array:
+        along = jax.jvp(jax.grad(lambda flat: function(unravel(flat))), (at,), (direction,))[1]
+        return jnp.where(start != 0, along, 0)  # what cannot move does not count
+
+    def improve(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rest, direction, square, found = carry
+        image = curved(direction)
+        bend = direction @ image
+        length = square / jnp.where(bend > 0, bend, 1)
+        found = jnp.where(square > 0, found + jnp.where(bend > 0, 0.5 * length * square, jnp.inf), found)
+        rest = rest - length * image
+        after = rest @ rest
+        return rest, rest + after / jnp.where(square > 0, square, 1) * direction, after, found
+
+    square = start @ start
+    first = (start, start, square, jnp.zeros_like(square))
+    return jax.lax.fori_loop(0, min(at.size, _CURVATURES), improve, first)[-1]
 
 
 def coordinates(model: Any, params: Params) -> tuple[Any, Callable[[Any], Params]]:

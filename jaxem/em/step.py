@@ -32,6 +32,11 @@ class EMState:
     num_steps: jax.Array
     num_passes: jax.Array
 
+    @property
+    def missed(self) -> jax.Array | float:
+        """What the last M-step is known to have left of Q + log-prior."""
+        return getattr(self.maximize, "missed", 0.0)
+
 
 def of_inner(name: str) -> Any:
     """What a wrapper's state shows of the EM state inside it."""

@@ -1,0 +1,211 @@
+"""When a fit stops, and what that is called.
+
+What is left to gain is a geometric series: the last gain, and the rate at which gains shrink. Both are read from the
+objective for as long as its gains stand out of its rounding. An objective is a long sum, so that its rounding hides
+gains long before a slow fit is done, above all in float32. Parameters are resolved far better: near a maximum a
+gain is proportional to the square of the move that made it, so that a move of 1e-7 is still seen where a gain of
+1e-14 is not. From there on moves stand for gains.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .protocols import Params
+from .record import record
+
+# Steps without visible progress after which an objective that has no moves to look at is at its resolution.
+PATIENCE = 4
+
+# A gain stands out of the objective's rounding from so many units of that on, a ratio of moves out of theirs.
+_SEEN = 2
+_MOVED = 8
+
+# So many steps in a row have to find that little is left: where a fast mode has died, a slow one shows itself next.
+_CONFIRMED = 3
+
+# What is extrapolated from moves counts so many times.
+_CAUTION = 4
+
+# Steps over which moves are compared before they tell of a rate, and without any shrinking of moves before they rest.
+_FEWEST = 4
+_REST = 64
+
+# Nats a unit of weight that a squared relative move of 1 is worth, at the most, where no gain has been seen yet.
+_DEAREST = 1e4
+
+
+@record
+class Watch:
+    """What the stopping rule remembers of a fit.
+
+    gain: the last gain of the objective, a bound on it where M-steps stop short of their maximum.
+    ratio: of the last two gains.
+    record: the highest objective that stood out of the rounding.
+    stalled: steps since then.
+    mark: squared move, relative to the parameters, that later ones are compared with.
+    since: steps since the mark.
+    pace: steps in which squared moves shrank by a factor of e, when they last halved; inf where they grew.
+    move: the last squared move.
+    shrink: of the last two squared moves, the ratio.
+    seen: the last gain that stood out of the rounding; NaN before there was one.
+    seen_move: the squared move that made it.
+    power: gains go with this power of squared moves, 1 in the interior of the domain and 1/2 towards its boundary.
+    near: steps in a row that found little enough left.
+    scale: of every array of the parameters, the largest entry that it has had.
+    """
+
+    gain: jax.Array
+    ratio: jax.Array
+    record: jax.Array
+    stalled: jax.Array
+    mark: jax.Array
+    since: jax.Array
+    pace: jax.Array
+    move: jax.Array
+    shrink: jax.Array
+    seen: jax.Array
+    seen_move: jax.Array
+    power: jax.Array
+    near: jax.Array
+    scale: Any
+
+
+def watch(value: jax.Array, params: Params) -> Watch:
+    """A fit at its start: its objective, a scalar, and its parameters."""
+    unknown, none = jnp.full_like(value, jnp.nan), jnp.zeros((), jnp.int32)
+    return Watch(
+        gain=unknown,
+        ratio=unknown,
+        record=value,
+        stalled=none,
+        mark=jnp.full_like(value, jnp.inf),
+        since=none,
+        pace=jnp.full_like(value, jnp.inf),
+        move=unknown,
+        shrink=unknown,
+        seen=unknown,
+        seen_move=unknown,
+        power=jnp.ones_like(value),
+        near=none,
+        scale=_scale(params),
+    )
+
+
+def _floats(params: Params) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
+
+
+def _scale(params: Params) -> list[jax.Array]:
+    return [jnp.max(jnp.abs(leaf)) for leaf in _floats(params)]
+
+
+def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array]:
+    """The squared length of a move, every array measured by the largest entry that it has had; at least eps^2.
+
+    Returns the watch with these entries as they are now, and the length, a scalar.
+    """
+    dtype = watch.record.dtype
+    scale = list(map(jnp.maximum, watch.scale, _scale(after)))
+    total = jnp.zeros((), dtype)
+    for a, b, largest in zip(_floats(before), _floats(after), scale, strict=True):
+        total += jnp.sum(jnp.square((b - a) / jnp.where(largest > 0, largest, 1))).astype(dtype)
+    return dataclasses.replace(watch, scale=scale), jnp.maximum(total, jnp.finfo(dtype).eps ** 2)
+
+
+def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, resolution: jax.Array) -> Watch:
+    """The watch after a step that brought the objective to `value`, by `gain`, and moved parameters by `move`."""
+    progress = value > watch.record + resolution
+    first = ~jnp.isfinite(watch.mark)
+    since = jnp.where(first, 0, watch.since + 1)
+    halved, grown = move <= watch.mark / 2, move > 2 * watch.mark
+    folds = jnp.log(jnp.where(first, 2, watch.mark / move))
+    pace = jnp.where(halved & ~first, since / folds, jnp.where(grown, jnp.inf, watch.pace))
+    anew = first | halved | grown
+    seen = gain > _SEEN * resolution
+    # Taken anew whenever moves have halved, and averaged, since a single ratio of gains is rough.
+    compared = seen & anew & (watch.seen > 0) & (move < watch.seen_move / 1.5)
+    power = jnp.log(watch.seen / gain) / jnp.log(jnp.where(compared, watch.seen_move / move, 2))
+    power = 0.5 * (watch.power + jnp.clip(power, 0.5, 1))
+    return Watch(
+        gain=gain,
+        ratio=gain / watch.gain,
+        record=jnp.where(progress, value, watch.record),
+        stalled=jnp.where(progress, 0, watch.stalled + 1),
+        mark=jnp.where(anew, move, watch.mark),
+        since=jnp.where(anew, 0, since),
+        pace=pace,
+        move=move,
+        shrink=move / watch.move,
+        seen=jnp.where(seen & (anew | jnp.isnan(watch.seen)), gain, watch.seen),
+        seen_move=jnp.where(seen & (anew | jnp.isnan(watch.seen)), move, watch.seen_move),
+        power=jnp.where(compared, power, watch.power),
+        near=watch.near,
+        scale=watch.scale,
+    )
+
+
+def _series(ratio: jax.Array, before: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum of the geometric series that follows a term, relative to it, and the ratio that it was taken at.
+
+    Aitken's estimate, ratio / (1 - ratio) (McLachlan & Krishnan, The EM Algorithm and Extensions, section 4.9). Taken
+    is the slower of the last two ratios, so that one lucky ratio does not stop a slow fit. A ratio that rises by more
+    than its noise tells of a slower mode taking over: it is carried on for as long as the fit has to go,
+    1 / (1 - ratio) steps, at a rise that grows as fast.
+    """
+    slow = jnp.maximum(ratio, before)
+    rise = jnp.maximum(ratio - before - noise, 0)
+    slow = slow + jnp.where(slow < 1, rise / (1 - slow) ** 2, 0)
+    return jnp.where((slow >= 0) & (slow < 1), slow / (1 - slow), jnp.inf), slow
+
+
+def left_by_gains(before: Watch, now: Watch, resolution: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is left to gain, told by the last gain and its ratio, and whether rounding leaves that credible."""
+    series, slow = _series(now.ratio, before.ratio, 4 * resolution / jnp.abs(before.gain))
+    # The error of a ratio must be small against its distance from 1.
+    return now.gain * series, now.gain * jnp.minimum(1 - slow, 1) > _SEEN * resolution
+
+
+def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.Array) -> jax.Array:
+    """What is left to gain where gains drown in rounding: what the last move is worth, and those to come.
+
+    Moves shrink as their last ratio tells, where that stands out of its own rounding, and no faster than they have
+    halved: over many steps the rounding of slow moves averages out.
+    """
+    unseen = jnp.minimum(_SEEN * resolution, _DEAREST * total * now.move)
+    gain = jnp.where(jnp.isnan(now.seen), unseen, now.seen * (now.move / now.seen_move) ** now.power)
+    folds = jnp.log(jnp.maximum(now.mark / now.move, 1))
+    direct = jnp.where((now.since >= _FEWEST) & (folds > 0), now.since / jnp.where(folds > 0, folds, 1), jnp.inf)
+    # Moves that have not halved in so many steps are at least that slow.
+    pace = jnp.where(jnp.isinf(now.pace), direct, jnp.maximum(now.pace, now.since / math.log(2)))
+    slowest = jnp.where(jnp.isinf(pace), jnp.inf, 1 / jnp.expm1(now.power / jnp.where(pace > 0, pace, 1)))
+    noise = _MOVED * jnp.finfo(now.move.dtype).eps / jnp.sqrt(now.move)
+    series, _ = _series(now.shrink**now.power, before.shrink**now.power, noise)
+    return _CAUTION * gain * jnp.maximum(slowest, jnp.where(jnp.abs(1 - now.shrink) > noise, series, 0))
+
+
+def confirm(before: Watch, now: Watch, near: jax.Array) -> tuple[Watch, jax.Array]:
+    """Whether a fit that seems to be near its limit is: at once where it shrinks steadily, else after a few steps."""
+    change = jnp.abs(now.ratio - before.ratio)
+    steady = change < 0.1 * jnp.minimum(jnp.abs(now.ratio), jnp.abs(1 - now.ratio))
+    count = jnp.where(near, jnp.where(steady, _CONFIRMED, now.near + 1), 0)
+    return dataclasses.replace(now, near=count), count >= _CONFIRMED
+
+
+def resumed(now: Watch) -> Watch:
+    """The watch of a fit that is taken up again: what it has proved, it need not prove again at full length."""
+    return dataclasses.replace(now, near=jnp.minimum(now.near, 1))
+
+
+def rests(now: Watch) -> jax.Array:
+    """Whether neither the objective nor the moves tell of a fit that still goes on."""
+    patience = jnp.maximum(_REST, 8 * jnp.where(jnp.isinf(now.pace), 0, now.pace))
+    return (now.since >= patience) & (now.stalled >= patience)
+
+
+def forget(now: Watch, value: jax.Array, params: Params, settled: jax.Array | bool) -> Watch:
+    """The watch, or one that starts anew where the objective itself is still being changed."""
+    return now if settled is True else jax.tree.map(lambda a, b: jnp.where(settled, a, b), now, watch(value, params))
