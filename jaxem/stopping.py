@@ -104,16 +104,19 @@ def _scale(params: Params) -> list[jax.Array]:
 
 
 def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array]:
-    """The squared length of a move, every array measured by the largest entry that it has had; at least eps^2.
+    """The squared length of a move, every array measured by the largest entry that it has had, or of its rounding.
 
     Returns the watch with these entries as they are now, and the length, a scalar.
     """
     dtype = watch.record.dtype
-    scale = list(map(jnp.maximum, watch.scale, _scale(after)))
-    total = jnp.zeros((), dtype)
-    for a, b, largest in zip(_floats(before), _floats(after), scale, strict=True):
-        total += jnp.sum(jnp.square((b - a) / jnp.where(largest > 0, largest, 1))).astype(dtype)
-    return dataclasses.replace(watch, scale=scale), jnp.maximum(total, jnp.finfo(dtype).eps ** 2)
+    now = _scale(after)
+    scale = list(map(jnp.maximum, watch.scale, now))
+    total, rounding = jnp.zeros((), dtype), jnp.full((), jnp.finfo(dtype).tiny)
+    for a, b, size, largest in zip(_floats(before), _floats(after), now, scale, strict=True):
+        unit = jnp.where(largest > 0, largest, 1)
+        total += jnp.sum(jnp.square((b - a) / unit)).astype(dtype)
+        rounding += jnp.square(jnp.finfo(dtype).eps * size / unit).astype(dtype)
+    return dataclasses.replace(watch, scale=scale), jnp.maximum(total, rounding)
 
 
 def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, resolution: jax.Array) -> Watch:
