@@ -88,9 +88,9 @@ class LinearRegression:
         """Weighted least squares, and the mean squared residual."""
         return self._estimate(stats)[0]
 
-    def share(self, stats: LinearRegressionStats, name: str) -> jax.Array:
+    def share(self, stats: LinearRegressionStats, name: str, params: LinearRegressionParams) -> jax.Array:
         """The mean squared residual of all rows, each about its own component's line."""
-        return jnp.sum(stats.count * self.m_step(stats).variance) / jnp.sum(stats.count)
+        return jnp.sum(stats.count * params.variance) / jnp.sum(stats.count)
 
     def q_function(self, params: LinearRegressionParams, stats: LinearRegressionStats) -> jax.Array:
         """Expected complete-data log-likelihood of the responses."""

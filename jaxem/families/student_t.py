@@ -123,7 +123,7 @@ class StudentT:
         stats = self._with_prior(stats)
         return self._with_normal(stats, self._normal.m_step_given(stats.moments, mean=mean))
 
-    def share(self, stats: StudentTStats, name: str) -> jax.Array:
+    def share(self, stats: StudentTStats, name: str, params: StudentTParams) -> jax.Array:
         """The degrees of freedom that the latent scales of all components tell together."""
         return _solve(jnp.sum(stats.log_scales) / jnp.sum(stats.count))
 

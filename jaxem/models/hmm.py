@@ -312,11 +312,18 @@ class HMM:
     def num_parameters(self, params: HMMParams) -> int:
         """Free parameters: of the start, of every row of transitions, and the emissions'. Supports count, and
         without one no entry is taken for a hard zero."""
+        return sum(self.degrees(params).values())
+
+    def degrees(self, params: HMMParams) -> dict[str, int]:
+        """Free parameters by name."""
         initial = np.ones(self.num_states) if self.initial_support is None else np.asarray(self.initial_support)
         shape = (self.num_states,) * 2
         moves = np.ones(shape) if self.transition_support is None else np.asarray(self.transition_support)
-        free = 0 if self.stationary else int(np.sum(initial != 0)) - 1
-        return free + int(np.sum(moves != 0)) - self.num_states + self.family.num_parameters(params.emissions)
+        return {
+            "initial": 0 if self.stationary else int(np.sum(initial != 0)) - 1,
+            "transition": int(np.sum(moves != 0)) - self.num_states,
+            "emissions": self.family.num_parameters(params.emissions),
+        }
 
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
         """What information criteria count: the steps of all sequences."""

@@ -186,7 +186,11 @@ class Mixture:
 
     def num_parameters(self, params: MixtureParams) -> int:
         """Free parameters: K - 1 weights and the components'."""
-        return self._total - 1 + self.family.num_parameters(params.components)
+        return sum(self.degrees(params).values())
+
+    def degrees(self, params: MixtureParams) -> dict[str, int]:
+        """Free parameters by name."""
+        return {"weights": self._total - 1, "components": self.family.num_parameters(params.components)}
 
     def unconstrain(self, params: MixtureParams) -> MixtureParams:
         """Additive log-ratios of the weights, the family's own coordinates for the components."""
