@@ -42,8 +42,9 @@ class LinearRegression:
     """log p(y|f,k) = -(log 2 pi v_k + (y - b_k - f·c_k)² / v_k) / 2: least squares, weighted.
 
     Data: a pair (features (N, P) or (N,), response (N,)), nothing missing. prior: pseudo-statistics, as
-    `pseudo_rows` makes them. DeSarbo & Cron (1988), A maximum likelihood methodology for clusterwise
-    linear regression, J. Classification 5.
+    `pseudo_rows` makes them. In float32 the normal equations lose the slope of features that lie further
+    from 0 than a thousand times their spread: centre these, as a warning says.
+    DeSarbo & Cron (1988), A maximum likelihood methodology for clusterwise linear regression, J. Classification 5.
     """
 
     prior: LinearRegressionStats | None = dataclasses.field(default=None, kw_only=True)
