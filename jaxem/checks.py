@@ -101,6 +101,19 @@ def finite_matrix(name: str, value: Any, *, missing: bool = False) -> None:
         )
 
 
+def present(x: Any, weights: Any) -> Any:
+    """The data, rows of weight 0 replaced by a row that counts, where they can be known: such a row is absent.
+
+    Traced data stay as they are; `tree.present` does it for those, once, at the entry of a fit: in every E-step it
+    would cost a tenth of it. Data that have not as many rows as there are weights are left to be refused.
+    """
+    leaves = jax.tree.leaves(x)
+    if weights is None or not is_concrete(x, weights) or any(np.shape(a)[:1] != np.shape(weights) for a in leaves):
+        return x
+    rows = np.where(np.asarray(weights) > 0, np.arange(len(weights)), np.argmax(np.asarray(weights) > 0))
+    return x if np.all(rows == np.arange(len(rows))) else jax.tree.map(lambda leaf: np.asarray(leaf)[rows], x)
+
+
 def row_weights(weights: Any, rows: int) -> None:
     """Raise unless weights are None or N finite numbers >= 0, not all 0."""
     if weights is None:

@@ -84,6 +84,17 @@ def m_step_for(inner: Any, params: Params, stats: Stats, names: tuple[str, ...])
     return Fixed(inner, held).m_step(stats) if held else inner.m_step(stats)
 
 
+def _degrees(inner: Any, params: Params) -> dict[str, int]:
+    """Free parameters by name: as `inner` tells, else as many as each has coordinates."""
+    if hasattr(inner, "degrees"):
+        return inner.degrees(params)
+    names = [field.name for field in dataclasses.fields(params)]
+    if len(names) == 1:
+        return {names[0]: inner.num_parameters(params)}
+    theta = jax.eval_shape(inner.unconstrain, params)
+    return {name: tree.size(getattr(theta, name)) for name in names}
+
+
 def _refuse(inner: Any, what: str, names: Any, known: tuple[str, ...]) -> None:
     """Raise TypeError for names of parameters that an exact M-step cannot treat so."""
     known = tuple(name for name in known if name not in _stated(inner))
@@ -143,15 +154,20 @@ class Fixed:
     def m_step_given(self, stats: Stats, **held: Any) -> Params:
         """The same, with more parameters held by a statement around this one."""
         separable = getattr(self.inner, "separable", ())
-        given = {**{name: value for name, value in self.values.items() if name not in separable}, **held}
+        # In the precision of the statistics, whatever that of the values is.
+        own = {name: value for name, value in self.values.items() if name not in separable}
+        own = jax.tree.map(lambda value: jnp.asarray(value, tree.float_dtype(stats)), own)
+        given = {**own, **held}
         return self.apply(self.inner.m_step_given(stats, **given) if given else self.inner.m_step(stats))
 
     def num_parameters(self, params: Params) -> int:
         """Free parameters: those that are not held."""
-        if set(self.values) == {field.name for field in dataclasses.fields(params)}:
-            return 0
-        theta = jax.eval_shape(self.inner.unconstrain, params)
-        return self.inner.num_parameters(params) - sum(tree.size(getattr(theta, name)) for name in self.values)
+        each = _degrees(self.inner, params)
+        return self.inner.num_parameters(params) - sum(each[name] for name in self.values)
+
+    def degrees(self, params: Params) -> dict[str, int]:
+        """Free parameters by name, 0 where held."""
+        return {**_degrees(self.inner, params), **dict.fromkeys(self.values, 0)}
 
     def unconstrain(self, params: Params) -> Any:
         """The inner coordinates of what is free; a held parameter has none."""
@@ -206,21 +222,20 @@ class Tied:
         """The same, with parameters held by a statement around this one."""
         params = self.inner.m_step_given(stats, **held) if held else self.inner.m_step(stats)
         share: Callable = getattr(self.inner, "share", self._pooled)
-        values = {name: share(stats, name) for name in self.names}
+        values = {name: share(stats, name, params) for name in self.names}
         return _replace(
             params, **{name: jnp.broadcast_to(value, getattr(params, name).shape) for name, value in values.items()}
         )
 
     def num_parameters(self, params: Params) -> int:
         """Free parameters, shared ones counted once."""
-        fields = {field.name for field in dataclasses.fields(params)}
-        total = self.inner.num_parameters(params)
-        count = getattr(params, self.names[0]).shape[0]
-        if set(self.names) == fields:
-            return total // count
-        theta = jax.eval_shape(self.inner.unconstrain, params)
-        each = sum(tree.size(getattr(theta, name)) for name in self.names) // count
-        return total - (count - 1) * each
+        each, shared = _degrees(self.inner, params), self.degrees(params)
+        return self.inner.num_parameters(params) - sum(each[name] - shared[name] for name in self.names)
+
+    def degrees(self, params: Params) -> dict[str, int]:
+        """Free parameters by name, shared ones counted once."""
+        each = _degrees(self.inner, params)
+        return {**each, **{name: each[name] // getattr(params, name).shape[0] for name in self.names}}
 
     def unconstrain(self, params: Params) -> Any:
         """The inner coordinates, shared ones once."""
@@ -234,7 +249,7 @@ class Tied:
         full = {name: getattr(theta, name)[0] + _refilled(getattr(theta, name)[1]) for name in self.names}
         return self.inner.constrain(_replace(theta, **full))
 
-    def _pooled(self, stats: Stats, name: str) -> jax.Array:
+    def _pooled(self, stats: Stats, name: str, _: Params) -> jax.Array:
         """The M-step from the sum of the statistics, where these are one component's after the other."""
         together = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, keepdims=True), stats)
         return getattr(self.inner.m_step(together), name)

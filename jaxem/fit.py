@@ -274,6 +274,7 @@ def _fit(
     max_steps: jax.Array,
     capacity: int,
 ) -> Result:
+    x, weights = tree.present(x, weights)
     params = like_step(model, algorithm, params, x, weights, key)
     start = begin(model, algorithm, params, x, weights, key, max_steps)
     history = jnp.full(capacity + 1, jnp.nan, start.objective.dtype).at[0].set(start.objective)

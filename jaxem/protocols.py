@@ -27,7 +27,8 @@ class Model(Protocol):
     `likelihood = False` where the objective is none and has no unit of its own,
     `blocks(params)` and `m_step_for(params, stats, names)`, an M-step over some of the parameters;
     `sample_size(x, weights)`: the n of information criteria, where it is not the rows;
-    `unconstrain` and `constrain`, `num_parameters`, `log_prob`, `posterior`, `predict`, `sample`.
+    `unconstrain` and `constrain`, `num_parameters`, and by name `degrees`; `log_prob`, `posterior`, `predict`,
+    `sample`.
     """
 
     def e_step(self, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = ...) -> Stats: ...
@@ -47,7 +48,8 @@ class Family(Protocol):
     the K; `shared_floats_per_row(params)`, of `floats_per_row` what does not depend on the
     parameters; `start_passes`, how many M-steps make a start (2); `separable`, the names of parameters
     whose being held or shared leaves the M-step of the others as it is, and
-    `m_step_given(stats, **held)` for others that can be held (see `Fixed` and `Tied`).
+    `m_step_given(stats, **held)` for others that can be held; `shareable`, and
+    `share(stats, name, params)`, a shared parameter given the M-step of all others (see `Fixed` and `Tied`).
     """
 
     def init(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:

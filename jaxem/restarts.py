@@ -302,7 +302,7 @@ def fit_restarts(
         model.check(x, weights)
     check_limits(tol, max_steps)
     x = jax.tree.map(jnp.asarray, units(model, x))
-    weights = None if weights is None else jnp.asarray(weights)
+    x, weights = tree.present(x, None if weights is None else jnp.asarray(weights))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 

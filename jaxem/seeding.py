@@ -78,7 +78,7 @@ def family_stats(
 
 def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Columns (N, F) scaled to unit (weighted) variance, so that seeds do not depend on units."""
-    total = points.shape[0] if weights is None else jnp.sum(weights)
+    total = tree.total_weight(points, weights)
     mean = numerics.weighted_sum(points.T, weights) / total
     variance = numerics.weighted_sum(jnp.square(points - mean).T, weights) / total
     return (points - mean) * jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)

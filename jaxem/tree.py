@@ -65,9 +65,24 @@ def num_rows(x: Tree) -> int:
 
 def total_weight(x: Tree, weights: jax.Array | None) -> jax.Array:
     """Number of rows that the data stand for: the sum of the weights, or N without them."""
-    if weights is not None:
-        return jnp.sum(weights)
-    return jnp.asarray(num_rows(x), float_dtype(x))
+    dtype = float_dtype(x)
+    # Sums of half-precision or whole-number weights overflow.
+    return jnp.asarray(num_rows(x), dtype) if weights is None else jnp.sum(weights.astype(dtype))
+
+
+@jax.jit
+def present(x: Tree, weights: jax.Array | None) -> tuple[Tree, jax.Array | None]:
+    """The data, rows of weight 0 replaced by a row that counts, and the weights in the data's floating dtype.
+
+    Such a row is absent: what it holds, a fill value of 1e20 say, must not enter a mean or give 0 x inf.
+    """
+    if weights is None:
+        return x, None
+    if any(jnp.shape(leaf)[:1] != weights.shape for leaf in jax.tree.leaves(x)):
+        return x, weights  # a user's model may have data of its own kind
+    counts = weights > 0
+    some = jnp.argmax(counts)
+    return where(counts, x, jax.tree.map(lambda leaf: leaf[some], x)), weights.astype(float_dtype(x))
 
 
 def float_dtype(x: Tree) -> Any:

@@ -4,14 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from jaxem import (
+    HMM,
     Bernoulli,
     BernoulliParams,
     Beta,
     Binomial,
+    Categorical,
     Fixed,
     Gamma,
+    HMMParams,
     LinearRegression,
     Mixture,
     MixtureParams,
@@ -22,6 +26,7 @@ from jaxem import (
     StudentT,
     Tied,
     VonMisesFisher,
+    VonMisesFisherParams,
     ZeroInflated,
     em_fit,
     fit_restarts,
@@ -208,3 +213,109 @@ def test_what_is_held_cannot_collapse(family, held, kind):
         free = Mixture(family, 2)
         params = free.params_from_responsibilities(x, share)
         assert em_fit(Fixed(free, {"components": params.components}), params, x).status == Status.CONVERGED
+
+
+DIRECTIONS = X / np.linalg.norm(X, axis=1, keepdims=True)
+NORTH = np.eye(2)
+
+
+@pytest.mark.parametrize(
+    ("family", "x"),
+    [
+        (Fixed(Tied(VonMisesFisher(), "concentration"), {"mean_direction": NORTH}), DIRECTIONS),
+        (Tied(Fixed(VonMisesFisher(), {"mean_direction": NORTH}), "concentration"), DIRECTIONS),
+        (Fixed(Tied(StudentT("diag"), "degrees_of_freedom"), {"mean": 4 * NORTH, "scale": 1 + NORTH}), X),
+        (Tied(Fixed(StudentT("diag"), {"mean": 4 * NORTH}), "degrees_of_freedom"), X),
+        (Tied(ZeroInflated(Fixed(Poisson(), {"rate": 1 + NORTH})), "inflation"), np.floor(np.abs(X))),
+    ],
+    ids=["held then shared", "shared then held", "t, all but one", "t, mean held", "zeros"],
+)
+def test_what_is_free_is_at_its_maximum_beside_what_is_held_and_shared(family, x):
+    """The slope of Q along all that is free is 0 at the M-step."""
+    share = jnp.asarray(np.random.default_rng(5).dirichlet(np.ones(2), len(x)).T)
+
+    @jax.jit
+    def slope(x):
+        stats = family.stats(family.init(x, None, 2), x, share)
+        theta = family.unconstrain(family.m_step(stats))
+        return jax.grad(lambda theta: family.q_function(family.constrain(theta), stats))(theta)
+
+    for leaf in jax.tree.leaves(slope(jnp.asarray(x))):
+        np.testing.assert_allclose(leaf, 0, atol=1e-7 * len(x))
+
+
+def test_a_concentration_shared_by_held_directions_is_that_of_the_cosines():
+    """A(c) = I_1(c) / I_0(c) is the mean of the cosines with the directions that are held (Mardia & Jupp, 10.3.1)."""
+    family = Fixed(Tied(VonMisesFisher(), "concentration"), {"mean_direction": NORTH})
+    share = RNG.dirichlet(np.ones(2), len(DIRECTIONS)).T
+    start = VonMisesFisherParams(mean_direction=NORTH, concentration=jnp.ones(2))
+    stats = jax.jit(family.stats)(start, DIRECTIONS, jnp.asarray(share))
+    concentration = float(jax.jit(family.m_step)(stats).concentration[0])
+    cosines = np.sum(share * (np.asarray(NORTH) @ DIRECTIONS.T)) / len(DIRECTIONS)
+    assert scipy.special.i1(concentration) / scipy.special.i0(concentration) == pytest.approx(cosines, rel=1e-10)
+
+
+RAGGED = np.stack([RNG.integers(0, n, 30) for n in (3, 2, 4)], axis=1)
+CHAIN = np.triu(np.ones((3, 3), bool))
+
+
+def _chain(family):
+    return HMM(family, 3, initial_support=np.array([True, True, False]), transition_support=CHAIN)
+
+
+# Free numbers by hand: categorical columns of 3, 2 and 4 values have 2 + 1 + 3 a component; the chain's start has 1,
+# its rows of transitions 2 + 1 + 0.
+@pytest.mark.parametrize(
+    ("model", "x", "free"),
+    [
+        (lambda: _held(Mixture(Categorical((3, 2, 4)), 2), "components"), RAGGED, 1),
+        (lambda: _held(Mixture(Categorical((3, 2, 4)), 2), "weights"), RAGGED, 12),
+        (lambda: Mixture(Tied(Categorical((3, 2, 4)), "probability"), 2), RAGGED, 1 + 6),
+        (lambda: _held(Mixture(Tied(Categorical((3, 2, 4)), "probability"), 2), "weights"), RAGGED, 6),
+        (lambda: Mixture(Fixed(Categorical((3, 2, 4)), {"probability": UNIFORM}), 2), RAGGED, 1),
+        (lambda: _held(_chain(Categorical((3, 2, 4))), "emissions"), RAGGED, 4),
+        (lambda: _held(_chain(Categorical((3, 2, 4))), "transition"), RAGGED, 1 + 18),
+        (lambda: _held(_chain(Categorical((3, 2, 4))), "initial", "transition"), RAGGED, 18),
+        (lambda: _held(_held(_chain(Normal("diag")), "initial"), "transition"), X, 3 * 4),
+        (lambda: _held(HMM(Poisson(), 2, stationary=True), "transition"), np.floor(np.abs(X)), 4),
+    ],
+)
+def test_free_parameters_are_counted_beside_supports_and_ragged_columns(model, x, free):
+    model = model()
+    params = _start(model, x)
+    assert model.num_parameters(params) == free
+
+    # As many directions do the parameters move in.
+    @jax.jit
+    def slopes(params):
+        flat, back = jax.flatten_util.ravel_pytree(model.unconstrain(params))
+        return jax.jacfwd(lambda theta: jax.flatten_util.ravel_pytree(model.constrain(back(theta)))[0])(flat)
+
+    assert np.linalg.matrix_rank(np.asarray(slopes(params)), tol=1e-9) == free
+
+
+UNIFORM = (np.arange(4) < np.array([3, 2, 4])[:, None]) / np.array([[3.0], [2.0], [4.0]])
+
+
+def _held(model, *names):
+    """The model with these held where a start has them."""
+    start = _start(model, RAGGED if "Categorical" in repr(model) else np.floor(np.abs(X)))
+    return Fixed(model, {name: getattr(start, name) for name in names})
+
+
+def _start(model, x):
+    """Some parameters inside, without the work of a start by seeds."""
+    inner = model
+    while isinstance(inner, Fixed):
+        inner = inner.inner
+    many = inner.num_states if isinstance(inner, HMM) else inner.num_components
+    components = inner.family.init(jnp.asarray(x), None, many)
+    if isinstance(inner, Mixture):
+        return MixtureParams(weights=jnp.full(many, 1 / many), components=components)
+    support = np.ones((many, many)) if inner.transition_support is None else np.asarray(inner.transition_support)
+    first = np.ones(many) if inner.initial_support is None else np.asarray(inner.initial_support)
+    return HMMParams(
+        initial=jnp.asarray(first / first.sum()),
+        transition=jnp.asarray(support / support.sum(axis=1, keepdims=True)),
+        emissions=components,
+    )

@@ -503,7 +503,7 @@ def test_von_mises_fisher_with_a_parameter_held_or_shared():
     held = family.m_step_given(stats, concentration=2.0)
     np.testing.assert_allclose(held.mean_direction, [[0.6, 0.8], [1, 0]], rtol=1e-6)
     assert held.concentration.tolist() == [2, 2]
-    shared = family.share(stats, "concentration")
+    shared = family.share(stats, "concentration", family.m_step(stats))
     np.testing.assert_allclose(scipy.special.ive(1, shared) / scipy.special.ive(0, shared), 8 / 10, rtol=1e-5)
 
 

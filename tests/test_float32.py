@@ -7,8 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from jaxem import Mixture, MixtureParams, Normal, NormalParams, Status, datasets, em_fit
+from jaxem import (
+    Binomial,
+    Exponential,
+    ExponentialParams,
+    LinearRegression,
+    Mixture,
+    MixtureParams,
+    Multinomial,
+    NegativeBinomial,
+    Normal,
+    NormalParams,
+    Poisson,
+    PoissonRegression,
+    Status,
+    StudentT,
+    StudentTParams,
+    datasets,
+    em_fit,
+)
 
 STEPS = 30
 # Four corners, no two of them in line, about one unit apart: the spread of the data is of order 1.
@@ -173,3 +192,61 @@ def test_a_start_in_float64_takes_the_precision_of_the_data():
     assert start.weights.dtype == jnp.float64
     fit = em_fit(model, start, x, max_steps=5)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(dataclasses.asdict(fit.params)))
+
+
+@pytest.mark.parametrize("freedom", [0.2, 3.0, 1e3, 1e5, 1e7])
+@pytest.mark.parametrize("columns", [1, 4])
+def test_student_densities_at_any_degrees_of_freedom(freedom, columns):
+    """Of a standard multivariate t: scipy's in float64."""
+    x = np.random.default_rng(0).normal(size=(6, columns)).astype(np.float32)
+    params = StudentTParams(
+        mean=jnp.zeros((1, columns)),
+        scale=jnp.ones((1, columns)),
+        degrees_of_freedom=jnp.array([freedom], jnp.float32),
+    )
+    expected = scipy.stats.multivariate_t.logpdf(x.astype(float), np.zeros(columns), np.eye(columns), freedom)
+    np.testing.assert_allclose(StudentT("diag").log_prob(params, x)[0], expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-15, 1e-20, 1e-28])
+def test_exponential_densities_at_any_scale(scale):
+    x = (scale * np.random.default_rng(0).exponential(size=8)).astype(np.float32)
+    params = ExponentialParams(rate=jnp.full((1, 1), 1 / scale, jnp.float32))
+    got = Exponential().log_prob(params, x)[0]
+    np.testing.assert_allclose(got, scipy.stats.expon.logpdf(x.astype(float), scale=scale), rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("large", ["responses", "features"])
+def test_poisson_regression_with_numbers_of_1e5(large):
+    """Responses of 1e5, whose log-factorials are 1e6; and features whose eighth powers float32 does not hold."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    unit = 1e5 if large == "features" else 1.0
+    features = (unit * rng.uniform(0.5, 1.5, size=(300, 2))).astype(np.float32)
+    eta = (11.0 if large == "responses" else 2.0) + np.where(labels == 0, 1, -1) * (features @ [0.3, 0.1]) / unit
+    response = rng.poisson(np.exp(eta)).astype(np.float32)
+    model = Mixture(PoissonRegression(), 2)
+    single = em_fit(model, model.params_from_responsibilities((features, response), labels), (features, response))
+    with jax.enable_x64(True):
+        x = features.astype(float), response.astype(float)
+        double = em_fit(model, model.params_from_responsibilities(x, labels), x, tol=1e-10, max_steps=3000).check()
+        best = float(double.objective)
+        e_step = jax.jit(lambda params: model.e_step(params, x).loglik)
+        at_single = float(e_step(jax.tree.map(lambda leaf: jnp.asarray(leaf, float), single.params)))
+    assert single.status == Status.CONVERGED
+    # The likelihood of what float32 found, in float64, against the best: tol, a row.
+    assert abs(best - at_single) < 300 * 1e-5
+    np.testing.assert_allclose(single.objective, best, atol=0.05)
+
+
+def test_what_float32_cannot_hold_is_said():
+    counts = np.random.default_rng(0).poisson(1e6, (20, 1))
+    for family in (Poisson(), NegativeBinomial(), Binomial(10_000_000), Multinomial()):
+        with pytest.warns(UserWarning, match="x holds counts up to 1e.06, whose log-probabilities float32 rounds"):
+            family.check(counts)
+    features = np.random.default_rng(0).normal(size=(20, 1)).astype(np.float32) + np.float32(1e4)
+    with pytest.warns(UserWarning, match=r"x\[0\], the features, lie too far from 0 .* column 0 has mean 1e"):
+        LinearRegression().check((features, features[:, 0]))
+    with jax.enable_x64(True):
+        Poisson().check(counts)
+        LinearRegression().check((features.astype(float), features[:, 0].astype(float)))

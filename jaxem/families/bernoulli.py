@@ -150,7 +150,8 @@ class Binomial:
 
     trials: a whole number, or one a column (D,). Where trials vary by row, leave it out and give the
     data as a pair (successes, trials), of shapes (N, D) and (N, D) or (N,). Missing entries (NaN, or
-    -1 among whole numbers) are integrated out. prior: a Beta.
+    -1 among whole numbers) are integrated out. Successes above 1e5 need float64; in float32 a check warns
+    of them. prior: a Beta.
     Do & Batzoglou (2008), What is the expectation maximization algorithm?, Nature Biotechnology 26.
     """
 
@@ -207,6 +208,7 @@ class Binomial:
         trials = self._trials(given, rows.shape)
         if given is not None:
             columns.check(f"{name}[1]", x[1], _whole, "whole numbers of trials, at least 0", missing=False)
+        columns.warn_of_large(name, successes)
         if not checks.is_concrete(trials):
             columns.check(name, successes, _whole, "whole numbers of successes, at least 0")
             return

@@ -166,7 +166,8 @@ class Multinomial:
     """Rows of counts: log p(x|k) = log t! - sum_v log x_v! + sum_v x_v log p_kv, t = sum_v x_v.
 
     trials: t of every row that is sampled; in data it may vary by row (documents of words).
-    Data (N, V) whole numbers; missing entries are not taken. prior: a Dirichlet.
+    Data (N, V) whole numbers; missing entries are not taken. Counts above 1e5 need float64; in float32 a
+    check warns of them. prior: a Dirichlet.
     Raises ValueError for rows that do not sum to `trials` where it is given.
     Nigam et al. (2000), Text classification from labeled and unlabeled documents using EM, Machine Learning 39.
     """
@@ -246,6 +247,7 @@ class Multinomial:
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         columns.check(name, x, lambda v: (v >= 0) & (v == np.floor(v)), "whole numbers, at least 0", missing=False)
+        columns.warn_of_large(name, x)
         if self.trials is not None and checks.is_concrete(x):
             totals = np.asarray(checks.columns(name, x)).astype(float).sum(axis=1)
             if np.any(totals != self.trials):

@@ -4,6 +4,7 @@ Most of these families are exponential: log p(x | k) = sum_f natural_kf features
 are then one matrix product, and their statistics another.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics
+from .. import checks, numerics, tree
 from ..protocols import Data, Params, Stats
 
 # Small enough to vanish beside any real count, large enough not to underflow when it multiplies a parameter.
@@ -42,7 +43,7 @@ def pair(x: Data) -> tuple[jax.Array, jax.Array | None]:
 
 def score(natural: jax.Array, features: jax.Array) -> jax.Array:
     """sum_f natural_kf features_fn, 0 x -inf = 0: (K, F), (F, N) -> (K, N)."""
-    total = numerics.product(jnp.maximum(natural, -_NEVER), features, "kf,fn->kn")
+    total = numerics.product(jnp.where(natural == -jnp.inf, -_NEVER, natural), features, "kf,fn->kn")
     return jnp.where(total < -_NEVER / 4, -jnp.inf, total)
 
 
@@ -101,6 +102,20 @@ def poisson(key: jax.Array, rate: jax.Array) -> jax.Array:
     # JAX's sampler takes one kind of generator only.
     threefry = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
     return jax.random.poisson(threefry, rate).astype(rate.dtype)
+
+
+def warn_of_large(name: str, x: Any) -> None:
+    """Eagerly warn of counts (N, D) whose log-probabilities float32 rounds by more than a tenth of a nat."""
+    if not checks.is_concrete(x) or tree.float_dtype(x) != jnp.float32:
+        return
+    largest = float(np.nanmax(np.asarray(x)))
+    error = largest * np.log(max(largest, 1)) * float(jnp.finfo(jnp.float32).eps)
+    if error > 0.1:
+        warnings.warn(
+            f"{name} holds counts up to {largest:.3g}, whose log-probabilities float32 rounds by about {error:.1g} "
+            "nats a row: a fit may stop early, or with a falling objective. Enable float64: jax.enable_x64(True)",
+            stacklevel=4,
+        )
 
 
 def check(name: str, x: Any, valid: Callable[[np.ndarray], np.ndarray], expected: str, *, missing: bool = True) -> None:

@@ -60,6 +60,7 @@ class Full:
 
     def whitener(self, covariance: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
         """W (..., D, D) and log det(covariance) / 2 (...)."""
+        covariance = _mean_of_triangles(covariance)
         factor = numerics.cholesky(covariance)
         logs = jnp.log(jnp.diagonal(factor, axis1=-2, axis2=-1))
         return numerics.inverse_lower(factor), jnp.sum(logs, axis=-1)
@@ -137,6 +138,7 @@ class Full:
     def log_prior(self, covariance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
         """Inverse-Wishart log-density, normalised (Gelman et al., Bayesian Data Analysis, appendix A)."""
         columns = covariance.shape[-1]
+        scale = _mean_of_triangles(scale)
         whitener, half_logdet = self.whitener(covariance, columns)
         half_logdet_scale = jnp.sum(jnp.log(jnp.diagonal(numerics.cholesky(scale), axis1=-2, axis2=-1)))
         normaliser = (
@@ -148,7 +150,7 @@ class Full:
         return normaliser - power * half_logdet - 0.5 * self.trace(self.precision(whitener), scale)
 
     def unconstrain(self, covariance: jax.Array) -> jax.Array:
-        return numerics.covariance_to_real(covariance)
+        return numerics.covariance_to_real(_mean_of_triangles(covariance))
 
     def constrain(self, theta: jax.Array, columns: int) -> jax.Array:
         return numerics.real_to_covariance(theta, columns)
@@ -160,6 +162,14 @@ class Full:
     def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
         """The covariance as (..., D, D)."""
         return covariance
+
+
+def _mean_of_triangles(matrix: jax.Array) -> jax.Array:
+    """(A + Aᵀ) / 2: A to the bit where A is symmetric.
+
+    A factorisation reads one triangle. Its slope in an entry would be 0 in the other, and twice what it should be here.
+    """
+    return 0.5 * (matrix + jnp.swapaxes(matrix, -1, -2))
 
 
 def _symmetric(entries: list[list[jax.Array]]) -> jax.Array:

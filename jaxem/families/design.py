@@ -4,6 +4,8 @@ Statistics are taken about the current coefficients, so that an M-step solves fo
 rounding a solution carries, the next step removes. z = (1, features); a line is (intercept, coefficients).
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,9 @@ import numpy as np
 from .. import checks, numerics, tree
 from ..protocols import Data, Params, Stats
 from . import columns
+
+# Means of features, in standard deviations, up to which float32 tells their slopes to about a thousandth.
+_FAR = 1e3
 
 
 def read(x: Data) -> tuple[jax.Array, jax.Array]:
@@ -38,6 +43,18 @@ def check(x: Data, name: str = "x") -> None:
     for part, values in (("[0]", features), ("[1]", response)):
         if jnp.issubdtype(values.dtype, jnp.floating):
             checks.finite_matrix(name + part, values)
+    if checks.is_concrete(features) and tree.float_dtype((features, response)) == jnp.float32:
+        exact = np.asarray(features, np.float64).reshape(len(features), -1)
+        mean, spread = np.mean(exact, axis=0), np.std(exact, axis=0)
+        # A constant column tells no slope, and loses none.
+        far = (spread > 0) & (np.abs(mean) > _FAR * spread)
+        if np.any(far):
+            column = np.argmax(far)
+            warnings.warn(
+                f"{name}[0], the features, lie too far from 0 for float32: column {column} has mean {mean[column]:.3g} "
+                f"and standard deviation {spread[column]:.3g}. Subtract the mean from it, or enable float64",
+                stacklevel=4,
+            )
 
 
 def points(x: Data) -> jax.Array:

@@ -34,7 +34,9 @@ class Gamma:
     """Independent gamma columns: log p(x|k) = sum_d a log b - lgamma(a) + (a - 1) log x_d - b x_d, (a, b) of (k, d).
 
     Data (N, D) or (N,), above 0; missing entries (NaN) are integrated out. A shape stays below
-    1/sqrt(eps): 7e7, or 3e3 in float32; a component that gets there is degenerate.
+    1/sqrt(eps): 7e7, or 3e3 in float32; a component that gets there is degenerate. In float32 shapes
+    beyond about 300 are rounded by more than a thousandth, and a fit may end with a falling objective: such
+    data need float64.
     prior: a GammaStats as if seen before, (D,) or (K, D) each, with count 0; log_prior is then Q at
     it, the log-density of the conjugate prior up to a constant. For a proper one, logs must be below
     observed log(total / observed).

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tree
+from .. import special, tree
 from ..protocols import Data
 from ..record import record
 from . import columns, design
+
+# In units of this, eighth powers of features from 0.004 to 1e7 are inside the range of float32.
+_UNIT = 256.0
 
 
 @record
@@ -31,7 +34,7 @@ class RegressionStats:
 
     count (K,) = sum r; reference (K, P + 1) = count (intercept, coefficients); gram (K, P + 1, P + 1):
     its curvature; cross (K, P + 1): the score; base (K,): the log-likelihood at the current line;
-    reach (P + 1,): sum over rows of z⁸, which bounds the largest z, where the bound is a local one.
+    reach (P + 1,): sum over rows of (z / _UNIT)⁸, which bounds the largest z, where the bound is a local one.
     """
 
     count: jax.Array
@@ -78,7 +81,7 @@ def _stats(family: "_Regression", params: RegressionParams, x: Data, responsibil
         gram=design.gram(responsibilities * curvature, matrix),
         cross=columns.sums(responsibilities * score, matrix),
         base=jnp.sum(jnp.where(responsibilities > 0, responsibilities * logs, 0), axis=1),
-        reach=columns.sums(jnp.sum(responsibilities, axis=0)[None], matrix**8)[0] if family.local else None,
+        reach=columns.sums(jnp.sum(responsibilities, axis=0)[None], (matrix / _UNIT) ** 8)[0] if family.local else None,
     )
 
 
@@ -90,7 +93,8 @@ def _m_step(family: "_Regression", stats: RegressionStats) -> RegressionParams:
     delta = design.solve(gram, stats.cross - penalty * line)
     if stats.reach is not None:
         # The eighth root of a sum of eighth powers is at least the largest.
-        move = jnp.sum(jnp.abs(delta) * stats.reach ** (1 / 8), axis=-1, keepdims=True)
+        reach = _UNIT * jnp.maximum(stats.reach, jnp.finfo(delta.dtype).tiny) ** (1 / 8)
+        move = jnp.sum(jnp.abs(delta) * reach, axis=-1, keepdims=True)
         delta = delta / jnp.maximum(move, 1)
     line = line + delta
     return RegressionParams(coefficients=line[:, 1:], intercept=line[:, 0])
@@ -229,7 +233,12 @@ class PoissonRegression:
         )
 
     def _log_density(self, eta: jax.Array, response: jax.Array) -> jax.Array:
-        return response * eta - jnp.exp(eta) - jax.lax.lgamma(response + 1)
+        # About its maximum over eta, since the terms of the usual form cancel for large counts.
+        some = response > 0
+        count = jnp.where(some, response, 1)
+        off = eta - jnp.log(count)
+        top = -0.5 * jnp.log(2 * math.pi * count) - special.stirling_error(count)
+        return jnp.where(some, top - count * (jnp.expm1(off) - off), -jnp.exp(eta))
 
     def _surrogate(self, eta: jax.Array, response: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Score and raised curvature: a quadratic below the log-density while eta moves by at most 1."""

@@ -42,8 +42,9 @@ class LinearRegression:
     """log p(y|f,k) = -(log 2 pi v_k + (y - b_k - f·c_k)² / v_k) / 2: least squares, weighted.
 
     Data: a pair (features (N, P) or (N,), response (N,)), nothing missing. prior: pseudo-statistics, as
-    `pseudo_rows` makes them. DeSarbo & Cron (1988), A maximum likelihood methodology for clusterwise
-    linear regression, J. Classification 5.
+    `pseudo_rows` makes them. In float32 the normal equations lose the slope of features that lie further
+    from 0 than a thousand times their spread: centre these, as a warning says.
+    DeSarbo & Cron (1988), A maximum likelihood methodology for clusterwise linear regression, J. Classification 5.
     """
 
     prior: LinearRegressionStats | None = dataclasses.field(default=None, kw_only=True)
@@ -88,9 +89,9 @@ class LinearRegression:
         """Weighted least squares, and the mean squared residual."""
         return self._estimate(stats)[0]
 
-    def share(self, stats: LinearRegressionStats, name: str) -> jax.Array:
+    def share(self, stats: LinearRegressionStats, name: str, params: LinearRegressionParams) -> jax.Array:
         """The mean squared residual of all rows, each about its own component's line."""
-        return jnp.sum(stats.count * self.m_step(stats).variance) / jnp.sum(stats.count)
+        return jnp.sum(stats.count * params.variance) / jnp.sum(stats.count)
 
     def q_function(self, params: LinearRegressionParams, stats: LinearRegressionStats) -> jax.Array:
         """Expected complete-data log-likelihood of the responses."""

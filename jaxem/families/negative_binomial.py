@@ -40,7 +40,8 @@ class NegativeBinomial:
 
     m the mean and c the concentration of (k, d): a Poisson whose rate is gamma distributed. Data
     (N, D) or (N,), whole numbers; missing entries (NaN, or -1 among whole numbers) are integrated
-    out. A concentration stays below mean / sqrt(eps), where counts are as good as Poisson.
+    out. A concentration stays below mean / sqrt(eps), where counts are as good as Poisson. Counts above
+    1e5 need float64; in float32 a check warns of them.
 
     No finite statistics hold a likelihood of c. So the data are completed by the number l of
     clusters that the x events come in: l is Poisson(c log(1 + m/c)), a cluster's size logarithmic,
@@ -131,6 +132,7 @@ class NegativeBinomial:
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         columns.check(name, x, lambda v: (v >= 0) & (v == np.floor(v)), "whole numbers, at least 0")
+        columns.warn_of_large(name, x)
 
     def _read(self, x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Counts, 0 where missing, and which are observed: (D, N) each."""

@@ -90,8 +90,9 @@ class Poisson:
     """Independent counts: log p(x|k) = sum_d x_d log(e_d rate_kd) - e_d rate_kd - log x_d!, with e_d = 1 by default.
 
     Data (N, D) or (N,), whole numbers; or a pair (counts, exposure), exposure (N, D) or (N,) and
-    positive. Missing counts (NaN, or -1 among whole numbers) are integrated out. prior: a
-    GammaPrior on every rate. McLachlan & Peel, Finite Mixture Models, section 5.2.
+    positive. Missing counts (NaN, or -1 among whole numbers) are integrated out. Counts above 1e5 need
+    float64; in float32 a check warns of them. prior: a GammaPrior on every rate.
+    McLachlan & Peel, Finite Mixture Models, section 5.2.
     """
 
     prior: GammaPrior | None = dataclasses.field(default=None, kw_only=True)
@@ -140,6 +141,7 @@ class Poisson:
     def check(self, x: Data, name: str = "x") -> None:
         counts, exposure = columns.pair(x)
         columns.check(name, counts, lambda v: (v >= 0) & (v == np.floor(v)), "whole numbers, at least 0")
+        columns.warn_of_large(name, counts)
         if exposure is not None:
             columns.check(f"{name}[1]", x[1], lambda v: (v > 0) & (v < np.inf), "exposures above 0", missing=False)
             rows = checks.columns(name, counts).shape

@@ -123,7 +123,7 @@ class StudentT:
         stats = self._with_prior(stats)
         return self._with_normal(stats, self._normal.m_step_given(stats.moments, mean=mean))
 
-    def share(self, stats: StudentTStats, name: str) -> jax.Array:
+    def share(self, stats: StudentTStats, name: str, params: StudentTParams) -> jax.Array:
         """The degrees of freedom that the latent scales of all components tell together."""
         return _solve(jnp.sum(stats.log_scales) / jnp.sum(stats.count))
 
@@ -218,9 +218,11 @@ class StudentT:
         each = jnp.broadcast_to(params.scale, self._each_shape(params))
         whitener, half_logdet = self._normal.shape.whitener(each, columns_here)
         square = self._normal.shape.square(whitener, rows.T[None] - params.mean[:, :, None])
-        nu = params.degrees_of_freedom
-        gammas = jax.lax.lgamma(0.5 * (nu + columns_here)) - jax.lax.lgamma(0.5 * nu)
-        return gammas - 0.5 * columns_here * jnp.log(nu * math.pi) - half_logdet, square
+        # log G(a + h) - log G(a) - h log(2 pi a), a = nu / 2, h = D / 2, by Stirling's series, which does not cancel.
+        a, h = 0.5 * params.degrees_of_freedom, 0.5 * columns_here
+        errors = special.stirling_error(a + h) - special.stirling_error(a)
+        gammas = (h - 0.5) * jnp.log1p(h / a) - a * special.log1p_gap(h / a) + errors
+        return gammas - h * math.log(2 * math.pi) - half_logdet, square
 
 
 def _log_gammas(nu: jax.Array, stats: StudentTStats) -> jax.Array:

@@ -103,10 +103,10 @@ class VonMisesFisher:
             mean_direction=mean_direction, concentration=jnp.broadcast_to(concentration, stats.count.shape)
         )
 
-    def share(self, stats: VonMisesFisherStats, name: str) -> jax.Array:
-        """The concentration that all components share: A(c) = sum_k |resultant_k| / sum_k count_k."""
-        length = jnp.sum(_norm(stats.resultant)) / jnp.sum(stats.count)
-        return _concentration(length, stats.resultant.shape[1])
+    def share(self, stats: VonMisesFisherStats, name: str, params: VonMisesFisherParams) -> jax.Array:
+        """The concentration that all components share: A(c) = sum_k m_k'resultant_k / sum_k count_k."""
+        length = jnp.sum(params.mean_direction * stats.resultant) / jnp.sum(stats.count)
+        return _concentration(jnp.maximum(length, 0), stats.resultant.shape[1])
 
     def q_function(self, params: VonMisesFisherParams, stats: VonMisesFisherStats) -> jax.Array:
         """sum c m'resultant + count log C(c)."""

@@ -62,7 +62,7 @@ class ZeroInflated:
     def stats(self, params: ZeroInflatedParams, x: Data, responsibilities: jax.Array) -> ZeroInflatedStats:
         """Expected statistics, structural zeros and others apart: responsibilities (K, N)."""
         share = numerics.normalize(self._joint(params, x))[0][0]
-        entropy = jax.scipy.special.entr(share) + jax.scipy.special.entr(1 - share)
+        entropy = _entropy(share) + _entropy(1 - share)
         return ZeroInflatedStats(
             count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
             zeros=jnp.sum(responsibilities * share, axis=1) + columns.PSEUDO_COUNT * params.inflation,
@@ -80,7 +80,7 @@ class ZeroInflated:
             inflation=numerics.safe_divide(zeros, zeros + others), components=self.family.m_step(stats.components)
         )
 
-    def share(self, stats: ZeroInflatedStats, name: str) -> jax.Array:
+    def share(self, stats: ZeroInflatedStats, name: str, params: ZeroInflatedParams) -> jax.Array:
         """The share of structural zeros in all components together."""
         return jnp.clip(jnp.sum(stats.zeros) / jnp.sum(stats.count), 0, 1)
 
@@ -142,3 +142,8 @@ class ZeroInflated:
         others = numerics.safe_log(1 - params.inflation)[:, None] + self.family.log_prob(params.components, x)
         structural = jnp.where(self._zero(x), numerics.safe_log(params.inflation)[:, None], -jnp.inf)
         return jnp.stack([structural.astype(others.dtype), others])
+
+
+def _entropy(share: jax.Array) -> jax.Array:
+    """-share log(share), 0 at 0, where the slope, infinite, is taken for 0: a share that is 0 there stays so."""
+    return -share * jnp.log(jnp.where(share > 0, share, 1))

@@ -113,6 +113,7 @@ class HMM:
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None, method: str) -> HMMParams:
+        x, weights = tree.present(x, weights)
         rows, seen = _rows(x)
         dtype = tree.float_dtype(x.values)
         each = seen.astype(dtype)
@@ -138,7 +139,7 @@ class HMM:
 
     def e_step(self, params: HMMParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> HMMStats:
         """Expected starts, moves and observation statistics, and the sum of log p(x) over the sequences."""
-        x = self.units(x)
+        x = checks.present(self.units(x), weights)
         rows, seen = _rows(x)
         chain = self._chain(params, x, rows, seen)
         dtype = chain.log_likelihood.dtype
@@ -151,7 +152,7 @@ class HMM:
         posterior = markov.infer(chain, expect, _lanes(counted, x), self.form, self.parallel)
         states = posterior.states.reshape(x.num_steps, self.num_states, x.num_rows)
         if weights is not None:
-            states = states * weights
+            states = jnp.where(weights > 0, states * weights, 0)
         begins = jnp.sum(states[0] if x.ids is None else jnp.sum(states * x.starts().T[:, None], axis=0), axis=-1)
         responsibilities = jnp.moveaxis(states, 1, 0).reshape(self.num_states, -1) * seen
         evidence = posterior.evidence.reshape(x.num_steps, x.num_rows)
@@ -312,11 +313,18 @@ class HMM:
     def num_parameters(self, params: HMMParams) -> int:
         """Free parameters: of the start, of every row of transitions, and the emissions'. Supports count, and
         without one no entry is taken for a hard zero."""
+        return sum(self.degrees(params).values())
+
+    def degrees(self, params: HMMParams) -> dict[str, int]:
+        """Free parameters by name."""
         initial = np.ones(self.num_states) if self.initial_support is None else np.asarray(self.initial_support)
         shape = (self.num_states,) * 2
         moves = np.ones(shape) if self.transition_support is None else np.asarray(self.transition_support)
-        free = 0 if self.stationary else int(np.sum(initial != 0)) - 1
-        return free + int(np.sum(moves != 0)) - self.num_states + self.family.num_parameters(params.emissions)
+        return {
+            "initial": 0 if self.stationary else int(np.sum(initial != 0)) - 1,
+            "transition": int(np.sum(moves != 0)) - self.num_states,
+            "emissions": self.family.num_parameters(params.emissions),
+        }
 
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
         """What information criteria count: the steps of all sequences."""
@@ -348,7 +356,7 @@ class HMM:
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
-        x = sequences.check(x, weights)
+        x = checks.present(sequences.check(x, weights), weights)
         if checks.is_concrete(x):
             inside = np.asarray(x.inside())
             rows = jax.tree.map(lambda leaf: np.asarray(leaf)[inside], x.values)

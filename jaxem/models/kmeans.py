@@ -86,6 +86,7 @@ class KMeans:
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> KMeansParams:
+        x, weights = tree.present(x, weights)
         rows, count = checks.matrix("x", x), self.num_clusters
         if method == "k-means||":
             return KMeansParams(centers=_kmeans_parallel(key, rows, weights, count))
@@ -199,7 +200,7 @@ class KMeans:
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
-        checks.finite_matrix("x", x)
+        checks.finite_matrix("x", checks.present(x, weights))
         rows = tree.num_rows(x)
         checks.row_weights(weights, rows)
         checks.enough_rows(rows, weights, self.num_clusters, "clusters")
@@ -236,10 +237,10 @@ def _anchor(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
     """
     stride = max(1, rows.shape[0] // _ANCHOR_ROWS)
     some = rows[::stride]
-    weights = jnp.ones_like(some[:, 0]) if weights is None else weights[::stride].astype(rows.dtype)
-    total = jnp.sum(weights)
-    mean = numerics.safe_divide(numerics.weighted_sum(some.T, weights), total)
-    variance = numerics.safe_divide(numerics.weighted_sum(jnp.square(some - mean).T, weights), total)
+    if weights is not None:
+        # A row that does not count may lie anywhere, and so may all of these.
+        some = jnp.where(weights[::stride, None] > 0, some, rows[jnp.argmax(weights > 0)])
+    mean, variance = jnp.mean(some, axis=0), jnp.var(some, axis=0)
     grid = jnp.exp2(jnp.floor(0.5 * jnp.log2(jnp.where(variance > 0, variance, 1))))
     return jnp.where(variance > 0, jnp.round(mean / grid) * grid, mean)
 
@@ -263,7 +264,7 @@ def _moments(centers: jax.Array, rows: jax.Array, label: jax.Array, weights: jax
     # A scatter of short rows is several times faster than a product with indicators.
     sums = jnp.zeros((len(centers), rows.shape[1] + 1), rows.dtype)
     sums = sums.at[label].add(jnp.concatenate([one * residual, one], axis=1), mode="promise_in_bounds")
-    scatter = jnp.sum(one * jnp.square(residual))
+    scatter = jnp.sum(jnp.where(one > 0, one * jnp.square(residual), 0))
     count = sums[:, -1]
     return KMeansStats(
         count=count, reference=count[:, None] * centers, first=sums[:, :-1], scatter=scatter, loglik=-scatter

@@ -75,6 +75,7 @@ class Mixture:
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
+        x, weights = tree.present(x, weights)
         rows, labels = split(x)
         share = seeding.shares(key, self.family, rows, weights, self.num_components, method, labels)
         return self._from_responsibilities(x, share, weights, seeding.SMOOTHING)
@@ -104,6 +105,7 @@ class Mixture:
         self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
+        x = checks.present(x, weights)
         responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
         return self._gather(params.components, x, responsibilities, weights, evidence)
 
@@ -114,6 +116,7 @@ class Mixture:
 
         q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
         """
+        x = checks.present(x, weights)
         evidence = numerics.normalize(self._log_joint(params, x))[1]
         return self._gather(params.components, x, respect(responsibilities.T, x), weights, evidence)
 
@@ -186,7 +189,11 @@ class Mixture:
 
     def num_parameters(self, params: MixtureParams) -> int:
         """Free parameters: K - 1 weights and the components'."""
-        return self._total - 1 + self.family.num_parameters(params.components)
+        return sum(self.degrees(params).values())
+
+    def degrees(self, params: MixtureParams) -> dict[str, int]:
+        """Free parameters by name."""
+        return {"weights": self._total - 1, "components": self.family.num_parameters(params.components)}
 
     def unconstrain(self, params: MixtureParams) -> MixtureParams:
         """Additive log-ratios of the weights, the family's own coordinates for the components."""
@@ -202,7 +209,7 @@ class Mixture:
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
-        inside, labels = split(x)
+        inside, labels = split(checks.present(x, weights))
         self.family.check(inside)
         rows = tree.num_rows(x)
         checks.row_weights(weights, rows)
@@ -266,7 +273,8 @@ class Mixture:
         """Statistics from responsibilities (K, N) and log-evidence (N,), every row counted by its weight."""
         if weights is not None:
             weights = weights.astype(evidence.dtype)
-            responsibilities = responsibilities * weights
+            # What a row of weight 0 holds may leave its responsibilities NaN.
+            responsibilities = jnp.where(weights > 0, responsibilities * weights, 0)
         return MixtureStats(
             components=self.family.stats(components, split(x)[0], responsibilities),
             loglik=numerics.weighted_sum(evidence, weights),
@@ -281,6 +289,7 @@ class Mixture:
         self, x: Data, share: jax.Array, weights: jax.Array | None, smoothing: float
     ) -> MixtureParams:
         """M-step from labels (N,) or responsibilities (N, K)."""
+        x, weights = tree.present(x, weights)
         rows, labels = split(x)
         if labels is not None:
             share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else respect(share.T, x).T
