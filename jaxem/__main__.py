@@ -8,16 +8,15 @@ import contextlib
 import csv
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from . import Normal, datasets
 from .command import Refusal, grid, report
-from .command.read import Sheet, read_csv
+from .command.read import Sheet, read_csv, refuse_lost_digits
 from .status import REMEDIES, Status
 
 REFUSED = 2
@@ -30,6 +29,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others here."""
 
     def error(self, message: str) -> NoReturn:
+        # The one place for a command is where people put the name of a file.
+        command = re.search(r"invalid choice: '(.+)' \(choose from '?fit'?\)", message)
+        if command is not None:
+            raise Refusal(f"{command[1]!r} is no command; to fit a file, write python -m jaxem fit {command[1]}")
         raise Refusal(f"{message} (see python -m jaxem --help)")
 
 
@@ -87,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    fit.add_argument("data", type=Path, metavar="DATA.csv", help="comma-separated numbers under a header")
+    fit.add_argument(
+        "data", type=Path, metavar="DATA.csv", help="numbers under a header, separated by commas or semicolons"
+    )
     fit.add_argument("--columns", type=_names, metavar="A,B", help="the columns to use (default: all)")
     fit.add_argument("--components", type=_components, metavar="K", help="3, 1:6 or 1,2,5 (default: 1:6)")
     fit.add_argument(
@@ -129,10 +134,8 @@ def _run(options: argparse.Namespace) -> int:
     most, rows = options.components[-1], len(sheet.rows)
     if most > rows:
         raise Refusal(f"{sheet.name} has {rows} rows, fewer than {most} components; lower --components to {rows}")
+    refuse_lost_digits(sheet, options.dtype)
     x = sheet.rows.astype(options.dtype)
-    for name, column in zip(sheet.columns, x.T, strict=True):
-        if np.ptp(column) == 0:
-            raise Refusal(f"{sheet.name}: column {name!r} is constant in {options.dtype}; leave it out with --columns")
     places = [options.out / name for name in files]
     if options.data is not None and any(place.exists() and place.samefile(options.data) for place in places):
         raise Refusal(f"the result would overwrite {options.data}; choose another folder with --out")
@@ -145,6 +148,8 @@ def _run(options: argparse.Namespace) -> int:
         restarts=options.restarts, seed=options.seed, dtype=options.dtype,
     )  # fmt: skip
     print("{data}: {rows} rows; {restarts} restarts, seed {seed}, {dtype}".format(**run))
+    for note in sheet.notes:
+        print(f"{sheet.name}: {note}")
     with _progress(len(options.components) * len(covariances)) as finished:
         entries = grid.fit_grid(x, options.components, covariances, options.restarts, options.seed, finished)
     best = grid.best_entry(entries)
