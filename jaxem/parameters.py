@@ -35,14 +35,14 @@ def simplex(name: str, values: np.ndarray) -> None:
     at_least_zero(name, values)
     total = values.sum(axis=-1, dtype=float)
     remedy = "Divide them by their sum"
-    _inside(name, total, ~(np.abs(total - 1) > checks.SUM_ROUNDING), "must sum to 1 along the last axis", remedy)
+    _inside(name, total, ~(np.abs(total - 1) > checks.SUM_ROUNDING), "must sum to 1", remedy, "a sum of ")
 
 
 def unit_vectors(name: str, values: np.ndarray) -> None:
     """Directions (..., D) of length 1."""
     length = np.linalg.norm(np.asarray(values, float), axis=-1)
     remedy = "Divide them by their length"
-    _inside(name, length, ~(np.abs(length - 1) > checks.SUM_ROUNDING), "must have length 1 along the last axis", remedy)
+    _inside(name, length, ~(np.abs(length - 1) > checks.SUM_ROUNDING), "must have length 1", remedy, "a length of ")
 
 
 def covariances(name: str, values: np.ndarray) -> None:
