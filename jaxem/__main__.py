@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from . import Normal, datasets
 from .command import Refusal, grid, report
 from .command.read import Sheet, read_csv, refuse_lost_digits
@@ -99,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--covariance",
         type=_covariances,
         metavar="NAMES",
-        help="any of full,tied,diag,spherical,tied_diag,tied_spherical (default: those of the first four that differ)",
+        help="any of full,tied,diag,spherical,tied_diag,tied_spherical (default: those of the first four that differ; "
+        "diag,spherical with missing values)",
     )
     fit.add_argument("--restarts", type=_whole_number(1), metavar="R", help="of each configuration (default: 1024)")
     fit.add_argument("--seed", type=_whole_number(0), help="of all randomness (default: 0)")
@@ -107,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--dtype", choices=("float32", "float64"), help="precision of the fit (default: float32)")
     fit.set_defaults(columns=None, restarts=1024)
     return parser
+
+
+def _covariances_for(sheet: Sheet, asked: list[str] | None) -> Sequence[str]:
+    """The covariances that were asked for, or those that differ; Refusal for one that takes no missing values."""
+    one = len(sheet.columns) == 1
+    if not np.any(np.isnan(sheet.rows)):
+        # A single column's diagonal and spherical covariances are its full one.
+        return asked or _COVARIANCES[: 2 if one else None]
+    for name in asked or ():
+        if name in ("full", "tied"):
+            raise Refusal(
+                f"{sheet.name} has missing values, which {name} covariances do not integrate out; leave {name} out of "
+                "--covariance, drop those rows, or fill the values in"
+            )
+    return asked or ("diag", "tied_diag" if one else "spherical")
 
 
 @contextlib.contextmanager
@@ -141,8 +159,7 @@ def _run(options: argparse.Namespace) -> int:
         raise Refusal(f"the result would overwrite {options.data}; choose another folder with --out")
     report.check_folder(options.out)
 
-    # A single column's diagonal and spherical covariances are its full one.
-    covariances = options.covariance or _COVARIANCES[: 2 if len(sheet.columns) == 1 else None]
+    covariances = _covariances_for(sheet, options.covariance)
     run: dict[str, Any] = dict(
         data=sheet.name, columns=list(sheet.columns), rows=rows,
         restarts=options.restarts, seed=options.seed, dtype=options.dtype,

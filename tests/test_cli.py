@@ -218,9 +218,13 @@ def test_pictures_are_drawn_for_any_number_of_columns(columns: int, rows: int) -
     ("text", "arguments", "named"),
     [
         ("a,b\n1,2\nx,4\n", [], ["'a'", "'x'", "row 2", "line 3", "--columns"]),
-        ("a,b\n1,\n3,4\n", [], ["'b'", "missing", "row 1"]),
-        ("a,b\n1,2\n3,NA\n", [], ["'b'", "missing", "row 2"]),
-        ("a,b\n1,2\n3,NaN\n", ["--dtype", "float64"], ["'b'", "missing", "row 2"]),
+        (
+            "a,b\n1,\n3,4\n5,6\n",
+            ["--components", "1", "--covariance", "diag,full"],
+            ["missing", "full", "--covariance"],
+        ),
+        ("a,b\n1,NA\n3,\n", [], ["'b'", "no value", "--columns"]),
+        ("a,b\n1,2\n3,NaN\n", ["--components", "1"], ["'b'", "constant"]),
         ("a,b\n1,2\n3,inf\n", [], ["'b'", "inf", "row 2"]),
         ("a,b\n1,2\n3,1e39\n", [], ["'b'", "1e39", "--dtype float64"]),
         ("a,b\n1,2\n3\n", [], ["row 2", "1 cells"]),
@@ -241,7 +245,6 @@ def test_pictures_are_drawn_for_any_number_of_columns(columns: int, rows: int) -
         ('a,b\n"1,5","2,5"\n', [], ["'a'", "'1,5'", "decimal point", "semicolons"]),
         ("a;b\n1,5;2.5\n", [], ["'1,5'", "'2.5'", "both", "points"]),
         ("a;b\n1.234,5;2\n", [], ["'a'", "'1.234,5'"]),
-        ("a;b\n1;\n", [], ["'b'", "missing", "row 1", "drop the row", "integrates missing values out"]),
         (",a\n0,1\n2,3\n", [], ["column 1", "no name", "number the rows"]),
         ("a,b\nfirst,1,2\nsecond,3,4\n", [], ["row 1", "3 cells", "row's name"]),
         ("", [], ["empty"]),
@@ -300,6 +303,29 @@ def test_what_was_understood_is_printed(
     printed = capsys.readouterr().out
     assert "data.csv: columns are separated by semicolons" in printed
     assert "data.csv: commas are read as decimal points" in printed
+
+
+def test_missing_values_are_integrated_out_and_it_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    x[np.random.default_rng(1).random(x.shape) < 0.1] = np.nan
+    write_csv(here / "data.csv", "a,b,c", x.astype(float))
+    assert main(["fit", "data.csv", "--components", "1", "--restarts", "2"]) == 0
+    assert "data.csv: column 'a' has" in capsys.readouterr().out
+    found = json.loads((here / "fit.json").read_text())
+    assert [row["covariance"] for row in found["table"]] == ["diag", "spherical"]
+    # One component of independent columns: what is observed of each has its own mean and variance.
+    each = [column[~np.isnan(column)].astype(float) for column in x.T]
+    loglik = sum(-0.5 * len(v) * (np.log(2 * np.pi * v.var()) + 1) for v in each)
+    assert found["table"][0]["loglik"] == pytest.approx(loglik, rel=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_pictures_are_drawn_of_data_with_missing_values(columns: int) -> None:
+    x = np.random.default_rng(0).normal(size=(40, columns))
+    x[3, 0] = np.nan
+    best = entry(normals(2, columns))
+    sheet = Sheet("data", tuple("abcd"[:columns]), x)
+    assert picture.draw(sheet, [best], best, np.full((40, 2), 0.5)).startswith(PNG)
 
 
 def test_a_column_that_only_float64_can_tell_apart_is_fitted_there(

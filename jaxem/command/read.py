@@ -26,7 +26,10 @@ _DECIMAL = re.compile(r"[+-]?\d*([,.])\d+(?:[eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of numbers. name: for titles; columns: D names; rows: (N, D), float64; notes: how the file was read."""
+    """A table of numbers. name: for titles; columns: D names; rows: (N, D), float64, NaN where missing.
+
+    notes: how it was read.
+    """
 
     name: str
     columns: tuple[str, ...]
@@ -38,7 +41,8 @@ def read_csv(path: Path, columns: Sequence[str] | None, dtype: str) -> Sheet:
     """The named columns of a file with a header, its columns separated by commas, or by semicolons.
 
     All columns when None are named, but for an unnamed first one that only numbers the rows. Between semicolons a
-    comma is a decimal mark. Raises Refusal for what is not a number, is missing, or is beyond the range of `dtype`.
+    comma is a decimal mark. Raises Refusal for what is not a number, or is beyond the range of `dtype`, and for a
+    column without a value.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -68,7 +72,13 @@ def read_csv(path: Path, columns: Sequence[str] | None, dtype: str) -> Sheet:
         [_number(path, header[position], cells[position], row, line, largest) for position in where]
         for row, line, cells in records
     ]
-    return Sheet(path.name, tuple(header[position] for position in where), np.array(rows), notes)
+    sheet = Sheet(path.name, tuple(header[position] for position in where), np.array(rows), notes)
+    for name, absent in zip(sheet.columns, np.isnan(sheet.rows).T, strict=True):
+        if np.all(absent):
+            raise Refusal(f"{path}: column {name!r} has no value; leave it out with --columns")
+        if np.any(absent):
+            notes.append(f"column {name!r} has {np.sum(absent)} missing values, which are integrated out")
+    return sheet
 
 
 _NAMES = {",": "comma", ";": "semicolon", "\t": "tab"}
@@ -149,11 +159,7 @@ def _number(path: Path, name: str, cell: str, row: int, line: int, largest: floa
 
     text = cell.strip()
     if text.lower() in _MISSING:
-        refuse(
-            "has a missing value",
-            "fill it in, drop the row, leave the column out with --columns, or fit the file in Python with "
-            'Mixture(Normal("diag"), K), which integrates missing values out',
-        )
+        return math.nan
     if "," in text and _DECIMAL.fullmatch(text):
         refuse(
             f"has a comma within a number, {text!r},",
@@ -171,7 +177,8 @@ def _number(path: Path, name: str, cell: str, row: int, line: int, largest: floa
 
 def refuse_lost_digits(sheet: Sheet, dtype: str) -> None:
     """Raise Refusal for a constant column, and for one that rounding to `dtype` leaves too few digits of its spread."""
-    for name, exact in zip(sheet.columns, sheet.rows.T, strict=True):
+    for name, column in zip(sheet.columns, sheet.rows.T, strict=True):
+        exact = column[~np.isnan(column)]
         spread = float(np.std(exact))
         if np.ptp(exact) == 0:
             raise Refusal(f"{sheet.name}: column {name!r} is constant; leave it out with --columns")
