@@ -8,6 +8,7 @@ import contextlib
 import csv
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from . import Normal, datasets
 from .command import Refusal, grid, report
-from .command.read import Sheet, read_csv
+from .command.read import Sheet, read_csv, refuse_lost_digits
 from .status import REMEDIES, Status
 
 REFUSED = 2
@@ -30,6 +31,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others here."""
 
     def error(self, message: str) -> NoReturn:
+        # The one place for a command is where people put the name of a file.
+        command = re.search(r"invalid choice: '(.+)' \(choose from '?fit'?\)", message)
+        if command is not None:
+            raise Refusal(f"{command[1]!r} is no command; to fit a file, write python -m jaxem fit {command[1]}")
         raise Refusal(f"{message} (see python -m jaxem --help)")
 
 
@@ -87,14 +92,17 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    fit.add_argument("data", type=Path, metavar="DATA.csv", help="comma-separated numbers under a header")
+    fit.add_argument(
+        "data", type=Path, metavar="DATA.csv", help="numbers under a header, separated by commas or semicolons"
+    )
     fit.add_argument("--columns", type=_names, metavar="A,B", help="the columns to use (default: all)")
     fit.add_argument("--components", type=_components, metavar="K", help="3, 1:6 or 1,2,5 (default: 1:6)")
     fit.add_argument(
         "--covariance",
         type=_covariances,
         metavar="NAMES",
-        help="any of full,tied,diag,spherical,tied_diag,tied_spherical (default: those of the first four that differ)",
+        help="any of full,tied,diag,spherical,tied_diag,tied_spherical (default: those of the first four that differ; "
+        "diag,spherical with missing values)",
     )
     fit.add_argument("--restarts", type=_whole_number(1), metavar="R", help="of each configuration (default: 1024)")
     fit.add_argument("--seed", type=_whole_number(0), help="of all randomness (default: 0)")
@@ -102,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--dtype", choices=("float32", "float64"), help="precision of the fit (default: float32)")
     fit.set_defaults(columns=None, restarts=1024)
     return parser
+
+
+def _covariances_for(sheet: Sheet, asked: list[str] | None) -> Sequence[str]:
+    """The covariances that were asked for, or those that differ; Refusal for one that takes no missing values."""
+    one = len(sheet.columns) == 1
+    if not np.any(np.isnan(sheet.rows)):
+        # A single column's diagonal and spherical covariances are its full one.
+        return asked or _COVARIANCES[: 2 if one else None]
+    for name in asked or ():
+        if name in ("full", "tied"):
+            raise Refusal(
+                f"{sheet.name} has missing values, which {name} covariances do not integrate out; leave {name} out of "
+                "--covariance, drop those rows, or fill the values in"
+            )
+    return asked or ("diag", "tied_diag" if one else "spherical")
 
 
 @contextlib.contextmanager
@@ -129,22 +152,21 @@ def _run(options: argparse.Namespace) -> int:
     most, rows = options.components[-1], len(sheet.rows)
     if most > rows:
         raise Refusal(f"{sheet.name} has {rows} rows, fewer than {most} components; lower --components to {rows}")
+    refuse_lost_digits(sheet, options.dtype)
     x = sheet.rows.astype(options.dtype)
-    for name, column in zip(sheet.columns, x.T, strict=True):
-        if np.ptp(column) == 0:
-            raise Refusal(f"{sheet.name}: column {name!r} is constant in {options.dtype}; leave it out with --columns")
     places = [options.out / name for name in files]
     if options.data is not None and any(place.exists() and place.samefile(options.data) for place in places):
         raise Refusal(f"the result would overwrite {options.data}; choose another folder with --out")
     report.check_folder(options.out)
 
-    # A single column's diagonal and spherical covariances are its full one.
-    covariances = options.covariance or _COVARIANCES[: 2 if len(sheet.columns) == 1 else None]
+    covariances = _covariances_for(sheet, options.covariance)
     run: dict[str, Any] = dict(
         data=sheet.name, columns=list(sheet.columns), rows=rows,
         restarts=options.restarts, seed=options.seed, dtype=options.dtype,
     )  # fmt: skip
     print("{data}: {rows} rows; {restarts} restarts, seed {seed}, {dtype}".format(**run))
+    for note in sheet.notes:
+        print(f"{sheet.name}: {note}")
     with _progress(len(options.components) * len(covariances)) as finished:
         entries = grid.fit_grid(x, options.components, covariances, options.restarts, options.seed, finished)
     best = grid.best_entry(entries)

@@ -3,13 +3,27 @@
 Values are looked at only when they are concrete; under jit only shapes and dtypes are.
 """
 
+import contextlib
+import contextvars
+import inspect
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# What a leaf of data or of parameters may be.
+ARRAYS = (jax.Array, np.ndarray, np.generic)
+
+# How far from 1 probabilities may sum.
+SUM_ROUNDING = 1e-3
+
+# Whether the rows looked at are there to estimate parameters from.
+_ESTIMATING = contextvars.ContextVar("estimating", default=True)
 
 
 def is_concrete(*values: Any) -> bool:
@@ -37,9 +51,9 @@ def positive_integer(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1; got {value}")
 
 
-def array(name: str, value: Any) -> jax.Array:
-    """A real array; TypeError for anything that is not one."""
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+def real(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is an array of real numbers."""
+    if not isinstance(value, ARRAYS):
         raise TypeError(
             f"{name} must be a JAX or NumPy array; got {type(value).__name__}. Convert it first, "
             "as in jax.numpy.asarray(...) or data_frame.to_numpy()"
@@ -47,21 +61,53 @@ def array(name: str, value: Any) -> jax.Array:
     dtype = value.dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real; got dtype {dtype}. Stack its real and imaginary parts as columns")
+    if isinstance(value, np.ndarray) and dtype.names:
+        raise TypeError(
+            f"{name} must be a plain numeric array; got the fields {', '.join(dtype.names)}. "
+            "Stack them as columns, as numpy.lib.recfunctions.structured_to_unstructured does"
+        )
     if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
         raise TypeError(f"{name} must be numeric; got dtype {dtype}")
-    return jnp.asarray(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be a plain array; got a masked one. {name}.filled(numpy.nan) marks its masked entries as "
+            "missing, for what takes missing values"
+        )
+
+
+def native(values: Any) -> Any:
+    """The same pytree, NumPy arrays of another byte order or a longer float in the form that JAX takes."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, (np.ndarray, np.generic)) or isinstance(value, np.ma.MaskedArray):
+            return value
+        if value.dtype.kind == "f" and value.dtype.itemsize > 8:
+            return value.astype(np.float64)
+        return value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
+
+    return jax.tree.map(leaf, values)
+
+
+def array(name: str, value: Any) -> jax.Array:
+    """A real array; TypeError for anything that is not one."""
+    real(name, value)
+    return jnp.asarray(native(value))
+
+
+def row_shape(name: str, value: Any) -> tuple[int, int]:
+    """The shape (N, D) of rows (N, D) or (N,); TypeError or ValueError for what are none. Values are not read."""
+    real(name, value)
+    shape = jnp.shape(value)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{name} must have shape (N, D), or (N,) for one column; got shape {shape}")
+    if 0 in shape:
+        raise ValueError(f"{name} must have at least one row and one column; got shape {shape}")
+    return shape if len(shape) == 2 else (shape[0], 1)
 
 
 def columns(name: str, value: Any) -> jax.Array:
     """Rows (N, D) in their own dtype, from (N, D) or (N,)."""
-    rows = array(name, value)
-    if rows.ndim == 1:
-        rows = rows[:, None]
-    if rows.ndim != 2:
-        raise ValueError(f"{name} must have shape (N, D), or (N,) for one column; got shape {value.shape}")
-    if 0 in rows.shape:
-        raise ValueError(f"{name} must have at least one row and one column; got shape {value.shape}")
-    return rows
+    return array(name, value).reshape(row_shape(name, value))
 
 
 def matrix(name: str, value: Any) -> jax.Array:
@@ -75,16 +121,13 @@ def finite_matrix(name: str, value: Any, *, missing: bool = False) -> None:
 
     Warns where whole numbers are converted.
     """
-    rows = matrix(name, value)
+    shape = row_shape(name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        warnings.warn(f"{name} has dtype {value.dtype} and is converted to {rows.dtype}", stacklevel=4)
-    if not is_concrete(value):
+        to = jnp.result_type(float)
+        warnings.warn(f"{name} has dtype {value.dtype} and is converted to {to}", stacklevel=_users_frame())
+    if not is_concrete(value) or _all_finite(value):
         return
-    with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
-        finite = bool(jnp.all(jnp.isfinite(value)))
-    if finite:
-        return
-    values = np.asarray(value, float).reshape(len(value), -1)
+    values = np.asarray(value, float).reshape(shape)
     bad = np.isinf(values) if missing else ~np.isfinite(values)
     if np.any(bad):
         row, column = np.argwhere(bad)[0]
@@ -94,10 +137,15 @@ def finite_matrix(name: str, value: Any, *, missing: bool = False) -> None:
             else "This model takes no missing values: drop such rows, or fill them in"
         )
         raise ValueError(f"{name} must be finite; got {values[row, column]} in row {row}, column {column}. {remedy}")
-    absent = np.all(np.isnan(values), axis=0)
-    if np.any(absent):
+    observed_columns(name, np.isnan(values))
+
+
+def observed_columns(name: str, absent: np.ndarray) -> None:
+    """Raise ValueError if nothing is observed in a column of rows (N, D) that parameters are estimated from."""
+    nothing = np.all(absent, axis=0)
+    if _ESTIMATING.get() and np.any(nothing):
         raise ValueError(
-            f"{name} must have an observed entry in every column; column {np.argmax(absent)} has none: drop it"
+            f"{name} must have an observed entry in every column; column {np.argmax(nothing)} has none: drop it"
         )
 
 
@@ -114,11 +162,55 @@ def present(x: Any, weights: Any) -> Any:
     return x if np.all(rows == np.arange(len(rows))) else jax.tree.map(lambda leaf: np.asarray(leaf)[rows], x)
 
 
+def some_observed(message: str) -> None:
+    """Raise ValueError where parameters are to be estimated from rows of which nothing is observed."""
+    if _ESTIMATING.get():
+        raise ValueError(message)
+
+
+@contextlib.contextmanager
+def without_estimation() -> Iterator[None]:
+    """Within it rows are looked at for themselves: one of them is enough, and a column of it may be missing."""
+    token = _ESTIMATING.set(False)
+    try:
+        yield
+    finally:
+        _ESTIMATING.reset(token)
+
+
+def _all_finite(value: Any) -> bool:
+    """Whether all numbers of an array are finite; where its sum overflows it may say False."""
+    if isinstance(value, jax.Array) and jax.default_backend() != "cpu":
+        with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
+            return bool(jnp.isfinite(jnp.sum(value)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.sum(np.asarray(value))))
+
+
+def has_nan(value: Any) -> bool:
+    """Whether a concrete array has a NaN; nothing is compiled for it where NumPy can look."""
+    if _all_finite(value):
+        return False
+    if isinstance(value, jax.Array) and jax.default_backend() != "cpu":
+        return bool(jnp.any(jnp.isnan(value)))
+    return bool(np.any(np.isnan(np.asarray(value))))
+
+
+def _users_frame() -> int:
+    """The stack level, as the caller of this function counts, of the first frame outside of this package."""
+    package = str(Path(__file__).parent)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def row_weights(weights: Any, rows: int) -> None:
     """Raise unless weights are None or N finite numbers >= 0, not all 0."""
     if weights is None:
         return
-    if array("weights", weights).shape != (rows,):
+    real("weights", weights)
+    if weights.shape != (rows,):
         raise ValueError(f"weights must have shape ({rows},), one a row of x; got {weights.shape}")
     if not is_concrete(weights):
         return
@@ -138,18 +230,96 @@ def distributions(name: str, values: np.ndarray) -> None:
             f"{name} must be finite and at least 0; got {values[row, column]} in row {row}, column {column}"
         )
     total = values.sum(axis=1)
-    if np.any(np.abs(total - 1) > 1e-3):
-        row = np.argmax(np.abs(total - 1) > 1e-3)
+    if np.any(np.abs(total - 1) > SUM_ROUNDING):
+        row = np.argmax(np.abs(total - 1) > SUM_ROUNDING)
         raise ValueError(f"{name} must sum to 1; row {row} sums to {total[row]:.6g}. Divide it by its sum")
+
+
+def told(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
+    if isinstance(value, ARRAYS):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, (str, int, float, complex)):
+        return f"{type(value).__name__} {value!r}"
+    if value is None:
+        return "None"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple, dict)) else type(value).__name__
+
+
+def component_family(value: Any) -> None:
+    """Raise TypeError for a class, a name or a function in the place of a family."""
+    # Anything else may stand here: JAX rebuilds records around objects of its own.
+    if isinstance(value, (type, str)) or inspect.isroutine(value):
+        call = f": write {value.__name__}()" if isinstance(value, type) else ""
+        raise TypeError(f"family must be a family of components, as Normal() or Poisson(); got {told(value)}{call}")
+
+
+def complete_family(value: Any) -> None:
+    """Raise TypeError unless this can be a family: asked for when it is first used."""
+    component_family(value)
+    if not all(hasattr(value, name) for name in ("init", "log_prob", "stats", "m_step")):
+        raise TypeError(f"family must be a family of components, as Normal() or Poisson(); got {told(value)}")
+
+
+def fitted_model(model: Any) -> None:
+    """Raise TypeError unless this can be a model: with an E-step, and something to maximise."""
+    known = hasattr(model, "e_step") and (hasattr(model, "m_step") or hasattr(model, "q_function"))
+    wrap = f": it is fitted inside of one, as Mixture({model!r}, 2)" if hasattr(model, "log_prob") else ""
+    _made("model", model, known, "a model, as Mixture(Normal(), num_components=2)", wrap)
+
+
+def algorithm(value: Any) -> None:
+    """Raise TypeError unless this can be an algorithm: something with `init` and `step`, made and not only named."""
+    _made("algorithm", value, hasattr(value, "init") and hasattr(value, "step"), "an algorithm, as EM() or squarem()")
+
+
+def _made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> None:
+    """Raise TypeError for what is not `what`, or a class or a function that would make it, or no argument of jit."""
+    if isinstance(value, type) or inspect.isroutine(value):
+        raise TypeError(f"{name} must be {what}; got {told(value)}: call it, {value.__name__}(...)")
+    if not known:
+        raise TypeError(f"{name} must be {what}; got {told(value)}{remedy}")
+    _arrays_inside(name, value)
+
+
+def _arrays_inside(name: str, value: Any) -> None:
+    """Raise TypeError for what is no array among the leaves of a record: it can be no argument of a program."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if isinstance(leaf, (*ARRAYS, int, float, complex)):
+            continue
+        place = name + jax.tree_util.keystr(path)
+        if not path:
+            raise TypeError(
+                f"{name} must be a pytree, as a frozen dataclass made by jaxem.record.record is; got {told(leaf)}"
+            )
+        call = f": call it, {leaf.__name__}(...)" if isinstance(leaf, type) or inspect.isroutine(leaf) else ""
+        raise TypeError(f"{place} must be an array, or a record of arrays; got {told(leaf)}{call}")
+
+
+def number(name: str, value: Any, what: str, *, whole: bool = False) -> None:
+    """Raise TypeError or ValueError unless this is one real number, or an array () that holds one."""
+    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
+    if isinstance(value, ARRAYS):
+        fits = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    else:
+        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not fits:
+        raise TypeError(f"{name} must be {what}; got {told(value)}")
+    if jnp.ndim(value):
+        raise ValueError(f"{name} must be {what}; got an array of shape {jnp.shape(value)}")
 
 
 def labels(name: str, value: Any, rows: int, count: int) -> None:
     """Raise unless labels are N whole numbers in 0..count-1, or -1 for unknown."""
-    given = array(name, value)
-    if not jnp.issubdtype(given.dtype, jnp.signedinteger):
-        raise TypeError(f"{name} must be signed whole numbers, -1 where unknown; got dtype {given.dtype}")
-    if given.shape != (rows,):
-        raise ValueError(f"{name} must have shape ({rows},), one a row of x; got {given.shape}")
+    real(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.signedinteger):
+        raise TypeError(f"{name} must be signed whole numbers, -1 where unknown; got dtype {value.dtype}")
+    if value.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), one a row of x; got {value.shape}")
     if not is_concrete(value):
         return
     values = np.asarray(value)
@@ -160,6 +330,8 @@ def labels(name: str, value: Any, rows: int, count: int) -> None:
 
 def enough_rows(rows: int, weights: Any, count: int, what: str = "components") -> None:
     """Raise unless there are as many rows (of positive weight) as components (or clusters, or ...)."""
+    if not _ESTIMATING.get():
+        return
     if weights is not None and is_concrete(weights):
         rows = int(np.sum(np.asarray(weights) > 0))
     if rows < count:

@@ -5,6 +5,7 @@ an exact conditional maximisation; what cannot be honoured exactly is refused wh
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import tree
+from . import parameters, tree
 from .protocols import Params, Stats
 from .record import record, static
 
 # Methods whose first argument is parameters: they see these as the statement has them.
-_AT_PARAMS = ("e_step", "log_prob", "log_prior", "m_step_for", "posterior", "predict", "q_function", "stats")
+_AT_PARAMS = ("log_prior", "m_step_for", "q_function")
+# Those whose second argument is data.
+_AT_DATA = ("e_step", "log_prob", "posterior", "predict", "stats")
 # Methods that give another form of the model: the statement holds for that one too.
 _FORMS = ("coarse", "partial")
 
@@ -27,6 +30,8 @@ def _delegate(self: Any, name: str) -> Any:
     if name.startswith("__") or "inner" not in self.__dict__:
         raise AttributeError(name)
     found = getattr(self.inner, name)
+    if name in _AT_DATA:
+        return lambda params, x, *rest, **options: found(_fitting(self, params, x), x, *rest, **options)
     if name in _AT_PARAMS:
         return lambda params, *rest, **options: found(self.apply(params), *rest, **options)
     if name == "blocks":
@@ -36,6 +41,12 @@ def _delegate(self: Any, name: str) -> Any:
     if name in _FORMS:
         return lambda: self if found() is self.inner else dataclasses.replace(self, inner=found())
     return found
+
+
+def _fitting(self: Any, params: Params, x: Any) -> Params:
+    """Parameters as the statement has them, once it is known that they are a model's for these data."""
+    parameters.shapes("params", self, params, x)
+    return self.apply(params)
 
 
 def _replace(params: Params, **values: Any) -> Params:
@@ -140,11 +151,20 @@ class Fixed:
     def apply(self, params: Params) -> Params:
         """These parameters, with the values in their places."""
 
-        def hold(value: Any, old: Any) -> jax.Array:
+        def held(name: str, value: Any, old: Any) -> jax.Array:
+            if not _broadcasts(jnp.shape(value), jnp.shape(old)):
+                raise ValueError(
+                    f"{name} is held at values of shape {jnp.shape(value)}, but the model has it in shape "
+                    f"{jnp.shape(old)} for these data"
+                )
             return jnp.broadcast_to(jnp.asarray(value, jnp.result_type(old)), jnp.shape(old))
 
         return _replace(
-            params, **{name: jax.tree.map(hold, value, getattr(params, name)) for name, value in self.values.items()}
+            params,
+            **{
+                name: jax.tree.map(functools.partial(held, name), value, getattr(params, name))
+                for name, value in self.values.items()
+            },
         )
 
     def m_step(self, stats: Stats) -> Params:
@@ -253,6 +273,12 @@ class Tied:
         """The M-step from the sum of the statistics, where these are one component's after the other."""
         together = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, keepdims=True), stats)
         return getattr(self.inner.m_step(together), name)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape is broadcast to the other as it is."""
+    axes = zip(reversed(shape), reversed(to), strict=False)
+    return len(shape) <= len(to) and all(size in (1, whole) for size, whole in axes)
 
 
 def _emptied(leaf: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, stopping, tree
+from . import checks, parameters, stopping, tree
 from .em import EM, objective, units
 from .protocols import Data, Params
 from .record import record
@@ -331,15 +331,17 @@ def em_fit(
 
     Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`.
     """
+    checks.fitted_model(model)
+    checks.algorithm(algorithm)
+    check_limits(tol, max_steps)
+    x, weights = checks.native((x, weights))
     if hasattr(model, "check"):
         model.check(x, weights)
-    if hasattr(model, "check_params"):
-        model.check_params(params)
-    check_limits(tol, max_steps)
+    x = units(model, x)
+    parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)
-    x = jax.tree.map(jnp.asarray, units(model, x))
-    weights = None if weights is None else jnp.asarray(weights)
+    params, x, weights = checks.native(params), jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, weights)
     result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, history_capacity(max_steps))
     if isinstance(max_steps, (int, np.integer)):
         result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
@@ -347,9 +349,10 @@ def em_fit(
 
 
 def check_limits(tol: Any, max_steps: Any) -> None:
-    if checks.is_concrete(tol) and not np.all(np.isfinite(tol)):
+    """Raise TypeError or ValueError for limits that are no single numbers, or that no fit can have."""
+    checks.number("tol", tol, "a finite number, nats per unit of weight")
+    if checks.is_concrete(tol) and not np.isfinite(tol):
         raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")
-    if isinstance(max_steps, (bool, float)):
-        raise TypeError(f"max_steps must be a whole number; got {max_steps!r}")
-    if checks.is_concrete(max_steps) and np.any(np.asarray(max_steps) < 0):
-        raise ValueError(f"max_steps must be at least 0; got {max_steps}")
+    checks.number("max_steps", max_steps, "a whole number", whole=True)
+    if checks.is_concrete(max_steps) and not 0 <= max_steps < 2**31:
+        raise ValueError(f"max_steps must be at least 0 and below 2**31, as int32 counts steps; got {max_steps}")

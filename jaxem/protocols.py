@@ -17,9 +17,11 @@ class Model(Protocol):
     without an `m_step` has its Q climbed by gradients).
 
     A model may also have (each is used where present): `init(key, x, weights)`,
-    `check(x, weights)` and `check_params(params)` to refuse bad input eagerly, `degenerate(stats) ->
-    bool array` for components that died or collapsed (`collapses` if it takes `held` too, names of parameters that are
-    held, which cannot collapse), `floats_per_row(params, x) -> int` for the size
+    `check(x, weights)` and `check_params(params)` to refuse bad input eagerly, `params_like(x)`, the shapes that
+    parameters have for such data, and `supports`, where their values lie (see `parameters.py`), by both of which
+    starts are refused; `degenerate(stats) -> bool array` for components that died or collapsed (`collapses` if it
+    takes `held` too, names of parameters that are held, which cannot collapse),
+    `floats_per_row(params, x) -> int` for the size
     of blocks, `floats_per_restart` for how many restarts fit side by side, `coarse()`
     for a cheaper model with the same parameters that does the bulk of many restarts, `partial()` for
     the model as it sees a part of the rows (where an E-step on all of them does more), `rebase`,
@@ -44,7 +46,8 @@ class Family(Protocol):
     """p(observation | component): K components at once, component axis first.
 
     A family may also have (each is used where present): `rebase(stats, params)` where statistics
-    have a reference; `coarse()`; `extra_components`, how many components it adds by itself, after
+    have a reference; `supports`, where the values of its parameters lie; `coarse()`;
+    `extra_components`, how many components it adds by itself, after
     the K; `shared_floats_per_row(params)`, of `floats_per_row` what does not depend on the
     parameters; `start_passes`, how many M-steps make a start (2); `separable`, the names of parameters
     whose being held or shared leaves the M-step of the others as it is, and

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, stopping, tree
+from . import checks, parameters, stopping, tree
 from .em import EM, units
 from .fit import (
     Progress,
@@ -298,17 +298,25 @@ def fit_restarts(
 
     Raises ValueError or TypeError for bad input when called eagerly.
     """
+    checks.fitted_model(model)
+    checks.algorithm(algorithm)
+    check_limits(tol, max_steps)
+    if block_size is not None:
+        checks.positive_integer("block_size", block_size)
+    if screen is not None and not isinstance(screen, Screen):
+        raise TypeError(f"screen must be a Screen, as in Screen(steps=20, keep=0.25), or None; got {screen!r}")
+    x, weights = checks.native((x, weights))
     if hasattr(model, "check"):
         model.check(x, weights)
-    check_limits(tol, max_steps)
     x = jax.tree.map(jnp.asarray, units(model, x))
     x, weights = tree.present(x, None if weights is None else jnp.asarray(weights))
     starts, function, num_restarts = _starts(model, init, num_restarts)
+    if starts is not None:
+        parameters.check("init", model, starts, x, lead=(num_restarts,))
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 
     work = _work(model, starts, function, key, x, weights)
     lanes = min(num_restarts, _lanes(work) if block_size is None else block_size)
-    checks.positive_integer("block_size", lanes)
     capacity = min(history_capacity(max_steps), max(1, _HISTORY_BUDGET // num_restarts))
     jobs = _prepare(model, key, x, weights, starts, algorithm, num_restarts, function, lanes, capacity)
 
@@ -357,7 +365,7 @@ def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | N
     ((stacked,),) = lengths
     if num_restarts not in (None, stacked):
         raise ValueError(f"num_restarts is {num_restarts}, but init holds {stacked} starts: leave num_restarts out")
-    return jax.tree.map(jnp.asarray, init), None, stacked
+    return jax.tree.map(jnp.asarray, checks.native(init)), None, stacked
 
 
 @functools.partial(jax.jit, static_argnames="function", inline=True)
@@ -373,6 +381,8 @@ def _work(
     rows = tree.num_rows(x)
     if starts is None:
         params = _draw.eval_shape(model, function, key, x, weights)
+        if function is not None:
+            parameters.shapes("init(key, x, weights)", model, params, x)
     else:
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), starts)
     if hasattr(model, "floats_per_row"):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import numerics, tree
+from . import numerics, parameters, tree
 from .protocols import Data, Params, Stats
 
 METHODS = ("k-means++", "random_rows", "random_responsibilities")
@@ -48,6 +48,18 @@ def responsibilities(share: jax.Array, count: int, smoothing: float, dtype: Any)
     """Responsibilities (K, N) from numbers (N,) or responsibilities (N, K), a part of every row spread over all."""
     given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
     return (1 - smoothing) * given.astype(dtype) + smoothing / count
+
+
+def params_like(family: Any, x: Data, num_components: int) -> Params:
+    """The shapes that a family's parameters have for such data, as `jax.ShapeDtypeStruct`s."""
+    # Shapes do not depend on the number of rows: one trace serves whole data and their blocks.
+    return _start.eval_shape(family, parameters.rows_like(x), num_components=num_components)
+
+
+@functools.partial(jax.jit, static_argnames="num_components")
+def _start(family: Any, x: Data, num_components: int) -> Params:
+    """A family's start; under jit for its trace to be remembered."""
+    return family.init(x, None, num_components)
 
 
 def family_stats(

@@ -154,7 +154,7 @@ def as_sequences(x: Any) -> Sequences:
             x = dataclasses.replace(x, lengths=None) if full else x
         if x.complete is None and checks.is_concrete(x.values):
             floats = [leaf for leaf in jax.tree.leaves(x.values) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            x = dataclasses.replace(x, complete=not any(bool(jnp.any(jnp.isnan(leaf))) for leaf in floats))
+            x = dataclasses.replace(x, complete=not any(checks.has_nan(leaf) for leaf in floats))
     return x
 
 

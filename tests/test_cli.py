@@ -15,7 +15,7 @@ import jaxem
 from jaxem import Mixture, MixtureParams, Normal, NormalParams, Status, datasets
 from jaxem.__main__ import main
 from jaxem.command import grid, picture, report
-from jaxem.command.read import Sheet
+from jaxem.command.read import Sheet, read_csv
 
 FILES = ["fit.json", "fit.png", "responsibilities.csv"]
 SMALL = ["--components", "1:2", "--covariance", "tied", "--restarts", "8", "--seed", "3"]
@@ -218,9 +218,13 @@ def test_pictures_are_drawn_for_any_number_of_columns(columns: int, rows: int) -
     ("text", "arguments", "named"),
     [
         ("a,b\n1,2\nx,4\n", [], ["'a'", "'x'", "row 2", "line 3", "--columns"]),
-        ("a,b\n1,\n3,4\n", [], ["'b'", "missing", "row 1"]),
-        ("a,b\n1,2\n3,NA\n", [], ["'b'", "missing", "row 2"]),
-        ("a,b\n1,2\n3,NaN\n", ["--dtype", "float64"], ["'b'", "missing", "row 2"]),
+        (
+            "a,b\n1,\n3,4\n5,6\n",
+            ["--components", "1", "--covariance", "diag,full"],
+            ["missing", "full", "--covariance"],
+        ),
+        ("a,b\n1,NA\n3,\n", [], ["'b'", "no value", "--columns"]),
+        ("a,b\n1,2\n3,NaN\n", ["--components", "1"], ["'b'", "constant"]),
         ("a,b\n1,2\n3,inf\n", [], ["'b'", "inf", "row 2"]),
         ("a,b\n1,2\n3,1e39\n", [], ["'b'", "1e39", "--dtype float64"]),
         ("a,b\n1,2\n3\n", [], ["row 2", "1 cells"]),
@@ -229,8 +233,20 @@ def test_pictures_are_drawn_for_any_number_of_columns(columns: int, rows: int) -
         ("a,b\n1,2\n", ["--columns", "a,c"], ["'c'", "a, b"]),
         ("a,b\n1,2\n", ["--columns", "a,a"], ["'a'", "twice"]),
         ("a,a\n1,2\n", [], ["'a'", "rename"]),
-        (",a\n1,2\n", [], ["column 1", "no name"]),
+        ("b,,a\n1,1,2\n", [], ["column 2", "no name"]),
         ("1,2\n3,4\n", [], ["header"]),
+        (
+            "time\n1000000000001\n1000000000002\n1000000000003\n",
+            ["--components", "1"],
+            ["'time'", "float32", "--dtype float64"],
+        ),
+        ("a\n16777216.5\n16777217.5\n16777218.5\n", ["--components", "1"], ["'a'", "float32", "--dtype float64"]),
+        ("a,b\n1,5,2,5\n", [], ["row 1", "4 cells", "decimal", "semicolons"]),
+        ('a,b\n"1,5","2,5"\n', [], ["'a'", "'1,5'", "decimal point", "semicolons"]),
+        ("a;b\n1,5;2.5\n", [], ["'1,5'", "'2.5'", "both", "points"]),
+        ("a;b\n1.234,5;2\n", [], ["'a'", "'1.234,5'"]),
+        (",a\n0,1\n2,3\n", [], ["column 1", "no name", "number the rows"]),
+        ("a,b\nfirst,1,2\nsecond,3,4\n", [], ["row 1", "3 cells", "row's name"]),
         ("", [], ["empty"]),
         ("a,b\n", [], ["no rows"]),
         ('a,b\n"1,2\n', [], ["not valid CSV"]),
@@ -252,6 +268,89 @@ def test_bad_files_and_options_are_refused_by_name(
     line = refused("fit", "data.csv", *arguments)
     for name in named:
         assert name in line
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "said"),
+    [
+        ("a;b\n1,5;2\n-3,25;4e1\n", ("a", "b"), ["semicolons", "decimal points"]),
+        ("a;b\n1.5;2\n-3.25;40\n", ("a", "b"), ["semicolons"]),
+        ("a\tb\n1.5\t2\n-3.25\t40\n", ("a", "b"), ["tabs"]),
+        (",a,b\n0,1.5,2\n1,-3.25,40\n", ("a", "b"), ["numbers the rows"]),
+        ('"","a","b"\n"1",1.5,2\n"2",-3.25,40\n', ("a", "b"), ["numbers the rows"]),
+        ("Unnamed: 0,a,b\n0,1.5,2\n1,-3.25,40\n", ("a", "b"), ["numbers the rows"]),
+        ('"a;1","b"\n1.5,2\n-3.25,40\n', ("a;1", "b"), []),
+    ],
+)
+def test_what_can_safely_be_understood_is_read_and_said(
+    here: Path, text: str, columns: tuple[str, ...], said: list[str]
+) -> None:
+    (here / "data.csv").write_text(text)
+    sheet = read_csv(here / "data.csv", None, "float32")
+    assert sheet.columns == columns
+    np.testing.assert_array_equal(sheet.rows, [[1.5, 2], [-3.25, 40]])
+    assert len(sheet.notes) == len(said)
+    for note, part in zip(sheet.notes, said, strict=True):
+        assert part in note
+
+
+def test_what_was_understood_is_printed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "data.csv").write_text("a;b\n1,5;2\n-3,25;4\n")
+    monkeypatch.setattr(grid, "fit_grid", lambda *_: [entry(normals(1, 2))])
+    assert main(["fit", "data.csv", "--components", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "data.csv: columns are separated by semicolons" in printed
+    assert "data.csv: commas are read as decimal points" in printed
+
+
+def test_missing_values_are_integrated_out_and_it_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    x[np.random.default_rng(1).random(x.shape) < 0.1] = np.nan
+    write_csv(here / "data.csv", "a,b,c", x.astype(float))
+    assert main(["fit", "data.csv", "--components", "1", "--restarts", "2"]) == 0
+    assert "data.csv: column 'a' has" in capsys.readouterr().out
+    found = json.loads((here / "fit.json").read_text())
+    assert [row["covariance"] for row in found["table"]] == ["diag", "spherical"]
+    # One component of independent columns: what is observed of each has its own mean and variance.
+    each = [column[~np.isnan(column)].astype(float) for column in x.T]
+    loglik = sum(-0.5 * len(v) * (np.log(2 * np.pi * v.var()) + 1) for v in each)
+    assert found["table"][0]["loglik"] == pytest.approx(loglik, rel=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_pictures_are_drawn_of_data_with_missing_values(columns: int) -> None:
+    x = np.random.default_rng(0).normal(size=(40, columns))
+    x[3, 0] = np.nan
+    best = entry(normals(2, columns))
+    sheet = Sheet("data", tuple("abcd"[:columns]), x)
+    assert picture.draw(sheet, [best], best, np.full((40, 2), 0.5)).startswith(PNG)
+
+
+def test_a_column_that_only_float64_can_tell_apart_is_fitted_there(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(here / "data.csv", "time", 1e12 + np.arange(9.0)[:, None])
+    asked = []
+    monkeypatch.setattr(grid, "fit_grid", lambda x, *_: asked.append(x) or [entry(normals(1, 1))])
+    assert main(["fit", "data.csv", "--components", "1", "--dtype", "float64"]) == 0
+    np.testing.assert_array_equal(asked[0][:, 0], 1e12 + np.arange(9.0))
+
+
+def test_a_file_without_its_command_is_refused_with_the_command(here: Path, refused: Callable[..., str]) -> None:
+    write_csv(here / "data.csv", "a", np.arange(9.0)[:, None])
+    assert "python -m jaxem fit data.csv" in refused("data.csv")
+    assert "python -m jaxem fit data.csv" in refused("--out", "results", "data.csv")
+
+
+def test_what_the_command_line_writes_in_a_clone_is_ignored_by_git() -> None:
+    root = Path(jaxem.__file__).parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a clone")
+    made = ["jaxem-fit.png", *FILES]
+    found = subprocess.run(["git", "check-ignore", *made], cwd=root, capture_output=True, text=True, timeout=60)
+    assert sorted(found.stdout.split()) == sorted(made)
 
 
 def test_unreadable_files_are_refused(here: Path, refused: Callable[..., str]) -> None:

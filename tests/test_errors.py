@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import traceback
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 
 from jaxem import (
+    HMM,
     EMError,
+    Hard,
     Mixture,
     MixtureParams,
     Normal,
@@ -23,6 +27,7 @@ from jaxem import (
     fit_restarts,
     from_functions,
     params_from_responsibilities,
+    squarem,
 )
 from jaxem.em import EM, Blocks
 
@@ -61,6 +66,8 @@ BAD_ROWS = {
     "a list": (X.tolist(), TypeError, "x", "list", "jax.numpy.asarray"),
     "text": (np.array([["a", "b"]] * 30), TypeError, "x", "<U1", "numeric"),
     "objects": (X.astype(object), TypeError, "x", "object", "numeric"),
+    "fields": (X.view([("a", "f4"), ("b", "f4")])[:, 0], TypeError, "x", "the fields a, b", "as columns"),
+    "masked entries": (np.ma.masked_less(X, 0), TypeError, "x", "masked", "x.filled(numpy.nan)"),
     "complex numbers": (X + 1j, TypeError, "x", "complex64", "real and imaginary parts as columns"),
 }
 # name -> (rows, weights, exception, the argument, what came, what to do or what was expected)
@@ -86,6 +93,14 @@ DOORS = {
 }
 
 
+# The same rows refused where they are only looked at.
+LOOKS = {
+    "log_prob": lambda x: MODEL.log_prob(START, x),
+    "posterior": lambda x: MODEL.posterior(START, x),
+    "predict": lambda x: MODEL.predict(START, x),
+}
+
+
 def refused(call, exception, *parts):
     """The call raises exactly this, and its message holds every part."""
     with pytest.raises(exception) as caught:
@@ -104,6 +119,17 @@ def test_bad_rows_are_refused(case, door):
     refused(lambda: DOORS[door](x, None), exception, *parts)
 
 
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_rows_to_predict_are_refused_in_the_same_words(case, look):
+    x, exception, *parts = BAD_ROWS[case]
+    refused(lambda: LOOKS[look](x), exception, *parts)
+    with pytest.raises(exception) as fitting:
+        em_fit(MODEL, START, x)
+    with pytest.raises(exception, match=rf"^{re.escape(str(fitting.value))}$"):
+        LOOKS[look](x)
+
+
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 def test_bad_weights_are_refused(case, door):
@@ -115,6 +141,16 @@ def test_bad_weights_are_refused(case, door):
 def test_a_prior_refuses_bad_rows(case):
     x, exception, *parts = BAD_ROWS[case]
     refused(lambda: default_prior(x, 2), exception, *parts)
+
+
+class Unregistered:
+    """A model in all but that JAX does not know it."""
+
+    def e_step(self, params, x, weights=None, expect=None):
+        return None
+
+    def m_step(self, stats):
+        return None
 
 
 def with_mean(mean):
@@ -164,11 +200,11 @@ SETTINGS = {
     "max_steps in halves": (lambda: em_fit(MODEL, START, X, max_steps=2.5), TypeError, "max_steps", "2.5", "whole"),
     "a start with other columns": (
         lambda: em_fit(MODEL, with_mean(jnp.zeros((2, 3))), X),
-        *(ValueError, "x", "3 columns", "(30, 2)"),
+        *(ValueError, "params.components.mean", "(2, 3)", "(2, 2)", "x of shape (30, 2)", "model.init"),
     ),
     "a start with other components": (
         lambda: em_fit(Mixture(Normal("full"), 2), dataclasses.replace(START, weights=jnp.ones(1)), X),
-        *(ValueError, "params", "(1,)", "(2,)", "start"),
+        *(ValueError, "params.weights", "(1,)", "(2,)", "start"),
     ),
     "labels out of range": (
         lambda: MODEL.params_from_responsibilities(X, np.arange(30) % 3),
@@ -212,6 +248,87 @@ def test_bad_settings_are_refused(case):
 def test_what_is_no_key_is_refused(door, key):
     came = f"shape {key.shape}" if hasattr(key, "shape") else type(key).__name__
     refused(lambda: door(key), TypeError, "key", came, "random key")
+
+
+# The settings that both loops take: name -> values that are none
+BAD_ARGUMENTS = {
+    "tol": ("1e-6", None, 1j, [1e-6], np.array([1e-6, 1e-7]), np.float32("inf"), True, KEY),
+    "max_steps": ("5", None, 5j, [5], np.array([5, 6]), np.float32(5), 2**31, 2**70, -1, True),
+    "algorithm": ("em", None, EM, squarem, 3.0, MODEL, EM(expect=Hard), EM(gather=Blocks)),
+    "model": (Mixture, Normal(), "mixture", None, lambda: MODEL, 3.0, Unregistered()),
+}
+# Those of restarts alone.
+BAD_RESTARTS = {
+    "num_restarts": ("2", 2.0, [2], 0, True, 2j),
+    "block_size": ("2", 2.0, [2], 0, np.float32(2), 2j),
+    "screen": ("fast", 20, Screen, [20]),
+    "init": ("k-means++", 3, [X]),
+    "key": ("0", 0.5, [0]),
+}
+# What a family may not be.
+BAD_FAMILIES = (Normal, "normal", np.mean, lambda x: x)
+
+
+def named_by_us(call, name):
+    """The call raises a ValueError or TypeError of this package, in a sentence that begins with the argument's name."""
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call()
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert "jaxem" in Path(last.filename).parts, f"raised in {last.filename}: {caught.value}"
+    assert re.match(rf"{name}\b", str(caught.value)), str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_arguments_of_the_loops_are_refused_by_name(name):
+    for value in BAD_ARGUMENTS[name]:
+        model = value if name == "model" else MODEL
+        options = {} if name == "model" else {name: value}
+        named_by_us(lambda model=model, options=options: em_fit(model, START, X, **options), name)
+        named_by_us(lambda model=model, options=options: fit_restarts(model, KEY, X, num_restarts=2, **options), name)
+
+
+@pytest.mark.parametrize("name", BAD_RESTARTS)
+def test_arguments_of_restarts_are_refused_by_name(name):
+    for value in BAD_RESTARTS[name]:
+        options = {"key": KEY, "num_restarts": None if name == "init" else 2, name: value}
+        named_by_us(lambda options=options: fit_restarts(MODEL, x=X, **options), name)
+
+
+def test_a_class_or_a_name_in_the_place_of_a_family_is_refused():
+    for family in BAD_FAMILIES:
+        named_by_us(lambda family=family: Mixture(family, 2), "family")
+        named_by_us(lambda family=family: HMM(family, 2), "family")
+    for family in ([Normal()], 3, None):
+        named_by_us(lambda family=family: Mixture(family, 2).init(KEY, X), "family")
+        named_by_us(lambda family=family: HMM(family, 2).init(KEY, X), "family")
+        named_by_us(lambda family=family: em_fit(Mixture(family, 2), START, X), "family")
+
+
+FOREIGN = {
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "longer floats": lambda a: a.astype(np.longdouble),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape),
+    "not contiguous": lambda a: np.repeat(a, 2, axis=0)[::2],
+    "backwards": lambda a: a[::-1].copy()[::-1],
+    "columns first": np.asfortranarray,
+}
+
+
+@pytest.mark.parametrize("layout", FOREIGN)
+def test_arrays_of_any_layout_mean_the_same(layout):
+    change = FOREIGN[layout]
+    x, weights, start = change(X), change(row_weights()), jax.tree.map(lambda leaf: change(np.asarray(leaf)), START)
+    assert same(
+        em_fit(MODEL, start, x, weights, max_steps=2).params, em_fit(MODEL, START, X, row_weights(), max_steps=2).params
+    )
+    assert same(MODEL.init(KEY, x, weights), MODEL.init(KEY, X, row_weights()))
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), START)
+    foreign = jax.tree.map(change, stacked)
+    runs = [fit_restarts(MODEL, KEY, rows, init=starts, max_steps=2) for rows, starts in ((x, foreign), (X, stacked))]
+    assert same(runs[0].params, runs[1].params)
+    for look in ("log_prob", "posterior", "predict"):
+        assert same(getattr(MODEL, look)(start, x), getattr(MODEL, look)(START, X))
 
 
 def test_weights_for_a_model_that_takes_none_are_refused():

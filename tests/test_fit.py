@@ -285,7 +285,7 @@ def test_a_start_in_another_precision_takes_the_datas(case, x64):
 
 def test_a_start_of_the_wrong_shape_is_named(case, x64):
     model, params, x, _ = case
-    with pytest.raises(ValueError, match="x must have 2 columns"):
+    with pytest.raises(ValueError, match=r"params.components.mean must have shape \(3, 1\)"):
         em_fit(model, params, x[:, :1])
     wrong = dataclasses.replace(params, weights=jnp.full(1, 1.0))
     with pytest.raises(ValueError, match="weights"):

@@ -12,7 +12,7 @@ ROOT = Path(jaxem.__file__).parent
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
     {"record", "status", "numerics", "special", "protocols", "datasets", "checks"},
-    {"tree", "priors", "data"},
+    {"tree", "priors", "data", "parameters"},
     {"seeding", "sequences"},
     {"families", "latents", "constraints"},
     {"models", "em"},

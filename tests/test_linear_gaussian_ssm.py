@@ -575,7 +575,7 @@ def test_errors():
         em_fit(LinearGaussianSSM(3), params, x)
     with pytest.raises(ValueError, match="must be positive semi-definite"):
         em_fit(model, dataclasses.replace(params, dynamics_covariance=-jnp.eye(2)), x)
-    with pytest.raises(ValueError, match="params must have dynamics_bias"):
+    with pytest.raises(TypeError, match=r"params.dynamics_bias must be a JAX or NumPy array of shape \(2,\); got None"):
         em_fit(LinearGaussianSSM(2, dynamics_bias=True), params, x)
     with pytest.raises(ValueError, match="the model has none"):
         Fixed(model, {"dynamics_bias": 0.0})

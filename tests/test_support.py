@@ -122,7 +122,7 @@ def test_proportions_must_sum_to_one():
         params_from_responsibilities(Mixture(Poisson(), 2), COUNTS, share)
     model = Mixture(Poisson(), 2)
     start = model.init(jax.random.key(0), COUNTS)
-    with pytest.raises(ValueError, match=r"params\.weights must sum to 1; row 0 sums to 2"):
+    with pytest.raises(ValueError, match=r"params\.weights must sum to 1; got a sum of 2"):
         em_fit(model, MixtureParams(weights=2 * start.weights, components=start.components), COUNTS)
 
 

@@ -90,9 +90,10 @@ def _plane(sheet: Sheet) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Centre (D,), axes (D, 2) and labels of the plane drawn: two columns, or the first two principal axes."""
     if len(sheet.columns) == 2:
         return np.zeros(2), np.eye(2), list(sheet.columns)
-    centre, scale = sheet.rows.mean(0), sheet.rows.std(0)
+    centre, scale = np.nanmean(sheet.rows, axis=0), np.nanstd(sheet.rows, axis=0)
     scale = np.where(scale > 0, scale, 1)
-    _, lengths, directions = np.linalg.svd((sheet.rows - centre) / scale, full_matrices=False)
+    # A missing value stands at its column's mean here; rows that have one are not drawn.
+    _, lengths, directions = np.linalg.svd(np.nan_to_num((sheet.rows - centre) / scale), full_matrices=False)
     if len(lengths) < 2:  # a single row has no second axis
         lengths, directions = np.append(lengths, 0), np.vstack([directions, np.zeros_like(directions)])
     share = lengths**2 / max(np.sum(lengths**2), np.finfo(float).tiny)
@@ -102,7 +103,7 @@ def _plane(sheet: Sheet) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def _densities(axes: Axes, sheet: Sheet, best: Entry) -> None:
     """Histogram of one column, under the density of each component and of the mixture."""
-    values = sheet.rows[:, 0]
+    values = sheet.rows[~np.isnan(sheet.rows[:, 0]), 0]
     axes.hist(values, bins="auto", density=True, color="#D5D9DE", edgecolor="white", label="rows")
     margin = 0.05 * np.ptp(values)
     means = np.asarray(best.params.components.mean, float)[:, 0]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics
+from .. import checks, numerics, parameters
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
 
@@ -39,6 +39,10 @@ class Background:
         given = self.volume
         if checks.is_known(given) and not (np.all(np.asarray(given) > 0) and np.all(np.isfinite(np.asarray(given)))):
             raise ValueError(f"volume must be above 0 and finite, as bounding_volume(x) gives it; got {given}")
+
+    @property
+    def supports(self) -> parameters.Supports:
+        return getattr(self.family, "supports", {})
 
     @property
     def start_passes(self) -> int:

@@ -1,12 +1,13 @@
 """Yes or no, and numbers of successes: independent columns of Bernoulli or binomial observations."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, special, tree
+from .. import checks, numerics, parameters, special, tree
 from ..priors import Beta
 from ..protocols import Data
 from ..record import record
@@ -102,6 +103,7 @@ class Bernoulli:
     prior: Beta | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("probability",)
+    supports: ClassVar[parameters.Supports] = {"probability": parameters.between_zero_and_one}
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> BernoulliParams:
         return _pooled(self, x, checks.columns("x", x).shape[1], weights, num_components)
@@ -159,6 +161,7 @@ class Binomial:
     prior: Beta | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("probability",)
+    supports: ClassVar[parameters.Supports] = {"probability": parameters.between_zero_and_one}
 
     def init(self, x: Data, weights: jax.Array | None, num_components: int) -> BernoulliParams:
         return _pooled(self, x, checks.columns("x", columns.pair(x)[0]).shape[1], weights, num_components)

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, tree
+from .. import checks, numerics, parameters, tree
 from ..priors import Dirichlet
 from ..record import record, static
 from . import columns
@@ -43,6 +44,7 @@ class Categorical:
     prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("probability",)
+    supports: ClassVar[parameters.Supports] = {"probability": parameters.simplex}
 
     def __post_init__(self) -> None:
         if isinstance(self.num_values, Sequence):
@@ -123,8 +125,7 @@ class Categorical:
         return CategoricalParams(probability=jax.nn.softmax(logs, axis=-1, where=jnp.asarray(has)))
 
     def check(self, x: jax.Array, name: str = "x") -> None:
-        rows = checks.columns(name, x)
-        most = self._has(rows.shape[1]).sum(axis=1)
+        most = self._has(checks.row_shape(name, x)[1]).sum(axis=1)
         expected = f"whole numbers from 0 to {most[0] - 1}" if len(set(most)) == 1 else f"whole numbers below {most}"
         columns.check(name, x, lambda v: (v >= 0) & (v < most) & (v == np.floor(v)), f"{expected} (num_values - 1)")
 
@@ -176,6 +177,7 @@ class Multinomial:
     prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("probability",)
+    supports: ClassVar[parameters.Supports] = {"probability": parameters.simplex}
 
     def __post_init__(self) -> None:
         if self.trials is not None:
@@ -249,7 +251,7 @@ class Multinomial:
         columns.check(name, x, lambda v: (v >= 0) & (v == np.floor(v)), "whole numbers, at least 0", missing=False)
         columns.warn_of_large(name, x)
         if self.trials is not None and checks.is_concrete(x):
-            totals = np.asarray(checks.columns(name, x)).astype(float).sum(axis=1)
+            totals = np.asarray(x, float).reshape(checks.row_shape(name, x)).sum(axis=1)
             if np.any(totals != self.trials):
                 row = np.argmax(totals != self.trials)
                 raise ValueError(

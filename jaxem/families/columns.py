@@ -120,11 +120,11 @@ def warn_of_large(name: str, x: Any) -> None:
 
 def check(name: str, x: Any, valid: Callable[[np.ndarray], np.ndarray], expected: str, *, missing: bool = True) -> None:
     """Eagerly refuse rows outside the support, naming the first entry; `valid` sees an array of floats (N, D)."""
-    rows = checks.columns(name, x)
+    shape = checks.row_shape(name, x)
     if not checks.is_concrete(x):
         return
-    values = np.asarray(x).astype(float).reshape(len(x), -1)
-    absent = values == -1 if np.issubdtype(rows.dtype, np.signedinteger) else np.isnan(values)
+    values = np.asarray(x).astype(float).reshape(shape)
+    absent = values == -1 if np.issubdtype(x.dtype, np.signedinteger) else np.isnan(values)
     good = np.broadcast_to(valid(np.where(np.isnan(values), 0, values)), values.shape)
     good = good | absent if missing else good & ~absent
     if not np.all(good):
@@ -135,6 +135,4 @@ def check(name: str, x: Any, valid: Callable[[np.ndarray], np.ndarray], expected
         raise ValueError(
             f"{name} must hold {expected}; got {values[row, column]:g} in row {row}, column {column}. {hint}"
         )
-    if np.any(np.all(absent, axis=0)):
-        column = np.argmax(np.all(absent, axis=0))
-        raise ValueError(f"{name} must have an observed entry in every column; column {column} has none: drop it")
+    checks.observed_columns(name, absent)

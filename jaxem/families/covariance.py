@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics
+from .. import checks, numerics, parameters
 from ..record import record
 
 # Up to here the columns of a quadratic form are written out, so that it fuses with what follows.
@@ -25,6 +25,7 @@ class Full:
 
     trailing = 2
     name = "full"
+    support = staticmethod(parameters.covariances)
 
     def degrees(self, columns: int) -> int:
         """Free numbers in one covariance."""
@@ -189,6 +190,7 @@ class Diagonal:
 
     trailing = 1
     name = "diag"
+    support = staticmethod(parameters.at_least_zero)
 
     def degrees(self, columns: int) -> int:
         return columns
@@ -274,6 +276,7 @@ class Spherical:
 
     trailing = 0
     name = "spherical"
+    support = staticmethod(parameters.at_least_zero)
 
     def degrees(self, columns: int) -> int:
         return 1

@@ -1,12 +1,13 @@
 """Positive quantities of any skewness: independent columns of gamma observations."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, special, tree
+from .. import checks, numerics, parameters, special, tree
 from ..record import record
 from . import columns
 
@@ -47,6 +48,7 @@ class Gamma:
 
     # Either parameter, held, changes the M-step of the other.
     separable = ()
+    supports: ClassVar[parameters.Supports] = {"shape": parameters.at_least_zero, "rate": parameters.at_least_zero}
     collapses = True
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> GammaParams:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from .. import tree
+from .. import parameters, tree
 from ..protocols import Data
 from ..record import record
 from . import columns, design
@@ -50,6 +51,7 @@ class LinearRegression:
     prior: LinearRegressionStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("variance",)
+    supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
     collapses = True
 
     def init(self, x: Data, weights: jax.Array | None, num_components: int) -> LinearRegressionParams:

@@ -1,12 +1,13 @@
 """Counts more dispersed than Poisson: independent columns of negative binomial observations."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, special, tree
+from .. import checks, numerics, parameters, special, tree
 from ..record import record
 from . import columns
 
@@ -53,6 +54,10 @@ class NegativeBinomial:
     prior: NegativeBinomialStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = ("concentration",)
+    supports: ClassVar[parameters.Supports] = {
+        "mean": parameters.at_least_zero,
+        "concentration": parameters.at_least_zero,
+    }
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NegativeBinomialParams:
         one = jnp.ones((1, checks.columns("x", x).shape[1]), tree.float_dtype(x))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics
+from .. import checks, numerics, parameters
 from ..record import record, static
 from . import columns as columns_of
 from . import covariance as shapes
@@ -81,6 +81,10 @@ class Normal:
     @property
     def shape(self) -> shapes.Shape:
         return shapes.NAMES[self.covariance][0]
+
+    @property
+    def supports(self) -> parameters.Supports:
+        return {"covariance": self.shape.support}
 
     @property
     def tied(self) -> bool:

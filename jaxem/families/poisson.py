@@ -1,12 +1,13 @@
 """Counts and waiting times at a constant rate: independent columns of Poisson or exponential observations."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, tree
+from .. import checks, numerics, parameters, tree
 from ..priors import GammaPrior
 from ..protocols import Data
 from ..record import record
@@ -98,6 +99,7 @@ class Poisson:
     prior: GammaPrior | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("rate",)
+    supports: ClassVar[parameters.Supports] = {"rate": parameters.at_least_zero}
 
     def init(self, x: Data, weights: jax.Array | None, num_components: int) -> RateParams:
         return _pooled(self, x, columns.pair(x)[0], weights, num_components)
@@ -172,6 +174,7 @@ class Exponential:
     prior: GammaPrior | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("rate",)
+    supports: ClassVar[parameters.Supports] = {"rate": parameters.at_least_zero}
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> RateParams:
         return _pooled(self, x, x, weights, num_components)

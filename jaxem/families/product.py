@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from .. import tree
+from .. import parameters, tree
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
 
@@ -45,6 +45,10 @@ class Product:
                 f"families must not add components of their own, as {extra[0]!r} does: wrap the Product in it"
             )
         object.__setattr__(self, "families", dict(self.families))
+
+    @property
+    def supports(self) -> parameters.Supports:
+        return {name: getattr(family, "supports", {}) for name, family in self.families.items()}
 
     @property
     def start_passes(self) -> int:

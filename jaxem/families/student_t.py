@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, special
+from .. import checks, parameters, special
 from ..record import record, static
 from . import columns
 from . import covariance as shapes
@@ -71,6 +71,10 @@ class StudentT:
         given = self.degrees_of_freedom
         if checks.is_known(given) and not np.all(np.asarray(given) > 0):
             raise ValueError(f"degrees_of_freedom must be above 0, or None to estimate them; got {given}")
+
+    @property
+    def supports(self) -> parameters.Supports:
+        return {"scale": self._normal.shape.support, "degrees_of_freedom": parameters.at_least_zero}
 
     @property
     def _normal(self) -> Normal:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, special
+from .. import checks, numerics, parameters, special
 from ..record import record
 from . import columns
 from .bessel import bessel_odds, log_bessel
@@ -49,6 +50,10 @@ class VonMisesFisher:
     prior: VonMisesFisherStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("concentration",)
+    supports: ClassVar[parameters.Supports] = {
+        "mean_direction": parameters.unit_vectors,
+        "concentration": parameters.at_least_zero,
+    }
     collapses = True
 
     def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> VonMisesFisherParams:
@@ -155,15 +160,14 @@ class VonMisesFisher:
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         checks.finite_matrix(name, x)
-        rows = checks.columns(name, x)
-        if rows.shape[1] < 2:
+        if checks.row_shape(name, x)[1] < 2:
             raise ValueError(
                 f"{name} must have at least two columns, unit vectors; got shape {x.shape}. Give angles as "
                 "jax.numpy.stack([jax.numpy.cos(angles), jax.numpy.sin(angles)], axis=1)"
             )
         if not checks.is_concrete(x):
             return
-        lengths = np.linalg.norm(np.asarray(rows, float), axis=1)
+        lengths = np.linalg.norm(np.asarray(x, float), axis=1)
         if np.any(np.abs(lengths - 1) > 1e-3):
             row = np.argmax(np.abs(lengths - 1) > 1e-3)
             raise ValueError(

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics
+from .. import checks, numerics, parameters
 from ..priors import Beta
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
@@ -44,6 +44,10 @@ class ZeroInflated:
     prior: Beta | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("inflation",)
+
+    @property
+    def supports(self) -> parameters.Supports:
+        return {"inflation": parameters.between_zero_and_one, "components": getattr(self.family, "supports", {})}
 
     def init(self, x: Data, weights: jax.Array | None, num_components: int) -> ZeroInflatedParams:
         components = self.family.init(x, weights, num_components)

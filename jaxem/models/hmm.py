@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, constraints, numerics, seeding, sequences, tree
+from .. import checks, constraints, numerics, parameters, seeding, sequences, tree
 from ..latents import Exact, markov
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
@@ -78,6 +78,7 @@ class HMM:
     form: str = static(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
+        checks.component_family(self.family)
         checks.positive_integer("num_states", self.num_states)
         checks.choice("form", self.form, markov.FORMS)
         if getattr(self.family, "extra_components", 0):
@@ -108,6 +109,7 @@ class HMM:
         their moves counted, each kind of move once more than it is seen.
         """
         checks.choice("method", method, seeding.METHODS)
+        x, weights = checks.native((x, weights))
         self.check(x, weights)
         return self._init(checks.random_key(key), self.units(x), weights, method)
 
@@ -231,6 +233,7 @@ class HMM:
         found = self.family.degenerate(stats.emissions)
         return jnp.zeros_like(found) if "emissions" in held else found
 
+    @parameters.at_rows
     @jax.jit
     def log_prob(self, params: HMMParams, x: Data) -> jax.Array:
         """Log-likelihood log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
@@ -238,11 +241,13 @@ class HMM:
         _, evidence = markov.log_filter(self._read(params, x), self.form, self.parallel)
         return x.per_sequence(evidence.reshape(x.num_steps, x.num_rows).T)
 
+    @parameters.at_rows
     @jax.jit
     def filter(self, params: HMMParams, x: Data) -> jax.Array:
         """p(z_t = k | x_1..t): (T, K) for one sequence, (B, T, K) for several; 0 in the padding."""
         return _by_step(x, jnp.exp(self._filtered(self._read(params, x))), 0)
 
+    @parameters.at_rows
     @jax.jit
     def smooth(self, params: HMMParams, x: Data) -> jax.Array:
         """p(z_t = k | x_1..T): (T, K) for one sequence, (B, T, K) for several; 0 in the padding."""
@@ -251,6 +256,7 @@ class HMM:
 
     posterior = smooth
 
+    @parameters.at_rows
     @jax.jit
     def viterbi(self, params: HMMParams, x: Data) -> jax.Array:
         """The likeliest path of states: (T,) for one sequence, (B, T) for several; -1 in the padding."""
@@ -258,6 +264,7 @@ class HMM:
 
     predict = viterbi
 
+    @parameters.at_rows
     @functools.partial(jax.jit, static_argnames="steps")
     def forecast(self, params: HMMParams, x: Data, steps: int) -> jax.Array:
         """p(z_T+h = k | x_1..T) for h = 1..steps after the end: (steps, K) for one sequence, (B, steps, K) for several.
@@ -296,6 +303,7 @@ class HMM:
         checks.positive_integer("n", n)
         count = 1 if num_sequences is None else num_sequences
         checks.positive_integer("num_sequences", count)
+        parameters.count_of("params.initial", getattr(params, "initial", None), self.num_states)
         key_start, key_moves, key_rows = jax.random.split(checks.random_key(key), 3)
         moves = numerics.safe_log(params.transition)
 
@@ -313,6 +321,7 @@ class HMM:
     def num_parameters(self, params: HMMParams) -> int:
         """Free parameters: of the start, of every row of transitions, and the emissions'. Supports count, and
         without one no entry is taken for a hard zero."""
+        parameters.count_of("params.initial", getattr(params, "initial", None), self.num_states)
         return sum(self.degrees(params).values())
 
     def degrees(self, params: HMMParams) -> dict[str, int]:
@@ -356,32 +365,52 @@ class HMM:
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
+        checks.complete_family(self.family)
         x = checks.present(sequences.check(x, weights), weights)
         if checks.is_concrete(x):
-            inside = np.asarray(x.inside())
-            rows = jax.tree.map(lambda leaf: np.asarray(leaf)[inside], x.values)
-            missing = np.asarray(_missing(rows))
-            if np.all(missing):
-                raise ValueError("x must have an observed step; all are missing")
-            self.family.check(jax.tree.map(lambda leaf: leaf[~missing], rows) if np.any(missing) else rows)
-            checks.enough_rows(int(np.sum(~missing)), None, self.num_states, "states")
+            with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
+                self._check_steps(x)
         else:
             self.family.check(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x.values))
 
-    def check_params(self, params: HMMParams) -> None:
-        """Raise ValueError for chain probabilities that are no distributions; eager only."""
-        self.check_held({"initial": params.initial, "transition": params.transition}, "params.")
+    def _check_steps(self, x: Sequences) -> None:
+        """Raise for observed steps of concrete data that the family refuses, or for fewer of them than states."""
+        inside = np.asarray(x.inside())
+        rows = jax.tree.map(lambda leaf: np.asarray(leaf)[inside], x.values)
+        missing = _missing(rows, np)
+        if np.all(missing):
+            checks.some_observed("x must have an observed step; all are missing")
+            return
+        self.family.check(jax.tree.map(lambda leaf: leaf[~missing], rows) if np.any(missing) else rows)
+        checks.enough_rows(int(np.sum(~missing)), None, self.num_states, "states")
 
-    def check_held(self, values: dict[str, Any], prefix: str = "") -> None:
-        """The same for values to be held fixed."""
+    def params_like(self, x: Data) -> HMMParams:
+        """The shapes that parameters have for such data."""
+        x = self.units(x)
+        count, dtype = self.num_states, tree.float_dtype(x.values)
+        steps = jax.tree.map(lambda leaf: parameters.like(leaf.shape[1:], leaf.dtype), x.values)
+        return HMMParams(
+            initial=parameters.like((count,), dtype),
+            transition=parameters.like((count, count), dtype),
+            emissions=seeding.params_like(self.family, steps, count),
+        )
+
+    @property
+    def supports(self) -> parameters.Supports:
+        """Where the values of parameters lie."""
+        emissions = getattr(self.family, "supports", {})
+        return {"initial": parameters.simplex, "transition": parameters.simplex, "emissions": emissions}
+
+    def check_held(self, values: dict[str, Any]) -> None:
+        """Raise ValueError for chain probabilities, to be held fixed, that are no distributions."""
         for name, shape in (("initial", (self.num_states,)), ("transition", (self.num_states,) * 2)):
             value = values.get(name)
             if value is None or not checks.is_known(value):
                 continue
             if jnp.shape(value) != shape:
-                raise ValueError(f"{prefix}{name} must have shape {shape}; got {jnp.shape(value)}")
+                raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(value)}")
             if np.all(np.isfinite(value)):
-                checks.distributions(prefix + name, np.atleast_2d(np.asarray(value)))
+                checks.distributions(name, np.atleast_2d(np.asarray(value)))
 
     def floats_per_row(self, params: HMMParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a sequence."""
@@ -397,6 +426,7 @@ class HMM:
         )
 
     def _chain(self, params: HMMParams, x: Sequences, rows: Data, seen: jax.Array) -> markov.Chain:
+        parameters.shapes("params", self, params, x)
         # Not by `_family`: the branch on missing entries keeps XLA from computing densities anew for each use.
         size = self._rows_at_a_time(params.emissions, rows)
         scores = tree.map_over_blocks(lambda rows: self.family.log_prob(params.emissions, rows).T, rows, size)
@@ -508,15 +538,18 @@ def _from_real(theta: jax.Array, support: Any) -> jax.Array:
     return jax.nn.softmax(theta, axis=-1, where=jnp.asarray(support) != 0)
 
 
-def _missing(values: Data) -> jax.Array:
-    """Which rows (N,) hold nothing but NaN; whole numbers are never missing as a row, only one by one."""
+def _missing(values: Data, numpy: Any = jnp) -> Any:
+    """Which rows (N,) hold nothing but NaN; whole numbers are never missing as a row, only one by one.
+
+    numpy: the module that looks; NumPy itself where values are at hand, and nothing should be compiled.
+    """
 
     def nothing(leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jnp.zeros(leaf.shape[:1], bool)
-        return jnp.all(jnp.isnan(leaf).reshape(leaf.shape[0], -1), axis=1)
+            return numpy.zeros(leaf.shape[:1], bool)
+        return numpy.all(numpy.isnan(leaf).reshape(leaf.shape[0], -1), axis=1)
 
-    return functools.reduce(jnp.logical_and, [nothing(leaf) for leaf in jax.tree.leaves(values)])
+    return functools.reduce(numpy.logical_and, [nothing(leaf) for leaf in jax.tree.leaves(values)])
 
 
 def _rows(x: Sequences) -> tuple[Data, jax.Array]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics, seeding, tree
+from .. import checks, numerics, parameters, seeding, tree
 from ..latents import Exact, Hard
 from ..protocols import Data
 from ..record import record, static
@@ -81,6 +81,7 @@ class KMeans:
         many at a time, then k-means++ among them) or "random_rows".
         """
         checks.choice("method", method, INITS)
+        x, weights = checks.native((x, weights))
         self.check(x, weights)
         return self._init(checks.random_key(key), x, weights, method)
 
@@ -108,11 +109,12 @@ class KMeans:
             raise TypeError(
                 f"expect must be Exact() or Hard() for k-means, whose only posterior is hard; got {expect!r}"
             )
+        parameters.shapes("params", self, params, x)
         return self._e_step(params, x, weights)
 
     @jax.jit
     def _e_step(self, params: KMeansParams, x: Data, weights: jax.Array | None) -> KMeansStats:
-        rows, centers = self._rows(params, x), params.centers
+        rows, centers = checks.matrix("x", x), params.centers
         anchor = _anchor(rows, weights)
         label, score = _nearest(centers, rows, anchor)
         stats = tree.sum_over_blocks(
@@ -165,16 +167,18 @@ class KMeans:
         # Every block has added a pseudo-count: a million blocks are still nothing.
         return stats.count <= 2**20 * _PSEUDO_COUNT
 
+    @parameters.at_rows
     @jax.jit
     def predict(self, params: KMeansParams, x: Data) -> jax.Array:
         """The nearest centre of each row: (N,), whole numbers."""
-        rows = self._rows(params, x)
+        rows = checks.matrix("x", x)
         return _nearest(params.centers, rows, _anchor(rows, None))[0]
 
+    @parameters.at_rows
     @jax.jit
     def transform(self, params: KMeansParams, x: Data) -> jax.Array:
         """Distance of each row to each centre: (N, K)."""
-        rows, centers = self._rows(params, x), params.centers
+        rows, centers = checks.matrix("x", x), params.centers
 
         def distances(rows: jax.Array) -> jax.Array:
             square = jnp.sum(jnp.square(rows[:, None] - centers), axis=-1)
@@ -188,6 +192,7 @@ class KMeans:
 
     def num_parameters(self, params: KMeansParams) -> int:
         """Free parameters: K D."""
+        parameters.count_of("params.centers", getattr(params, "centers", None), self.num_clusters)
         return int(jnp.size(params.centers))
 
     def unconstrain(self, params: KMeansParams) -> KMeansParams:
@@ -205,17 +210,14 @@ class KMeans:
         checks.row_weights(weights, rows)
         checks.enough_rows(rows, weights, self.num_clusters, "clusters")
 
+    def params_like(self, x: Data) -> KMeansParams:
+        """The shapes that parameters have for such data."""
+        shape = (self.num_clusters, checks.row_shape("x", x)[1])
+        return KMeansParams(centers=parameters.like(shape, tree.float_dtype(x)))
+
     def partial(self) -> "KMeans":
         """The same model on a part of the rows, where an empty cluster means nothing."""
         return dataclasses.replace(self, refill=False)
-
-    def _rows(self, params: KMeansParams, x: Data) -> jax.Array:
-        rows, shape = checks.matrix("x", x), (self.num_clusters, jnp.shape(params.centers)[-1])
-        if jnp.shape(params.centers) != shape:
-            raise ValueError(f"centers must have shape (num_clusters, D); got {jnp.shape(params.centers)}")
-        if rows.shape[1] != shape[1]:
-            raise ValueError(f"x must have {shape[1]} columns, as the centers have; got shape {jnp.shape(x)}")
-        return rows
 
 
 def _block_size(centers: jax.Array, rows: jax.Array) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, sequences, tree
+from .. import checks, numerics, parameters, sequences, tree
 from ..families import covariance, linear_equation
 from ..families.linear_equation import EquationStats
 from ..latents import Exact, Sample, lanewise, linear_gaussian, steady, whitening
@@ -130,6 +130,7 @@ class LinearGaussianSSM:
         Independent states of unit variance that decay at different rates, and random emissions that explain half of
         the observations' variance (of their mean square, where there is no emission bias to take the mean).
         """
+        x, weights = checks.native((x, weights))
         self.check(x, weights)
         return self._init(checks.random_key(key), self.units(x), weights)
 
@@ -176,7 +177,8 @@ class LinearGaussianSSM:
         Missing entries of a step that is partly observed are latent, and expected with it; a step without any
         adds to the dynamics alone. Under Sample(n) states are drawn, n paths, in place of their moments.
         """
-        data = self._read(self.units(x), weights, params)
+        parameters.shapes("params", self, params, x)
+        data = self._read(self.units(x), weights)
         if isinstance(expect, Exact) and expect.temperature is None:
             return self._either(self._together, self._separately, params, data)
         if not isinstance(expect, Sample):
@@ -305,6 +307,7 @@ class LinearGaussianSSM:
             emission=linear_equation.about(stats.emission, self._line(_EMISSION, params)),
         )
 
+    @parameters.at_rows
     def log_prob(self, params: LinearGaussianSSMParams, x: Data) -> jax.Array:
         """Log-likelihood log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
         # Units are read outside of what is compiled: of concrete data they tell whether anything is missing.
@@ -321,24 +324,26 @@ class LinearGaussianSSM:
         def apart(params: LinearGaussianSSMParams, data: _Data) -> jax.Array:
             return self._apart(params, data)[2].log_prob.T
 
-        return x.per_sequence(self._either(shared, apart, params, self._read(x, None, params)))
+        return x.per_sequence(self._either(shared, apart, params, self._read(x, None)))
 
+    @parameters.at_rows
     def filter(self, params: LinearGaussianSSMParams, x: Data) -> StateMoments:
         """p(z_t | x_1..t): means (T, S), covariances (T, S, S) of one sequence, (B, T, ...) of several."""
         return self._filter(params, self.units(x), one=sequences.is_one(x))
 
     @functools.partial(jax.jit, static_argnames="one")
     def _filter(self, params: LinearGaussianSSMParams, x: Sequences, one: bool) -> StateMoments:
-        data = self._read(x, None, params)
+        data = self._read(x, None)
         return _by_step(data, one, *self._filtered_moments(params, data))
 
+    @parameters.at_rows
     def smooth(self, params: LinearGaussianSSMParams, x: Data) -> StateMoments:
         """p(z_t | x_1..T): means (T, S), covariances (T, S, S) of one sequence, (B, T, ...) of several."""
         return self._smooth(params, self.units(x), one=sequences.is_one(x))
 
     @functools.partial(jax.jit, static_argnames="one")
     def _smooth(self, params: LinearGaussianSSMParams, x: Sequences, one: bool) -> StateMoments:
-        data = self._read(x, None, params)
+        data = self._read(x, None)
 
         def shared(params: LinearGaussianSSMParams, data: _Data) -> tuple[jax.Array, jax.Array]:
             transition, white = self._white(params, data)
@@ -353,6 +358,7 @@ class LinearGaussianSSM:
 
     posterior = smooth
 
+    @parameters.at_rows
     def forecast(
         self, params: LinearGaussianSSMParams, x: Data, steps: int, inputs: jax.Array | None = None
     ) -> Forecast:
@@ -368,7 +374,7 @@ class LinearGaussianSSM:
     def _forecast(
         self, params: LinearGaussianSSMParams, x: Sequences, inputs: jax.Array | None, steps: int, one: bool
     ) -> Forecast:
-        means, covariances = _ends(x, *self._filtered_moments(params, self._read(x, None, params)))
+        means, covariances = _ends(x, *self._filtered_moments(params, self._read(x, None)))
         lanes = means.shape[0]
         shifts, offsets = self._ahead(params, inputs, lanes, steps, means.dtype)
 
@@ -492,7 +498,8 @@ class LinearGaussianSSM:
         given, inputs = self._split(x)
         if not checks.is_concrete(x):
             return
-        inside = np.asarray(x.inside())
+        with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
+            inside = np.asarray(x.inside())
         for name, leaf in (("observations", given), ("inputs", inputs)):
             if leaf is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
                 continue
@@ -508,26 +515,42 @@ class LinearGaussianSSM:
                     f"x: {name} must be finite; got {values[row, step, column]} in sequence {row}, step {step}, "
                     f"column {column}. {remedy}"
                 )
-        absent = np.all(np.isnan(np.asarray(given, float)[inside]), axis=0)
-        if np.any(absent):
-            raise ValueError(
-                f"x must have an observed entry in every column; column {np.argmax(absent)} has none: drop it"
-            )
+        checks.observed_columns("x", np.isnan(np.asarray(given, float)[inside]))
 
-    def check_params(self, params: LinearGaussianSSMParams) -> None:
-        """Raise ValueError for shapes that do not fit together, and covariances that are none; values eager only."""
-        self._check_values({name: getattr(params, name) for name in self.blocks(params)}, "params.")
-        for name in (*_DYNAMICS[1:], *_EMISSION[1:]):
-            if (getattr(params, name) is not None) != getattr(self, name):
-                what = "have" if getattr(self, name) else "not have"
-                raise ValueError(f"params must {what} {name}, since the model has {name}={getattr(self, name)}")
+    def params_like(self, x: Data) -> LinearGaussianSSMParams:
+        """The shapes that parameters have for such data."""
+        x = self.units(x)
+        given, inputs = self._split(x)
+        width, states, dtype = given.shape[2], self.state_size, tree.float_dtype(x.values)
+        inputs_width = 0 if inputs is None else inputs.shape[2]
+
+        def like(*shape: int, there: bool = True) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype) if there else None
+
+        return LinearGaussianSSMParams(
+            initial_mean=like(states),
+            initial_covariance=like(states, states),
+            dynamics=like(states, states),
+            dynamics_covariance=like(states, states),
+            emission=like(width, states),
+            emission_covariance=like(*(width,) * _SHAPES[self.covariance].trailing),
+            dynamics_bias=like(states, there=self.dynamics_bias),
+            emission_bias=like(width, there=self.emission_bias),
+            dynamics_inputs=like(states, inputs_width, there=self.dynamics_inputs),
+            emission_inputs=like(width, inputs_width, there=self.emission_inputs),
+        )
+
+    @property
+    def supports(self) -> parameters.Supports:
+        """Where the values of parameters lie."""
+        return {name: self._shape_of(name).support for name in _COVARIANCES}
 
     def check_held(self, values: dict[str, Any]) -> None:
-        """The same for values to be held fixed."""
+        """Raise ValueError for values to be held fixed that the model has none of, or that cannot be."""
         for name in values:
             if name in (*_DYNAMICS[1:], *_EMISSION[1:]) and not getattr(self, name):
                 raise ValueError(f"{name} cannot be held: the model has none. Set {name}=True")
-        self._check_values(values, "")
+        self._check_values(values)
 
     def floats_per_row(self, params: LinearGaussianSSMParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a sequence."""
@@ -560,20 +583,13 @@ class LinearGaussianSSM:
                 )
         return parts[0], (parts[1] if uses else None)
 
-    def _read(self, x: Sequences, weights: jax.Array | None, params: LinearGaussianSSMParams | None = None) -> "_Data":
+    def _read(self, x: Sequences, weights: jax.Array | None) -> "_Data":
         given, inputs = self._split(x)
         dtype = tree.float_dtype(x.values)
         counted = x.inside() if weights is None else x.inside() & (weights > 0)[:, None]
         values = given.astype(dtype)
         if weights is not None:
             values = jnp.where(counted[..., None], values, 0)
-        if params is not None:
-            width, states = params.emission.shape
-            if values.shape[-1] != width or states != self.state_size:
-                raise ValueError(
-                    f"params.emission must have shape ({values.shape[-1]}, {self.state_size}), for so many columns of "
-                    f"observations and state_size={self.state_size}; got {(width, states)}"
-                )
         return _Data(
             values=values,
             seen=None,
@@ -890,7 +906,11 @@ class LinearGaussianSSM:
         prior = None if self.prior is None else getattr(self.prior, part)
         return linear_equation.estimate(shape, stats, groups, prior)
 
-    def _check_values(self, values: dict[str, Any], prefix: str) -> None:
+    def _shape_of(self, covariance: str) -> Any:
+        """The shape that a covariance of this name is stored in."""
+        return _SHAPES[self.covariance if covariance == "emission_covariance" else "full"]
+
+    def _check_values(self, values: dict[str, Any]) -> None:
         states = self.state_size
         shapes: dict[str, tuple[int | None, ...]] = {
             "initial_mean": (states,),
@@ -909,22 +929,15 @@ class LinearGaussianSSM:
                 continue
             got, expected = jnp.shape(value), shapes[name]
             fits = len(got) == len(expected) and all(e in (None, g) for g, e in zip(got, expected, strict=True))
-            if not fits and (prefix or len(got) > 0):
+            if not fits and len(got) > 0:
                 told = str(tuple("..." if size is None else size for size in expected)).replace("'", "")
-                raise ValueError(f"{prefix}{name} must have shape {told}; got {got}")
-            if not checks.is_concrete(value) or not np.all(np.isfinite(value)) or name not in _COVARIANCES:
+                raise ValueError(f"{name} must have shape {told}; got {got}")
+            if name not in _COVARIANCES or not checks.is_concrete(value):
                 continue
-            matrix = np.asarray(value, float)
-            if len(expected) == 1 or not len(got):
-                if np.any(matrix < 0):
-                    raise ValueError(f"{prefix}{name} must hold variances of at least 0; got {np.min(matrix):g}")
-                continue
-            scale = np.max(np.abs(matrix)) + np.finfo(float).tiny
-            if got[0] != got[1] or np.max(np.abs(matrix - matrix.T)) > 1e-3 * scale:
-                raise ValueError(f"{prefix}{name} must be symmetric; take (C + C.T) / 2 of a matrix C that nearly is")
-            lowest = np.min(np.linalg.eigvalsh(matrix))
-            if lowest < -1e-4 * scale:
-                raise ValueError(f"{prefix}{name} must be positive semi-definite; got an eigenvalue of {lowest:.3g}")
+            if len(got) == 2 and got[0] != got[1]:
+                raise ValueError(f"{name} must be square; got shape {got}")
+            support = self._shape_of(name).support if got else parameters.at_least_zero
+            support(name, np.asarray(value))
 
 
 @record

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, constraints, numerics, seeding, tree
+from .. import checks, constraints, numerics, parameters, seeding, tree
 from ..data import respect, split
 from ..latents import Exact, categorical
 from ..priors import Dirichlet
@@ -59,6 +59,7 @@ class Mixture:
     collapses = True
 
     def __post_init__(self) -> None:
+        checks.component_family(self.family)
         checks.positive_integer("num_components", self.num_components)
 
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++") -> Params:
@@ -70,6 +71,7 @@ class Mixture:
         component with labelled rows is seeded by one of them.
         """
         checks.choice("method", method, seeding.METHODS)
+        x, weights = checks.native((x, weights))
         self.check(x, weights)
         return self._init(checks.random_key(key), x, weights, method)
 
@@ -84,6 +86,7 @@ class Mixture:
         self, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
     ) -> MixtureParams:
         """The M-step from given responsibilities (N, K), or labels (N,) of a whole-number dtype."""
+        x, weights = checks.native((x, weights))
         self.check(x, weights)
         rows, count = tree.num_rows(x), self._total
         given = checks.array("responsibilities", responsibilities)
@@ -161,16 +164,19 @@ class Mixture:
         found = self.family.degenerate(stats.components)
         return jnp.zeros_like(found) if "components" in held else found
 
+    @parameters.at_rows
     @jax.jit
     def log_prob(self, params: MixtureParams, x: Data) -> jax.Array:
         """Marginal log-density log p(x_n) of each row, log p(x_n, label_n) of labelled ones: (N,)."""
         return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[1])
 
+    @parameters.at_rows
     @jax.jit
     def posterior(self, params: MixtureParams, x: Data) -> jax.Array:
         """Responsibilities p(component k | x_n): (N, K)."""
         return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[0].T)
 
+    @parameters.at_rows
     @jax.jit
     def predict(self, params: MixtureParams, x: Data) -> jax.Array:
         """The most probable component of each row: (N,), whole numbers."""
@@ -183,12 +189,14 @@ class Mixture:
     def sample_with_labels(self, key: jax.Array, params: MixtureParams, n: int) -> tuple[Data, jax.Array]:
         """n rows from the mixture, and the component (n,) that each came from."""
         checks.positive_integer("n", n)
+        self._count(params)
         key_labels, key_rows = jax.random.split(checks.random_key(key))
         labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
         return self.family.sample(key_rows, params.components, labels), labels
 
     def num_parameters(self, params: MixtureParams) -> int:
         """Free parameters: K - 1 weights and the components'."""
+        self._count(params)
         return sum(self.degrees(params).values())
 
     def degrees(self, params: MixtureParams) -> dict[str, int]:
@@ -209,6 +217,7 @@ class Mixture:
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
+        checks.complete_family(self.family)
         inside, labels = split(checks.present(x, weights))
         self.family.check(inside)
         rows = tree.num_rows(x)
@@ -217,11 +226,18 @@ class Mixture:
         if labels is not None:
             checks.labels("labels", labels, rows, self._total)
 
-    def check_params(self, params: MixtureParams) -> None:
-        """Raise ValueError for mixing weights that are no distribution; eager only."""
-        weights = params.weights
-        if checks.is_concrete(weights) and jnp.ndim(weights) == 1 and np.all(np.isfinite(weights)):
-            checks.distributions("params.weights", np.asarray(weights)[None])
+    def params_like(self, x: Data) -> MixtureParams:
+        """The shapes that parameters have for such data."""
+        rows = split(x)[0]
+        return MixtureParams(
+            weights=parameters.like((self._total,), tree.float_dtype(rows)),
+            components=seeding.params_like(self.family, rows, self.num_components),
+        )
+
+    @property
+    def supports(self) -> parameters.Supports:
+        """Where the values of parameters lie."""
+        return {"weights": parameters.simplex, "components": getattr(self.family, "supports", {})}
 
     def check_held(self, values: dict[str, Any]) -> None:
         """Raise ValueError for mixing weights, to be held fixed, that are no distribution."""
@@ -250,6 +266,10 @@ class Mixture:
         """Components, and those that the family adds by itself."""
         return self.num_components + getattr(self.family, "extra_components", 0)
 
+    def _count(self, params: MixtureParams) -> None:
+        """Raise unless parameters are a mixture's, with as many weights as it has components."""
+        parameters.count_of("params.weights", getattr(params, "weights", None), self._total)
+
     def _weights(self, stats: MixtureStats) -> jax.Array:
         counts = stats.counts
         if self.prior is not None:
@@ -258,6 +278,7 @@ class Mixture:
 
     def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
         """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""
+        parameters.shapes("params", self, params, x)
         rows, labels = split(x)
         joint = numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, rows)
         return joint if labels is None else jnp.where(_allowed(labels, joint.shape[0]), joint, -jnp.inf)
