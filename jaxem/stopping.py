@@ -24,6 +24,9 @@ PATIENCE = 4
 _SEEN = 2
 _MOVED = 8
 
+# Squared moves of up to so many times their rounding are nothing but that.
+_ROUNDED = 64
+
 # So many steps in a row have to find that little is left: where a fast mode has died, a slow one shows itself next.
 _CONFIRMED = 3
 
@@ -56,6 +59,7 @@ class Watch:
     power: gains go with this power of squared moves, 1 in the interior of the domain and 1/2 towards its boundary.
     near: steps in a row that found little enough left.
     scale: of every array of the parameters, the largest entry that it has had.
+    rounding: squared length of a move by the rounding of the parameters.
     """
 
     gain: jax.Array
@@ -72,6 +76,7 @@ class Watch:
     power: jax.Array
     near: jax.Array
     scale: Any
+    rounding: jax.Array
 
 
 def watch(value: jax.Array, params: Params) -> Watch:
@@ -92,6 +97,7 @@ def watch(value: jax.Array, params: Params) -> Watch:
         power=jnp.ones_like(value),
         near=none,
         scale=_scale(params),
+        rounding=jnp.zeros_like(value),
     )
 
 
@@ -106,7 +112,7 @@ def _scale(params: Params) -> list[jax.Array]:
 def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array]:
     """The squared length of a move, every array measured by the largest entry that it has had, or of its rounding.
 
-    Returns the watch with these entries as they are now, and the length, a scalar.
+    Returns the watch with these entries and that rounding as they are now, and the length, a scalar.
     """
     dtype = watch.record.dtype
     now = _scale(after)
@@ -116,7 +122,7 @@ def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array
         unit = jnp.where(largest > 0, largest, 1)
         total += jnp.sum(jnp.square((b - a) / unit)).astype(dtype)
         rounding += jnp.square(jnp.finfo(dtype).eps * size / unit).astype(dtype)
-    return dataclasses.replace(watch, scale=scale), jnp.maximum(total, rounding)
+    return dataclasses.replace(watch, scale=scale, rounding=rounding), jnp.maximum(total, rounding)
 
 
 def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, resolution: jax.Array) -> Watch:
@@ -128,7 +134,7 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
     folds = jnp.log(jnp.where(first, 2, watch.mark / move))
     pace = jnp.where(halved & ~first, since / folds, jnp.where(grown, jnp.inf, watch.pace))
     anew = first | halved | grown
-    seen = gain > _SEEN * resolution
+    seen = (gain > _SEEN * resolution) & (move > _ROUNDED * watch.rounding)
     # Taken anew whenever moves have halved, and averaged, since a single ratio of gains is rough.
     compared = seen & anew & (watch.seen > 0) & (move < watch.seen_move / 1.5)
     power = jnp.log(watch.seen / gain) / jnp.log(jnp.where(compared, watch.seen_move / move, 2))
@@ -148,6 +154,7 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
         power=jnp.where(compared, power, watch.power),
         near=watch.near,
         scale=watch.scale,
+        rounding=watch.rounding,
     )
 
 
@@ -178,9 +185,13 @@ def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.A
     Moves shrink as their last ratio tells, where that stands out of its own rounding, and no faster than they have
     halved: over many steps the rounding of slow moves averages out.
     """
-    unseen = jnp.minimum(_SEEN * resolution, _DEAREST * total * now.move)
-    gain = jnp.where(jnp.isnan(now.seen), unseen, now.seen * (now.move / now.seen_move) ** now.power)
+    gain = jnp.where(
+        jnp.isnan(now.seen), _DEAREST * total * now.move, now.seen * (now.move / now.seen_move) ** now.power
+    )
+    gain = jnp.minimum(gain, jnp.maximum(now.gain, 0) + _SEEN * resolution)  # more would have been seen
     folds = jnp.log(jnp.maximum(now.mark / now.move, 1))
+    # Moves of the size of their rounding shrink no more, however near the limit is.
+    folds = jnp.maximum(folds, jnp.where(now.move <= _ROUNDED * now.rounding, 0.1, 0))
     direct = jnp.where((now.since >= _FEWEST) & (folds > 0), now.since / jnp.where(folds > 0, folds, 1), jnp.inf)
     # Moves that have not halved in so many steps are at least that slow.
     pace = jnp.where(jnp.isinf(now.pace), direct, jnp.maximum(now.pace, now.since / math.log(2)))

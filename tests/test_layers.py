@@ -13,7 +13,7 @@ ROOT = Path(jaxem.__file__).parent
 FLOORS = [
     {"record", "status", "numerics", "special", "protocols", "datasets", "checks"},
     {"tree", "priors", "data", "parameters"},
-    {"seeding", "sequences"},
+    {"seeding", "sequences", "stopping"},
     {"families", "latents", "constraints"},
     {"models", "em"},
     {"fit", "diagnostics"},
