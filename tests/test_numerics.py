@@ -1,7 +1,5 @@
 """The small numerical tools: exact where nothing is needed, safe where something is."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np

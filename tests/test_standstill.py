@@ -139,52 +139,44 @@ def _run(script: str) -> str:
         import jax, jax.numpy as jnp
     """
     source = textwrap.dedent(two_cores) + textwrap.dedent(script)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=240, env=os.environ)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
 
-def test_two_threads_and_independent_factorisations_come_to_an_end():
-    """48 matrices of 50 x 50 on two threads, and four such stacks in one program: both stood still."""
+def test_independent_factorisations_of_one_program_come_to_an_end():
+    """Four stacks of 48 matrices, 50 x 50: one program in one thread stood still, every time."""
     out = _run("""
         from jaxem import numerics
 
-        def whiteners(stacks):
-            return [numerics.inverse_lower(numerics.cholesky(stack)) for stack in stacks]
+        stacks = [(1 + i) * jnp.broadcast_to(jnp.eye(50), (48, 50, 50)) for i in range(4)]
+        run = jax.jit(lambda stacks: [numerics.cholesky(stack) for stack in stacks])
+        for _ in range(100):
+            factors = jax.block_until_ready(run(stacks))
+        print(float(factors[3][5, 7, 7]))
+    """)
+    np.testing.assert_allclose(float(out), 2, rtol=1e-6)
 
-        stack = 2 * jnp.broadcast_to(jnp.eye(50), (48, 50, 50))
-        run = jax.jit(whiteners)
-        for count in (1, 4):
-            jax.block_until_ready(run([stack] * 1 if count == 1 else [(1 + i) * stack for i in range(4)]))
+
+def test_programs_on_two_threads_come_to_an_end():
+    """The whiteners of a mixture of eight normals in 40 columns, each thread for itself."""
+    out = _run("""
+        from jaxem import numerics
+
+        stack = 4 * jnp.broadcast_to(jnp.eye(40), (8, 40, 40))
+        run = jax.jit(lambda stack: numerics.inverse_lower(numerics.cholesky(stack)))
+        jax.block_until_ready(run(stack))
 
         def often():
-            for _ in range(100):
-                jax.block_until_ready(run([stack]))
+            for _ in range(300):
+                jax.block_until_ready(run(stack))
 
         threads = [threading.Thread(target=often) for _ in range(2)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
-        four = [(1 + i) * stack for i in range(4)]
-        for _ in range(100):
-            found = jax.block_until_ready(run(four))
-        print(float(found[1][3, 7, 7]))
+        print(float(run(stack)[3, 7, 7]))
     """)
     np.testing.assert_allclose(float(out), 0.5, rtol=1e-6)
-
-
-def test_m_steps_of_many_linear_systems_come_to_an_end():
-    """12 states, 20 columns, 8 restarts in one program, one thread: three least-squares problems of each at once."""
-    out = _run("""
-        from jaxem import LinearGaussianSSM
-        model = LinearGaussianSSM(12, missing=False)
-        params = model.init(jax.random.key(0), jax.random.normal(jax.random.key(1), (200, 20)))
-        stats = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), model.pseudo_steps(params, 50.0, 50.0))
-        step = jax.jit(jax.vmap(model.m_step))
-        for _ in range(200):
-            found = jax.block_until_ready(step(stats))
-        print(float(jnp.max(jnp.abs(found.dynamics - params.dynamics))))
-    """)
-    assert float(out) < 1e-4
 
 
 def test_factors_of_stacks_equal_those_of_each_matrix():
