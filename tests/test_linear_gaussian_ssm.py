@@ -595,7 +595,7 @@ def test_sequences_of_one_step(form, x64):
     x = {"padded": lambda: pad_sequences(rows), "packed": lambda: pack_sequences(rows, 1)}.get(
         form, lambda: WALKS[:, :1]
     )()
-    model, params = LinearGaussianSSM(2, parallel=form == "parallel"), system()
+    model, params = LinearGaussianSSM(2, parallel=form == "parallel", missing=form == "plain"), system()
     gain = params.initial_covariance @ params.emission.T
     total = params.emission @ gain + params.emission_covariance
     gain = np.linalg.solve(total, gain.T).T
@@ -607,13 +607,12 @@ def test_sequences_of_one_step(form, x64):
     spread = np.broadcast_to(covariance, (count, 2, 2))
     np.testing.assert_allclose(jnp.reshape(found.covariances, (count, 2, 2)), spread, rtol=1e-8, atol=1e-12)
 
-    result = em_fit(model, params, x, tol=-1.0, max_steps=2)
+    result = em_fit(model, params, x, tol=-1.0, max_steps=1)
     first = multivariate_normal(params.emission @ params.initial_mean, total).logpdf(WALKS[:, 0])
     np.testing.assert_allclose(result.history[0], np.sum(first), rtol=1e-10)
-    assert result.history[2] > result.history[1] > result.history[0]
+    assert result.history[1] > result.history[0]
     np.testing.assert_allclose(result.params.dynamics, params.dynamics, rtol=1e-9)
-    # Closed form of one step: the first states' moments.
-    step = model.m_step(model.e_step(params, x))
-    np.testing.assert_allclose(step.initial_mean, jnp.mean(means, axis=0), rtol=1e-9)
+    # The closed form of the first states' moments.
+    np.testing.assert_allclose(result.params.initial_mean, jnp.mean(means, axis=0), rtol=1e-9)
     moments = covariance + np.cov(np.asarray(means).T, bias=True)
-    np.testing.assert_allclose(step.initial_covariance, moments, rtol=1e-8)
+    np.testing.assert_allclose(result.params.initial_covariance, moments, rtol=1e-8)
