@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from jaxem import Exact, Fixed, Hard, Sample, Status, datasets, em_fit
 from jaxem.latents import steady as steady_recursion
@@ -585,3 +586,33 @@ def test_errors():
         model.forecast(params, x, 2, jnp.zeros((2, 1)))
     with pytest.raises(ValueError, match="num_steps must be above 0"):
         model.pseudo_steps(params, 0.0)
+
+
+@pytest.mark.parametrize("form", ["plain", "padded", "packed", "parallel"])
+def test_sequences_of_one_step(form, x64):
+    """Bayes' rule for one Gaussian observation each; nothing is seen of the dynamics, which stay as they are."""
+    rows = [row[None] for row in WALKS[:, 0]]
+    x = {"padded": lambda: pad_sequences(rows), "packed": lambda: pack_sequences(rows, 1)}.get(
+        form, lambda: WALKS[:, :1]
+    )()
+    model, params = LinearGaussianSSM(2, parallel=form == "parallel", missing=form == "plain"), system()
+    gain = params.initial_covariance @ params.emission.T
+    total = params.emission @ gain + params.emission_covariance
+    gain = np.linalg.solve(total, gain.T).T
+    means = params.initial_mean + (WALKS[:, 0] - params.emission @ params.initial_mean) @ gain.T
+    covariance = params.initial_covariance - gain @ params.emission @ params.initial_covariance
+    found = model.smooth(params, x)
+    count = len(WALKS)
+    np.testing.assert_allclose(jnp.reshape(found.means, (count, 2)), means, rtol=1e-9)
+    spread = np.broadcast_to(covariance, (count, 2, 2))
+    np.testing.assert_allclose(jnp.reshape(found.covariances, (count, 2, 2)), spread, rtol=1e-8, atol=1e-12)
+
+    result = em_fit(model, params, x, tol=-1.0, max_steps=1)
+    first = multivariate_normal(params.emission @ params.initial_mean, total).logpdf(WALKS[:, 0])
+    np.testing.assert_allclose(result.history[0], np.sum(first), rtol=1e-10)
+    assert result.history[1] > result.history[0]
+    np.testing.assert_allclose(result.params.dynamics, params.dynamics, rtol=1e-9)
+    # The closed form of the first states' moments.
+    np.testing.assert_allclose(result.params.initial_mean, jnp.mean(means, axis=0), rtol=1e-9)
+    moments = covariance + np.cov(np.asarray(means).T, bias=True)
+    np.testing.assert_allclose(result.params.initial_covariance, moments, rtol=1e-8)

@@ -1,9 +1,8 @@
-"""Fitting every number of components with every covariance, two configurations at a time."""
+"""Fitting every number of components with every covariance, one configuration at a time."""
 
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -52,20 +51,12 @@ def fit_grid(
 
     Each is `fit_restarts(Mixture(Normal(covariance), K), jax.random.key(seed), x, num_restarts=restarts)`.
     """
-    # Two threads: most of the time is XLA's compilation, which uses one core and releases the GIL.
-    pool = ThreadPoolExecutor(max_workers=2)
-    try:
-        futures = [
-            pool.submit(_fit, x, num_components, covariance, restarts, seed)
-            for covariance, num_components in itertools.product(covariances, components)
-        ]
-        for future in as_completed(futures):
-            future.result()
-            finished()
-        return [future.result() for future in futures]
-    finally:
-        # Without waiting: after an interruption what is running must not hold up the rest.
-        pool.shutdown(wait=False, cancel_futures=True)
+    entries = []
+    # One program at a time: two could wait for each other in XLA's thread pool, and share the cores in any case.
+    for covariance, num_components in itertools.product(covariances, components):
+        entries.append(_fit(x, num_components, covariance, restarts, seed))
+        finished()
+    return entries
 
 
 def _fit(x: np.ndarray, num_components: int, covariance: str, restarts: int, seed: int) -> Entry:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from .. import checks, tree
+from .. import checks, numerics, tree
 from ..protocols import Data, Params
 from ..record import record, static
 from .maximize import Gradient, coordinates
@@ -257,7 +257,7 @@ def _combination(residuals: jax.Array, move: jax.Array, used: jax.Array, accepte
     """
     dtype = move.dtype
     filled = (jnp.arange(len(residuals)) < used)[:, None]
-    left, sizes, right = jnp.linalg.svd(jnp.where(filled, residuals, 0), full_matrices=False)
+    left, sizes, right = numerics.singular_values(jnp.where(filled, residuals, 0))
     along = right @ move
     good = sizes > 8 * jnp.finfo(dtype).eps * len(residuals) * sizes[0]
     sizes = jnp.where(good, sizes, 1)

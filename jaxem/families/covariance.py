@@ -158,7 +158,7 @@ class Full:
 
     def colour(self, covariance: jax.Array, noise: jax.Array) -> jax.Array:
         """White noise (N, D) with these covariances (N, D, D) given to its rows."""
-        return numerics.product(jnp.linalg.cholesky(covariance), noise, "nij,nj->ni")
+        return numerics.product(numerics.cholesky(covariance), noise, "nij,nj->ni")
 
     def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
         """The covariance as (..., D, D)."""

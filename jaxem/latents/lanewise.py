@@ -130,7 +130,7 @@ def sum_steps(x: jax.Array) -> jax.Array:
     steps = len(x)
     size = max(1, int(steps**0.5))
     whole = steps // size * size
-    parts = jnp.sum(x[:whole].reshape(-1, size, *x.shape[1:]), axis=1)
+    parts = jnp.sum(x[:whole].reshape(steps // size, size, *x.shape[1:]), axis=1)
     return jnp.sum(parts, axis=0) + jnp.sum(x[whole:], axis=0)
 
 
@@ -144,7 +144,8 @@ def over_steps(function: Callable, arrays: Any) -> tuple[Any, Any]:
     """
     leaves = jax.tree.leaves(arrays)
     steps, width = len(leaves[0]), max(leaf.shape[-1] for leaf in leaves)
-    group = min(steps, max(1, _AT_A_TIME // width))
+    # Sequences of one step have no pairs of neighbours: no steps at all.
+    group = max(1, min(steps, _AT_A_TIME // width))
     count = -(-steps // group)
 
     def split(x: jax.Array) -> jax.Array:

@@ -474,7 +474,7 @@ def stationary_distribution(transition: jax.Array) -> jax.Array:
     count = transition.shape[0]
     # pi (I - A + 1) = 1 for rows of ones.
     matrix = jnp.eye(count, dtype=transition.dtype) - transition + 1
-    return jnp.linalg.solve(matrix.T, jnp.ones(count, transition.dtype))
+    return numerics.solve(matrix.T, jnp.ones(count, transition.dtype))
 
 
 def _stationary_maximum(transition: jax.Array, starts: jax.Array, moves: jax.Array) -> jax.Array:
@@ -487,7 +487,7 @@ def _stationary_maximum(transition: jax.Array, starts: jax.Array, moves: jax.Arr
     def improved(transition: jax.Array) -> jax.Array:
         stationary = stationary_distribution(transition)
         fundamental = jnp.eye(count, dtype=transition.dtype) - transition + stationary
-        value = jnp.linalg.solve(fundamental, numerics.safe_divide(starts, stationary))
+        value = numerics.solve(fundamental, numerics.safe_divide(starts, stationary))
         pull = stationary[:, None] * (value - jnp.min(value))
         return _shares(moves + transition * jnp.maximum(pull, 0))
 

@@ -1,13 +1,10 @@
-"""Safe elementary operations, factorisations and bijections; component axis first throughout."""
+"""Safe elementary operations, and the bijection of probabilities; component axis first throughout."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-_UNROLLED_COLUMNS = 8
 
 
 def safe_log(x: jax.Array) -> jax.Array:
@@ -111,68 +108,6 @@ def repaired(attempt: Callable, again: Callable, *arguments: Any) -> Any:
     return run(*arguments)
 
 
-def floored_cholesky(matrix: jax.Array, floor: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Cholesky factor of `matrix + diag(lift)`, with the smallest lift that keeps each pivot at its floor.
-
-    matrix (..., D, D) symmetric, floor (..., D) -> factor (..., D, D) lower, lift (..., D).
-    A pivot that needs no lift gets exactly 0, so a well-conditioned matrix is not changed by a bit.
-    Without a floor nothing is lifted, and a matrix that is not positive definite gives NaN.
-    (A modified Cholesky factorisation; Gill, Murray & Wright, Practical Optimization, section 4.4.)
-    """
-    columns = matrix.shape[-1]
-    index = jnp.arange(columns)
-
-    def eliminate(
-        rest: jax.Array, at: jax.Array, pivot: jax.Array, lowest: jax.Array | None, j: jax.Array | int
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        lifted = pivot if lowest is None else jnp.where(pivot < lowest, lowest, pivot)
-        lift, root = lifted - pivot, jnp.sqrt(lifted)
-        below = jnp.where(index > j, at / root[..., None], jnp.where(index == j, root[..., None], 0))
-        return rest - below[..., :, None] * below[..., None, :], below, lift
-
-    if columns <= _UNROLLED_COLUMNS:
-        rest, factor, lifts = matrix, [], []
-        for j in range(columns):
-            lowest = None if floor is None else floor[..., j]
-            rest, below, lift = eliminate(rest, rest[..., j], rest[..., j, j], lowest, j)
-            factor.append(below)
-            lifts.append(lift)
-        return jnp.stack(factor, axis=-1), jnp.stack(lifts, axis=-1)
-
-    def body(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rest, factor, lifts = carry
-        at = jnp.take(rest, j, axis=-1)
-        lowest = None if floor is None else jnp.take(floor, j, axis=-1)
-        rest, below, lift = eliminate(rest, at, jnp.take(at, j, axis=-1), lowest, j)
-        return rest, factor.at[..., j].set(below), lifts.at[..., j].set(lift)
-
-    zeros = jnp.zeros_like(matrix)
-    _, factor, lifts = jax.lax.fori_loop(0, columns, body, (matrix, zeros, zeros[..., 0]))
-    return factor, lifts
-
-
-def cholesky(matrix: jax.Array) -> jax.Array:
-    """Lower Cholesky factor (..., D, D); NaN where the matrix is not positive definite."""
-    if matrix.shape[-1] <= _UNROLLED_COLUMNS:
-        return floored_cholesky(matrix)[0]
-    return jnp.linalg.cholesky(matrix)
-
-
-def inverse_lower(factor: jax.Array) -> jax.Array:
-    """Inverse of a lower triangular matrix (..., D, D), by forward substitution."""
-    columns = factor.shape[-1]
-    if columns > _UNROLLED_COLUMNS:
-        identity = jnp.broadcast_to(jnp.eye(columns, dtype=factor.dtype), factor.shape)
-        return jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
-    rows: list[jax.Array] = []
-    for i in range(columns):
-        unit = jnp.zeros((*factor.shape[:-2], columns), factor.dtype).at[..., i].set(1)
-        for j in range(i):
-            unit = unit - factor[..., i, j, None] * rows[j]
-        rows.append(unit / factor[..., i, i, None])
-    return jnp.stack(rows, axis=-2)
-
-
 def simplex_to_real(probabilities: jax.Array) -> jax.Array:
     """Additive log-ratio: the simplex (..., K) to R^(K-1), against the last entry; finite on its boundary too."""
     logs = jnp.log(jnp.where(probabilities == 0, jnp.finfo(probabilities.dtype).tiny, probabilities))
@@ -183,19 +118,3 @@ def real_to_simplex(theta: jax.Array) -> jax.Array:
     """Inverse of `simplex_to_real`."""
     last = jnp.zeros((*theta.shape[:-1], 1), theta.dtype)
     return jax.nn.softmax(jnp.concatenate([theta, last], axis=-1), axis=-1)
-
-
-def covariance_to_real(covariance: jax.Array) -> jax.Array:
-    """Log-Cholesky: positive definite (..., D, D) to R^(D(D+1)/2) (Pinheiro & Bates 1996)."""
-    factor = cholesky(covariance)
-    rows, columns = np.tril_indices(covariance.shape[-1])
-    entries = factor[..., rows, columns]
-    return jnp.where(rows == columns, jnp.log(jnp.where(rows == columns, entries, 1)), entries)
-
-
-def real_to_covariance(theta: jax.Array, columns: int) -> jax.Array:
-    """Inverse of `covariance_to_real`."""
-    i, j = np.tril_indices(columns)
-    entries = jnp.where(i == j, jnp.exp(jnp.where(i == j, theta, 0)), theta)
-    factor = jnp.zeros((*theta.shape[:-1], columns, columns), theta.dtype).at[..., i, j].set(entries)
-    return product(factor, factor, "...ik,...jk->...ij")

@@ -1,0 +1,43 @@
+"""Numerical tools that know nothing of models: elementary operations, and factorisations of small matrices."""
+
+from .elementary import (
+    first_argmax,
+    first_largest,
+    normalize,
+    product,
+    real_to_simplex,
+    repaired,
+    safe_divide,
+    safe_log,
+    simplex_to_real,
+    weighted_sum,
+)
+from .factorisations import (
+    cholesky,
+    covariance_to_real,
+    floored_cholesky,
+    inverse_lower,
+    real_to_covariance,
+    singular_values,
+    solve,
+)
+
+__all__ = [
+    "cholesky",
+    "covariance_to_real",
+    "first_argmax",
+    "first_largest",
+    "floored_cholesky",
+    "inverse_lower",
+    "normalize",
+    "product",
+    "real_to_covariance",
+    "real_to_simplex",
+    "repaired",
+    "safe_divide",
+    "safe_log",
+    "simplex_to_real",
+    "singular_values",
+    "solve",
+    "weighted_sum",
+]
