@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import checks, constraints, numerics, seeding, sequences, tree
 from ..latents import Exact, markov
+from ..latents.stationary import stationary_distribution, stationary_maximum
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
 from ..record import record, static
@@ -20,9 +21,6 @@ _PSEUDO_COUNT = 1e-18
 
 # Bytes of temporaries beyond which observations are looked at in blocks.
 _LARGE = 1 << 26
-
-# Rounds of the fixed-point iteration for a stationary start; each leaves about starts / moves of the error.
-_ROUNDS = 60
 
 
 @record
@@ -54,7 +52,8 @@ class HMM:
     initial_prior, transition_prior: a Dirichlet, its concentration a scalar, (K,), or for transitions (K, K):
     1 + kappa on the diagonal is a sticky prior. transition_support (K, K), initial_support (K,): where False (0),
     starts put a hard zero. Zeros stay zero through EM, wherever they come from.
-    stationary: the initial distribution is the transitions' stationary one, and no parameter of its own.
+    stationary: the initial distribution is the transitions' stationary one, and no parameter of its own: what
+    parameters hold in its place is not looked at.
     parallel: whether the E-step works by products of whole transition matrices, in log T rounds, K times the work:
     for long sequences on accelerators. Sums of logarithms then carry the rounding of the whole sequence's.
     form: "scaled", "log" or "auto", the arithmetic of the recursions; see `jaxem/latents/markov.py`.
@@ -157,7 +156,7 @@ class HMM:
         evidence = posterior.evidence.reshape(x.num_steps, x.num_rows)
         evidence = jnp.sum(jnp.where(x.inside().T, evidence, 0), axis=0)
         return HMMStats(
-            initial=begins + _PSEUDO_COUNT * params.initial,
+            initial=begins + _PSEUDO_COUNT * chain.initial,
             transitions=posterior.transitions + _PSEUDO_COUNT * params.transition,
             emissions=self._family_stats(x, params.emissions, rows, responsibilities),
             loglik=numerics.weighted_sum(evidence, weights),
@@ -166,9 +165,9 @@ class HMM:
     def m_step(self, stats: HMMStats) -> HMMParams:
         """Shares of the starts and of the moves from every state (with priors: their modes); the family's M-step."""
         moves = _with_prior(stats.transitions, self.transition_prior, self.transition_support)
-        transition = _shares(moves)
         if self.stationary:
-            return self.m_step_given(stats, transition=_stationary_maximum(transition, stats.initial, moves))
+            return self.m_step_given(stats, transition=stationary_maximum(moves, stats.initial))
+        transition = _shares(moves)
         initial = _shares(_with_prior(stats.initial, self.initial_prior, self.initial_support))
         return HMMParams(initial=initial, transition=transition, emissions=self.family.m_step(stats.emissions))
 
@@ -205,7 +204,7 @@ class HMM:
     def q_function(self, params: HMMParams, stats: HMMStats) -> jax.Array:
         """sum initial log initial + sum transitions log transition + the family's Q."""
         return (
-            _expected_log(stats.initial, params.initial)
+            _expected_log(stats.initial, self._start(params))
             + _expected_log(stats.transitions, params.transition)
             + self.family.q_function(params.emissions, stats.emissions)
         )
@@ -302,7 +301,7 @@ class HMM:
             state = jax.random.categorical(key, moves[state])
             return state, state
 
-        start = jax.random.categorical(key_start, numerics.safe_log(params.initial), shape=(count,))
+        start = jax.random.categorical(key_start, numerics.safe_log(self._start(params)), shape=(count,))
         _, states = jax.lax.scan(step, start, jax.random.split(key_moves, n - 1))
         states = jnp.concatenate([start[None], states]).T
         rows = self.family.sample(key_rows, params.emissions, states.ravel())
@@ -388,6 +387,10 @@ class HMM:
             self if family is self.family and form == self.form else dataclasses.replace(self, family=family, form=form)
         )
 
+    def _start(self, params: HMMParams) -> jax.Array:
+        """p(z_1) (K,)."""
+        return stationary_distribution(params.transition) if self.stationary else params.initial
+
     def _chain(self, params: HMMParams, x: Sequences, rows: Data, seen: jax.Array) -> markov.Chain:
         # Not by `_family`: the branch on missing entries keeps XLA from computing densities anew for each use.
         size = self._rows_at_a_time(params.emissions, rows)
@@ -396,7 +399,7 @@ class HMM:
         scores = scores.T if x.num_rows == 1 else jnp.moveaxis(scores.reshape(-1, x.num_steps, x.num_rows), 0, 1)
         linked = _linked(x, jnp.bool_)
         return markov.Chain(
-            initial=params.initial,
+            initial=self._start(params),
             transition=params.transition,
             log_likelihood=scores,
             linked=_lanes(linked, x),
@@ -429,31 +432,6 @@ class HMM:
     def _read(self, params: HMMParams, x: Data) -> markov.Chain:
         x = self.units(x)
         return self._chain(params, x, *_rows(x))
-
-
-def stationary_distribution(transition: jax.Array) -> jax.Array:
-    """The distribution (K,) that transitions (K, K) leave as it is; of one of them, where there are several."""
-    count = transition.shape[0]
-    # pi (I - A + 1) = 1 for rows of ones.
-    matrix = jnp.eye(count, dtype=transition.dtype) - transition + 1
-    return jnp.linalg.solve(matrix.T, jnp.ones(count, transition.dtype))
-
-
-def _stationary_maximum(transition: jax.Array, starts: jax.Array, moves: jax.Array) -> jax.Array:
-    """argmax over A of sum moves log A + sum starts log pi(A), by A_ij <- A_ij x its slope, rows normalised.
-
-    (Baum & Eagon's growth transform.) The slope of log pi's term is pi_i v_j, v = (I - A + 1 pi)⁻¹ (starts / pi).
-    """
-    count = transition.shape[0]
-
-    def improved(transition: jax.Array) -> jax.Array:
-        stationary = stationary_distribution(transition)
-        fundamental = jnp.eye(count, dtype=transition.dtype) - transition + stationary
-        value = jnp.linalg.solve(fundamental, numerics.safe_divide(starts, stationary))
-        pull = stationary[:, None] * (value - jnp.min(value))
-        return _shares(moves + transition * jnp.maximum(pull, 0))
-
-    return jax.lax.fori_loop(0, _ROUNDS, lambda _, transition: improved(transition), transition)
 
 
 def _shares(counts: jax.Array) -> jax.Array:
