@@ -76,6 +76,16 @@ def float_dtype(x: Tree) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
 
 
+def in_precision(params: Tree, dtype: Any) -> Tree:
+    """Parameters in a floating-point dtype, whole numbers too."""
+
+    def convert(leaf: Any) -> Any:
+        plain = jnp.issubdtype(jnp.result_type(leaf), jnp.number)
+        return jnp.asarray(leaf, dtype) if plain and jnp.result_type(leaf) != dtype else leaf
+
+    return jax.tree.map(convert, params)
+
+
 def size(a: Tree) -> int:
     """Number of scalars in a pytree of arrays (or of shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(a))

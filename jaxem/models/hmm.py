@@ -324,23 +324,25 @@ class HMM:
         return numerics.weighted_sum(steps, weights)
 
     def unconstrain(self, params: HMMParams) -> HMMParams:
-        """Additive log-ratios of the chain's probabilities, the family's own coordinates for the emissions."""
+        """Continuation ratios of the chain's probabilities, the family's own coordinates for the emissions."""
         initial = (
-            jnp.zeros((0,), params.initial.dtype) if self.stationary else _to_real(params.initial, self.initial_support)
+            jnp.zeros((0,), params.initial.dtype)
+            if self.stationary
+            else numerics.simplex_to_real(params.initial, self.initial_support)
         )
         return HMMParams(
             initial=initial,
-            transition=_to_real(params.transition, self.transition_support),
+            transition=numerics.simplex_to_real(params.transition, self.transition_support),
             emissions=self.family.unconstrain(params.emissions),
         )
 
     def constrain(self, theta: HMMParams) -> HMMParams:
         """Inverse of `unconstrain`."""
-        transition = _from_real(theta.transition, self.transition_support)
+        transition = numerics.real_to_simplex(theta.transition, self.transition_support)
         return HMMParams(
             initial=stationary_distribution(transition)
             if self.stationary
-            else _from_real(theta.initial, self.initial_support),
+            else numerics.real_to_simplex(theta.initial, self.initial_support),
             transition=transition,
             emissions=self.family.constrain(theta.emissions),
         )
@@ -460,22 +462,6 @@ def _expected_log(counts: jax.Array, probability: jax.Array) -> jax.Array:
     """sum counts log p, 0 log 0 = 0."""
     used = counts != 0
     return jnp.sum(jnp.where(used, counts * numerics.safe_log(jnp.where(used, probability, 1)), 0))
-
-
-def _to_real(probability: jax.Array, support: Any) -> jax.Array:
-    """Log-ratios against the last entry (..., K - 1), or against the largest on a support (..., K)."""
-    if support is None:
-        return numerics.simplex_to_real(probability)
-    least = jnp.finfo(probability.dtype).tiny
-    logs = jnp.log(jnp.maximum(probability, least))
-    inside = jnp.asarray(support) != 0
-    return jnp.where(inside, logs - jnp.max(jnp.where(inside, logs, -jnp.inf), axis=-1, keepdims=True), 0)
-
-
-def _from_real(theta: jax.Array, support: Any) -> jax.Array:
-    if support is None:
-        return numerics.real_to_simplex(theta)
-    return jax.nn.softmax(theta, axis=-1, where=jnp.asarray(support) != 0)
 
 
 def _missing(values: Data) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import checks, constraints, numerics, seeding, tree
 from ..data import respect, split
+from ..families.columns import PSEUDO_COUNT
 from ..latents import Exact, categorical
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
@@ -138,7 +139,7 @@ class Mixture:
 
     def q_function(self, params: MixtureParams, stats: MixtureStats) -> jax.Array:
         """sum_k counts_k log weights_k + the family's Q: expected complete-data log-likelihood."""
-        used = stats.counts > 0
+        used = ~_unused(stats.counts)
         logs = jnp.log(jnp.where(used, params.weights, 1))
         return jnp.sum(stats.counts * logs) + self.family.q_function(params.components, stats.components)
 
@@ -189,7 +190,7 @@ class Mixture:
         return self._total - 1 + self.family.num_parameters(params.components)
 
     def unconstrain(self, params: MixtureParams) -> MixtureParams:
-        """Additive log-ratios of the weights, the family's own coordinates for the components."""
+        """Continuation ratios of the weights, the family's own coordinates for the components."""
         return MixtureParams(
             weights=numerics.simplex_to_real(params.weights), components=self.family.unconstrain(params.components)
         )
@@ -244,7 +245,7 @@ class Mixture:
         return self.num_components + getattr(self.family, "extra_components", 0)
 
     def _weights(self, stats: MixtureStats) -> jax.Array:
-        counts = stats.counts
+        counts = jnp.where(_unused(stats.counts), 0, stats.counts)
         if self.prior is not None:
             counts = jnp.maximum(counts + self.prior.pseudo_counts(counts), 0)
         return numerics.safe_divide(counts, jnp.sum(counts))
@@ -252,6 +253,7 @@ class Mixture:
     def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
         """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""
         rows, labels = split(x)
+        params = tree.in_precision(params, tree.float_dtype(rows))
         joint = numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, rows)
         return joint if labels is None else jnp.where(_allowed(labels, joint.shape[0]), joint, -jnp.inf)
 
@@ -286,6 +288,11 @@ class Mixture:
             share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else respect(share.T, x).T
         components = seeding.family_stats(self.family, rows, share, weights, self.num_components, smoothing)
         return self.m_step(MixtureStats(components=components, loglik=jnp.zeros((), tree.float_dtype(x))))
+
+
+def _unused(counts: jax.Array) -> jax.Array:
+    """Components (K,) with no rows but what families add to every count: a weight of 0 stays one."""
+    return counts <= 2**20 * PSEUDO_COUNT
 
 
 def _allowed(labels: jax.Array, count: int) -> jax.Array:
