@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 
 
 def is_concrete(*values: Any) -> bool:
@@ -50,6 +51,18 @@ def array(name: str, value: Any) -> jax.Array:
     if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
         raise TypeError(f"{name} must be numeric; got dtype {dtype}")
     return jnp.asarray(value)
+
+
+def plain_axes(name: str, value: Any) -> None:
+    """Raise ValueError for arrays spread over a mesh whose axes have explicit types."""
+    for leaf in jax.tree.leaves(value):
+        sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else None
+        if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+            raise ValueError(
+                f"{name} is spread over mesh axes {sharding.mesh.axis_names} of explicit type, along which rows cannot "
+                "be summed; make the mesh with jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto, "
+                "...)), one for every axis, and put the data there"
+            )
 
 
 def columns(name: str, value: Any) -> jax.Array:

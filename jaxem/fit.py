@@ -313,6 +313,7 @@ def _run(
         fit = advance(model, algorithm, fit, x, weights, tol, max_steps)
         return fit, history.at[fit.num_steps].set(fit.objective, mode="drop")
 
+    start, history = tree.varying((start, history), params, x, weights, key, tol, max_steps, model, algorithm)
     fit, history = jax.lax.while_loop(running, body, (start, history))
     fit = ended(model, algorithm, fit, x, weights)
     history = history.at[fit.num_steps].set(fit.objective, mode="drop")
@@ -367,13 +368,19 @@ def em_fit(
     check_limits(tol, max_steps)
     if key is not None:
         key = checks.random_key(key)
-    x = jax.tree.map(jnp.asarray, units(model, x))
+    checks.plain_axes("x", x)
+    x = tree.one_precision(units(model, x))
     weights = None if weights is None else jnp.asarray(weights)
-    capacity, finite = history_capacity(max_steps), bool(jax.config.jax_debug_nans)
+    capacity, finite = history_capacity(max_steps), nans_are_debugged()
     result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, capacity, finite)
     if isinstance(max_steps, (int, np.integer)):
         result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
     return result
+
+
+def nans_are_debugged() -> bool:
+    """Whether JAX stops at the first NaN, so that none may stand for what is not there."""
+    return bool(jax.config.jax_debug_nans)  # type: ignore[attr-defined]
 
 
 def check_limits(tol: Any, max_steps: Any) -> None:

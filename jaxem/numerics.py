@@ -35,8 +35,8 @@ def normalize(log_joint: jax.Array) -> tuple[jax.Array, jax.Array]:
     top = jax.lax.stop_gradient(jnp.maximum(jnp.max(log_joint, axis=0), jnp.finfo(log_joint.dtype).min))
     shifted = jnp.exp(log_joint - top)
     total = jnp.sum(shifted, axis=0)
-    # The largest term is exp(0): the total is at least 1, or else 0 for an impossible row.
-    return shifted * (1 / jnp.maximum(total, 1)), top + safe_log(total)
+    # 0 for an impossible row. No maximum with 1, which the total is at least else: its slope is half where they tie.
+    return shifted * (1 / jnp.where(total > 0, total, 1)), top + safe_log(total)
 
 
 def first_largest(scores: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ from .fit import (
     ended,
     history_capacity,
     like_step,
+    nans_are_debugged,
 )
 from .implicit import refuse_derivatives
 from .protocols import Data, Params
@@ -101,8 +102,7 @@ class Restarts:
 class _Jobs:
     """All restarts, as they wait or have ended: leading axis R.
 
-    first: the step at which the model itself took over, from which on steps and objectives are reported. history: of
-    as many steps as a screen takes; key may be left out.
+    history: of as many steps as a screen takes; key may be left out.
     """
 
     params: Params
@@ -113,7 +113,6 @@ class _Jobs:
     num_steps: jax.Array
     num_passes: jax.Array
     largest_decrease: jax.Array
-    first: jax.Array
     history: jax.Array
 
 
@@ -167,20 +166,19 @@ def _all_ended(
 
     def load(jobs: _Jobs, slot: jax.Array) -> Progress:
         """A restart taken up where it was left, with its own count of steps."""
-        job = jax.tree.map(lambda leaf: leaf[slot], dataclasses.replace(jobs, history=jobs.first))
+        job = jax.tree.map(lambda leaf: leaf[slot], dataclasses.replace(jobs, history=jobs.status))
         fit = begin(model, algorithm, job.params, x, weights, job.key, max_steps - job.num_steps)
         return dataclasses.replace(
             fit,
             num_steps=job.num_steps,
             largest_decrease=job.largest_decrease,
             # What has run before has stood still before: it need not prove that at full length again.
-            stalled=jnp.where(job.num_steps > 0, PATIENCE // 2, 0),
+            stalled=jnp.where(job.num_passes > 0, PATIENCE // 2, 0),
         )
 
-    def noted(histories: jax.Array, jobs: _Jobs, slots: jax.Array, fits: Progress) -> jax.Array:
+    def noted(histories: jax.Array, fits: Progress) -> jax.Array:
         """Histories (lanes, capacity + 1) with the objectives at hand."""
-        steps = fits.num_steps - jobs.first.at[slots].get(mode="fill", fill_value=0)
-        return histories.at[jnp.arange(lanes), steps].set(fits.objective, mode="drop")
+        return histories.at[jnp.arange(lanes), fits.num_steps].set(fits.objective, mode="drop")
 
     def put(jobs: _Jobs, slots: jax.Array, fits: Progress, histories: jax.Array, best: tuple) -> tuple[_Jobs, tuple]:
         """Write restarts back, and keep the history of the best; slot R stands for none."""
@@ -196,7 +194,7 @@ def _all_ended(
             largest_decrease=fits.largest_decrease,
         )
         before = {name: getattr(jobs, name) for name in endings}
-        histories = noted(histories, jobs, slots, fits)
+        histories = noted(histories, fits)
         before["history"], endings["history"] = jobs.history, histories[:, : jobs.history.shape[1]]
         after = jax.tree.map(lambda all_, some: all_.at[slots].set(some, mode="drop"), before, endings)
         jobs = dataclasses.replace(jobs, **after)
@@ -214,7 +212,7 @@ def _all_ended(
     def step(carry: tuple) -> tuple:
         jobs, slots, fits, head, histories, best = carry
         fits = jax.vmap(lambda fit: advance(model, algorithm, fit, x, weights, tol, max_steps))(fits)
-        return jobs, slots, fits, head, noted(histories, jobs, slots, fits), best
+        return jobs, slots, fits, head, noted(histories, fits), best
 
     def refill(carry: tuple) -> tuple:
         jobs, slots, fits, head, histories, best = carry
@@ -227,7 +225,7 @@ def _all_ended(
         fits, slots = tree.where(taken, fresh, fits), jnp.where(idle, new, slots)
         before = jobs.history.at[new].get(mode="fill", fill_value=0)
         histories = jnp.where(taken[:, None], jnp.pad(before, ((0, 0), (0, capacity + 1 - before.shape[1]))), histories)
-        return jobs, slots, fits, head + jnp.sum(taken), noted(histories, jobs, slots, fits), best
+        return jobs, slots, fits, head + jnp.sum(taken), noted(histories, fits), best
 
     shapes = jax.eval_shape(jax.vmap(load, (None, 0)), jobs, jnp.zeros(lanes, jnp.int32))
     empty = tree.zeros_like(shapes, jax.random.key_impl(jobs.key))
@@ -244,6 +242,22 @@ def _all_ended(
 
 @functools.partial(jax.jit, static_argnames=("num_restarts", "init", "lanes", "kept_steps"))
 def _prepare(
+    model: Any,
+    key: jax.Array,
+    x: Data,
+    weights: jax.Array | None,
+    starts: Params | None,
+    algorithm: Any,
+    num_restarts: int,
+    init: Callable | None,
+    lanes: int,
+    kept_steps: int,
+) -> _Jobs:
+    run = functools.partial(_started, num_restarts=num_restarts, init=init, lanes=lanes, kept_steps=kept_steps)
+    return refuse_derivatives(run)(model, key, x, weights, starts, algorithm)
+
+
+def _started(
     model: Any,
     key: jax.Array,
     x: Data,
@@ -273,7 +287,6 @@ def _prepare(
         num_steps=jnp.zeros(num_restarts, jnp.int32),
         num_passes=jnp.zeros_like(unknown),
         largest_decrease=jnp.zeros_like(unknown),
-        first=jnp.zeros(num_restarts, jnp.int32),
         history=jnp.zeros((num_restarts, kept_steps + 1), unknown.dtype),
     )
 
@@ -295,7 +308,7 @@ def _handed_over(jobs: _Jobs, kept: jax.Array | None) -> _Jobs:
     return dataclasses.replace(
         jobs,
         status=jnp.where(again, Status.RUNNING, jobs.status),
-        first=jnp.where(again, jobs.num_steps, 0),
+        num_steps=jnp.where(again, 0, jobs.num_steps),
         largest_decrease=jnp.where(again, 0, jobs.largest_decrease),
     )
 
@@ -310,7 +323,6 @@ def _finish(
     finite: bool,
 ) -> Restarts:
     """All restarts as they are reported; `last` is number and history of the best in the last drive."""
-    jobs = dataclasses.replace(jobs, num_steps=jobs.num_steps - jobs.first)
     eligible = _eligible(jobs.status)
     index = _best_of(jnp.arange(len(eligible)), jobs.objective, eligible if kept is None else eligible & kept)
     best = jax.tree.map(lambda leaf: leaf[index], dataclasses.replace(jobs, key=None))
@@ -356,15 +368,16 @@ def fit_restarts(
     Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart
     that fails ends with its own status, never wins, and does not touch its neighbours. Where the
     model has a `coarse()` form, large jobs do their bulk with it, and every restart is then run on
-    to convergence by the model itself: num_steps, largest_decrease and history are of that run alone,
-    num_passes and max_steps count the bulk too.
+    to convergence by the model itself: what is reported is that run, from where the bulk led, but num_passes
+    counts both.
 
     Raises ValueError or TypeError for bad input when called eagerly.
     """
     if hasattr(model, "check"):
         model.check(x, weights)
     check_limits(tol, max_steps)
-    x = jax.tree.map(jnp.asarray, units(model, x))
+    checks.plain_axes("x", x)
+    x = tree.one_precision(units(model, x))
     weights = None if weights is None else jnp.asarray(weights)
     starts, function, num_restarts = _starts(model, init, num_restarts)
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
@@ -384,7 +397,8 @@ def fit_restarts(
             "screen needs an algorithm that can go on from parameters alone, without draws, batches or a schedule; "
             f"got {algorithm!r}. Leave screen out"
         )
-    large = num_restarts * work >= _COARSE_WORK
+    # Where every restart takes all its steps, a bulk before them saves none.
+    large = num_restarts * work >= _COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
     bulk = model.coarse() if resumable and large and hasattr(model, "coarse") else model
     coarse = bulk is not model  # a model without a cheaper form gives itself
     kept = None
@@ -394,7 +408,7 @@ def fit_restarts(
     jobs, last = run(bulk, jobs, max_steps=max_steps)
     if coarse:
         jobs, last = run(model, _handed_over(jobs, kept), max_steps=max_steps)
-    runs = _finish(jobs, last, kept, x, weights, bool(jax.config.jax_debug_nans))
+    runs = _finish(jobs, last, kept, x, weights, nans_are_debugged())
     if isinstance(max_steps, (int, np.integer)):
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)

@@ -1,5 +1,6 @@
 """Markov chains that start from their stationary distribution: that distribution, and the M-step that knows of it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -158,7 +159,7 @@ def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, start
     return slope, bend, transition * jnp.maximum(leaving, jnp.finfo(moves.dtype).eps * jnp.sum(starts))
 
 
-def _within(slope: jax.Array, bend: object, weight: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
+def _within(slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
     """The move (K, K) within a radius that raises slope + curvature / 2 the most, by conjugate gradients."""
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -112,6 +112,7 @@ class HMM:
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None, method: str) -> HMMParams:
+        x = tree.one_precision(x)
         rows, seen = _rows(x)
         dtype = tree.float_dtype(x.values)
         each = seen.astype(dtype)
@@ -138,6 +139,7 @@ class HMM:
     def e_step(self, params: HMMParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> HMMStats:
         """Expected starts, moves and observation statistics, and the sum of log p(x) over the sequences."""
         x = self.units(x)
+        params = tree.in_precision(params, tree.float_dtype(x.values))
         rows, seen = _rows(x)
         chain = self._chain(params, x, rows, seen)
         dtype = chain.log_likelihood.dtype
@@ -277,7 +279,7 @@ class HMM:
             end = jnp.zeros((int(x.num_sequences or 0) + 1, self.num_states), flat.dtype).at[places].set(flat)[:-1]
 
         def step(state: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-            state = numerics.product(state, params.transition, "bi,ij->bj")
+            state = numerics.product(state, jnp.asarray(params.transition, state.dtype), "bi,ij->bj")
             return state, state
 
         _, ahead = jax.lax.scan(step, end, length=steps)
@@ -294,6 +296,7 @@ class HMM:
         checks.positive_integer("n", n)
         count = 1 if num_sequences is None else num_sequences
         checks.positive_integer("num_sequences", count)
+        params = tree.in_precision(params, tree.float_dtype(params))
         key_start, key_moves, key_rows = jax.random.split(checks.random_key(key), 3)
         moves = numerics.safe_log(params.transition)
 
@@ -417,9 +420,7 @@ class HMM:
 
     def _family(self, x: Sequences) -> Family:
         """The family, told so where it is known that no entry is missing."""
-        family: Any = self.family
-        known = x.complete and getattr(family, "missing", False)
-        return dataclasses.replace(family, missing=False) if known else family
+        return _complete(self.family) if x.complete else self.family
 
     def _rows_at_a_time(self, emissions: Params, rows: Data) -> int:
         """All, or as many as fit fast memory once the temporaries of all would be large."""
@@ -433,7 +434,14 @@ class HMM:
 
     def _read(self, params: HMMParams, x: Data) -> markov.Chain:
         x = self.units(x)
-        return self._chain(params, x, *_rows(x))
+        return self._chain(tree.in_precision(params, tree.float_dtype(x.values)), x, *_rows(x))
+
+
+def _complete(family: Any) -> Any:
+    """A family, or a statement about one, for rows without missing entries."""
+    if hasattr(family, "inner"):
+        return dataclasses.replace(family, inner=_complete(family.inner))
+    return dataclasses.replace(family, missing=False) if getattr(family, "missing", False) else family
 
 
 def _shares(counts: jax.Array) -> jax.Array:

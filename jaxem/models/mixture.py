@@ -76,6 +76,7 @@ class Mixture:
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
+        x = tree.one_precision(x)
         rows, labels = split(x)
         share = seeding.shares(key, self.family, rows, weights, self.num_components, method, labels)
         return self._from_responsibilities(x, share, weights, seeding.SMOOTHING)
@@ -105,6 +106,7 @@ class Mixture:
         self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
+        params = tree.in_precision(params, tree.float_dtype(split(x)[0]))
         responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
         return self._gather(params.components, x, responsibilities, weights, evidence)
 
@@ -115,6 +117,7 @@ class Mixture:
 
         q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
         """
+        params = tree.in_precision(params, tree.float_dtype(split(x)[0]))
         evidence = numerics.normalize(self._log_joint(params, x))[1]
         return self._gather(params.components, x, respect(responsibilities.T, x), weights, evidence)
 
@@ -181,6 +184,7 @@ class Mixture:
     def sample_with_labels(self, key: jax.Array, params: MixtureParams, n: int) -> tuple[Data, jax.Array]:
         """n rows from the mixture, and the component (n,) that each came from."""
         checks.positive_integer("n", n)
+        params = tree.in_precision(params, tree.float_dtype(params))
         key_labels, key_rows = jax.random.split(checks.random_key(key))
         labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
         return self.family.sample(key_rows, params.components, labels), labels
