@@ -105,6 +105,18 @@ def in_precision(params: Tree, dtype: Any) -> Tree:
     return jax.tree.map(convert, params)
 
 
+def no_whole_numbers(params: Tree, x: Tree) -> Tree:
+    """Parameters with whole numbers among them in the dtype of the data, or of the others where data are whole too."""
+
+    def whole(leaf: Any) -> bool:
+        return jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+
+    if not any(map(whole, jax.tree.leaves(params))):
+        return params
+    dtype = float_dtype(params if all(map(whole, jax.tree.leaves(x))) else x)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype) if whole(leaf) else leaf, params)
+
+
 def one_precision(x: Tree) -> Tree:
     """Data whose floating-point arrays all have the dtype of the widest; whole numbers stay."""
     dtype = float_dtype(x)

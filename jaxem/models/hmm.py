@@ -139,7 +139,7 @@ class HMM:
     def e_step(self, params: HMMParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> HMMStats:
         """Expected starts, moves and observation statistics, and the sum of log p(x) over the sequences."""
         x = self.units(x)
-        params = tree.in_precision(params, tree.float_dtype(x.values))
+        params = tree.no_whole_numbers(params, x.values)
         rows, seen = _rows(x)
         chain = self._chain(params, x, rows, seen)
         dtype = chain.log_likelihood.dtype
@@ -296,7 +296,7 @@ class HMM:
         checks.positive_integer("n", n)
         count = 1 if num_sequences is None else num_sequences
         checks.positive_integer("num_sequences", count)
-        params = tree.in_precision(params, tree.float_dtype(params))
+        params = tree.no_whole_numbers(params, params)
         key_start, key_moves, key_rows = jax.random.split(checks.random_key(key), 3)
         moves = numerics.safe_log(params.transition)
 
@@ -434,7 +434,7 @@ class HMM:
 
     def _read(self, params: HMMParams, x: Data) -> markov.Chain:
         x = self.units(x)
-        return self._chain(tree.in_precision(params, tree.float_dtype(x.values)), x, *_rows(x))
+        return self._chain(tree.no_whole_numbers(params, x.values), x, *_rows(x))
 
 
 def _complete(family: Any) -> Any:

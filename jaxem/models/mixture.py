@@ -106,7 +106,7 @@ class Mixture:
         self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
-        params = tree.in_precision(params, tree.float_dtype(split(x)[0]))
+        params = tree.no_whole_numbers(params, split(x)[0])
         responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
         return self._gather(params.components, x, responsibilities, weights, evidence)
 
@@ -117,7 +117,7 @@ class Mixture:
 
         q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
         """
-        params = tree.in_precision(params, tree.float_dtype(split(x)[0]))
+        params = tree.no_whole_numbers(params, split(x)[0])
         evidence = numerics.normalize(self._log_joint(params, x))[1]
         return self._gather(params.components, x, respect(responsibilities.T, x), weights, evidence)
 
@@ -184,7 +184,7 @@ class Mixture:
     def sample_with_labels(self, key: jax.Array, params: MixtureParams, n: int) -> tuple[Data, jax.Array]:
         """n rows from the mixture, and the component (n,) that each came from."""
         checks.positive_integer("n", n)
-        params = tree.in_precision(params, tree.float_dtype(params))
+        params = tree.no_whole_numbers(params, params)
         key_labels, key_rows = jax.random.split(checks.random_key(key))
         labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
         return self.family.sample(key_rows, params.components, labels), labels
@@ -257,7 +257,7 @@ class Mixture:
     def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
         """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""
         rows, labels = split(x)
-        params = tree.in_precision(params, tree.float_dtype(rows))
+        params = tree.no_whole_numbers(params, rows)
         joint = numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, rows)
         return joint if labels is None else jnp.where(_allowed(labels, joint.shape[0]), joint, -jnp.inf)
 
