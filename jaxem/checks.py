@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 
 # What a leaf of data or of parameters may be.
 ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -103,6 +104,18 @@ def row_shape(name: str, value: Any) -> tuple[int, int]:
     if 0 in shape:
         raise ValueError(f"{name} must have at least one row and one column; got shape {shape}")
     return shape if len(shape) == 2 else (shape[0], 1)
+
+
+def plain_axes(name: str, value: Any) -> None:
+    """Raise ValueError for arrays spread over a mesh whose axes have explicit types."""
+    for leaf in jax.tree.leaves(value):
+        sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else None
+        if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+            raise ValueError(
+                f"{name} is spread over mesh axes {sharding.mesh.axis_names} of explicit type, along which rows cannot "
+                "be summed; make the mesh with jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto, "
+                "...)), one for every axis, and put the data there"
+            )
 
 
 def columns(name: str, value: Any) -> jax.Array:

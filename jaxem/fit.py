@@ -10,6 +10,7 @@ import numpy as np
 
 from . import checks, parameters, stopping, tree
 from .em import EM, objective, units
+from .implicit import refuse_derivatives
 from .protocols import Data, Params
 from .record import record
 from .status import EMError, Status
@@ -25,9 +26,10 @@ class Result:
     params: the fitted parameters; objective: log-likelihood + log-prior of exactly these params;
     loglik; num_steps: EM steps taken; num_passes: E-steps, counted in passes over the data, that of the
     start included, and one for the last objective where an algorithm has not seen all rows; status: a
-    `Status` as an int32 array; history (max_steps + 1,): objective after i steps, NaN past the end (the first
-    1001 only where max_steps is traced); before the last step it is the algorithm's own account of it, where that
-    sees a part of the rows at a time, or a tempered posterior;
+    `Status` as an int32 array; history (max_steps + 1,): objective after i steps (the first 1001 only where max_steps
+    is traced), NaN past the end, or the last objective again where `jax_debug_nans` would stop at a NaN; before the
+    last step it is the algorithm's own account of it, where that sees a part of the rows at a time, or a tempered
+    posterior;
     largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
     """
 
@@ -148,7 +150,7 @@ def advance(
 
     if getattr(algorithm, "inexact", lambda _: False)(model):
         # One poor M-step does not end a fit: gains count by their envelope, which may halve in a step.
-        gain = jnp.fmax(gain, 0.5 * fit.watch.gain)
+        gain = jnp.fmax(gain, jnp.where(jnp.isfinite(fit.watch.gain), 0.5 * fit.watch.gain, -jnp.inf))
     settled = getattr(state, "settled", True)
     before, move = stopping.moved(before, fit.state.params, state.params)
     watch = stopping.observe(before, height, gain, move, resolution)
@@ -188,7 +190,7 @@ def advance(
     after = Progress(
         state=tree.where(bad, fit.state, state),
         objective=jnp.where(bad, fit.objective, value),
-        watch=stopping.forget(watch, height, state.params, settled),
+        watch=tree.where(bad, fit.watch, stopping.forget(watch, height, state.params, settled)),
         num_steps=jnp.where(bad, fit.num_steps, num_steps),
         status=status,
         largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, drop), fit.largest_decrease),
@@ -223,13 +225,16 @@ def like_step(model: Any, algorithm: Any, params: Params, x: Data, weights: jax.
     def step(params: Params) -> Params:
         return algorithm.step(model, algorithm.init(model, params, x, weights, key), x, weights).params
 
-    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(x)):
-        params = jax.tree.map(functools.partial(_in_precision, tree.float_dtype(x)), params)
-    after = jax.eval_shape(step, params)
-    given: Any = jax.tree.structure(params)
-    if given != jax.tree.structure(after):
+    given, params = params, tree.in_precision(params, tree.float_dtype(x))
+    try:
+        after = jax.eval_shape(step, params)
+    except TypeError:
+        # A model of the user's own may hold whole numbers that are meant as such, as an index.
+        after = jax.eval_shape(step, given)
+    structure: Any = jax.tree.structure(params)
+    if structure != jax.tree.structure(after):
         raise ValueError(
-            f"m_step must return the structure that params have; got {jax.tree.structure(after)} for {given}"
+            f"m_step must return the structure that params have; got {jax.tree.structure(after)} for {structure}"
         )
     for path, (new, old) in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda new, old: _Pair(new, old), after, params), is_leaf=lambda leaf: isinstance(leaf, _Pair)
@@ -249,11 +254,6 @@ class _Pair(tuple):
         return super().__new__(cls, both)
 
 
-def _in_precision(dtype: Any, leaf: Any) -> Any:
-    """A start in another precision than the data's takes the data's."""
-    return jnp.asarray(leaf, dtype) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else leaf
-
-
 def _largest_move(before: Params, after: Params, dtype: Any) -> jax.Array:
     moves = [
         jnp.max(jnp.abs(b - a) / (1 + jnp.abs(a))) if jnp.size(a) else 0.0
@@ -262,7 +262,7 @@ def _largest_move(before: Params, after: Params, dtype: Any) -> jax.Array:
     return jnp.max(jnp.stack([jnp.asarray(move, dtype) for move in moves]))
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
+@functools.partial(jax.jit, static_argnames=("capacity", "finite"))
 def _fit(
     model: Any,
     params: Params,
@@ -273,11 +273,28 @@ def _fit(
     tol: jax.Array,
     max_steps: jax.Array,
     capacity: int,
+    finite: bool,
+) -> Result:
+    run = refuse_derivatives(functools.partial(_run, capacity=capacity, finite=finite))
+    return run(model, params, x, weights, key, algorithm, tol, max_steps)
+
+
+def _run(
+    model: Any,
+    params: Params,
+    x: Data,
+    weights: jax.Array | None,
+    key: jax.Array | None,
+    algorithm: Any,
+    tol: jax.Array,
+    max_steps: jax.Array,
+    capacity: int,
+    finite: bool,
 ) -> Result:
     x, weights = tree.present(x, weights)
     params = like_step(model, algorithm, params, x, weights, key)
     start = begin(model, algorithm, params, x, weights, key, max_steps)
-    history = jnp.full(capacity + 1, jnp.nan, start.objective.dtype).at[0].set(start.objective)
+    history = jnp.zeros(capacity + 1, start.objective.dtype).at[0].set(start.objective)
 
     def running(carry: tuple[Progress, jax.Array]) -> jax.Array:
         return carry[0].status == Status.RUNNING
@@ -287,9 +304,12 @@ def _fit(
         fit = advance(model, algorithm, fit, x, weights, tol, max_steps)
         return fit, history.at[fit.num_steps].set(fit.objective, mode="drop")
 
+    start, history = tree.varying((start, history), params, x, weights, key, tol, max_steps, model, algorithm)
     fit, history = jax.lax.while_loop(running, body, (start, history))
     fit = ended(model, algorithm, fit, x, weights)
     history = history.at[fit.num_steps].set(fit.objective, mode="drop")
+    past = fit.objective if finite else jnp.nan
+    history = jnp.where(jnp.arange(capacity + 1) <= fit.num_steps, history, past)
     return Result(
         params=fit.state.params,
         objective=fit.objective,
@@ -329,7 +349,8 @@ def em_fit(
     key: drives algorithms that are random. Every argument may be traced, so `jax.jit(em_fit)` works
     as it is, and so do `vmap` and `scan` over any of them.
 
-    Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`.
+    Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`. Raises TypeError
+    for derivatives through it, which a fit has none of yet.
     """
     checks.fitted_model(model)
     checks.algorithm(algorithm)
@@ -341,11 +362,19 @@ def em_fit(
     parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)
-    params, x, weights = checks.native(params), jax.tree.map(jnp.asarray, x), jax.tree.map(jnp.asarray, weights)
-    result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, history_capacity(max_steps))
+    checks.plain_axes("x", x)
+    x, params = tree.one_precision(x), checks.native(params)
+    weights = None if weights is None else jnp.asarray(weights)
+    capacity, finite = history_capacity(max_steps), nans_are_debugged()
+    result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, capacity, finite)
     if isinstance(max_steps, (int, np.integer)):
         result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
     return result
+
+
+def nans_are_debugged() -> bool:
+    """Whether JAX stops at the first NaN, so that none may stand for what is not there."""
+    return bool(jax.config.jax_debug_nans)  # type: ignore[attr-defined]
 
 
 def check_limits(tol: Any, max_steps: Any) -> None:

@@ -20,7 +20,9 @@ from .fit import (
     ended,
     history_capacity,
     like_step,
+    nans_are_debugged,
 )
+from .implicit import refuse_derivatives
 from .protocols import Data, Params
 from .record import record, static
 from .status import EMError, Status
@@ -31,9 +33,6 @@ _LANE_BUDGET_ELSEWHERE = 1 << 28
 
 # Restarts x rows x temporaries from which a coarse bulk repays its compilation.
 _COARSE_WORK = 1 << 23
-
-# Numbers that the histories of all restarts may take together.
-_HISTORY_BUDGET = 1 << 25
 
 
 @record(kw_only=False)
@@ -59,7 +58,8 @@ class Restarts:
     """Every restart's ending, and the best in full.
 
     best: the Result of the restart with the highest objective among those that converged or ran out
-    of steps (if all failed, the highest of the failed: look at its status); index: which it is;
+    of steps (if all failed, the highest of the failed: look at its status), and that were not screened out; index:
+    which it is;
     params, objective, status, num_steps, num_passes, largest_decrease: of all R restarts, leading axis R;
     total_weight: what objectives are divided by to compare them per row.
     """
@@ -99,7 +99,10 @@ class Restarts:
 
 @record
 class _Jobs:
-    """All restarts, as they wait or have ended: leading axis R. History and key may be left out."""
+    """All restarts, as they wait or have ended: leading axis R.
+
+    history: of as many steps as a screen takes; key may be left out.
+    """
 
     params: Params
     key: Any
@@ -110,14 +113,22 @@ class _Jobs:
     num_passes: jax.Array
     largest_decrease: jax.Array
     watch: Any
-    history: Any
+    history: jax.Array
 
 
 def _eligible(status: jax.Array) -> jax.Array:
     return (status == Status.CONVERGED) | (status == Status.MAX_STEPS) | (status == Status.STALLED)
 
 
-@functools.partial(jax.jit, static_argnames="lanes")
+def _best_of(numbers: jax.Array, objective: jax.Array, eligible: jax.Array) -> jax.Array:
+    """Which of some restarts is the best: of the eligible, if there is one, the highest; of equals the first."""
+    objective = jnp.where(jnp.isnan(objective), -jnp.inf, objective)
+    among = eligible | ~jnp.any(eligible)
+    top = among & (objective >= jnp.max(jnp.where(among, objective, -jnp.inf)))
+    return jnp.argmin(jnp.where(top, numbers, jnp.iinfo(numbers.dtype).max))
+
+
+@functools.partial(jax.jit, static_argnames=("lanes", "capacity"))
 def _drive(
     model: Any,
     jobs: _Jobs,
@@ -127,19 +138,35 @@ def _drive(
     tol: jax.Array | float,
     max_steps: jax.Array | int,
     lanes: int,
-) -> _Jobs:
-    """Run every waiting restart to its end, `lanes` at a time.
+    capacity: int,
+) -> tuple[_Jobs, tuple[jax.Array, jax.Array]]:
+    """Run every waiting restart to its end, `lanes` at a time; also number and history of the best of those that ran.
 
     The inner loop steps all lanes until a quarter of them has ended; the outer one then writes
     those away and refills them, so that no restart waits for the slowest of its batch.
     """
+    run = refuse_derivatives(functools.partial(_all_ended, lanes=lanes, capacity=capacity))
+    return run(model, jobs, x, weights, algorithm, tol, max_steps)
+
+
+def _all_ended(
+    model: Any,
+    jobs: _Jobs,
+    x: Data,
+    weights: jax.Array | None,
+    algorithm: Any,
+    tol: jax.Array | float,
+    max_steps: jax.Array | int,
+    lanes: int,
+    capacity: int,
+) -> tuple[_Jobs, tuple[jax.Array, jax.Array]]:
     total = jobs.status.shape[0]
     waiting = jnp.sum(jobs.status == Status.RUNNING)
     order = jnp.argsort(jobs.status != Status.RUNNING, stable=True)
 
     def load(jobs: _Jobs, slot: jax.Array) -> Progress:
         """A restart taken up where it was left, with its own count of steps."""
-        job = jax.tree.map(lambda leaf: leaf[slot], dataclasses.replace(jobs, history=None))
+        job = jax.tree.map(lambda leaf: leaf[slot], dataclasses.replace(jobs, history=jobs.status))
         fit = begin(model, algorithm, job.params, x, weights, job.key, max_steps - job.num_steps)
         return dataclasses.replace(
             fit,
@@ -148,8 +175,12 @@ def _drive(
             watch=stopping.resumed(job.watch),
         )
 
-    def put(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
-        """Write restarts back; slot R stands for none."""
+    def noted(histories: jax.Array, fits: Progress) -> jax.Array:
+        """Histories (lanes, capacity + 1) with the objectives at hand."""
+        return histories.at[jnp.arange(lanes), fits.num_steps].set(fits.objective, mode="drop")
+
+    def put(jobs: _Jobs, slots: jax.Array, fits: Progress, histories: jax.Array, best: tuple) -> tuple[_Jobs, tuple]:
+        """Write restarts back, and keep the history of the best; slot R stands for none."""
         fits = jax.vmap(lambda fit: ended(model, algorithm, fit, x, weights))(fits)
         loglik = fits.objective if fits.state.loglik is None else fits.state.loglik
         endings = dict(
@@ -163,48 +194,53 @@ def _drive(
             watch=fits.watch,
         )
         before = {name: getattr(jobs, name) for name in endings}
+        histories = noted(histories, fits)
+        before["history"], endings["history"] = jobs.history, histories[:, : jobs.history.shape[1]]
         after = jax.tree.map(lambda all_, some: all_.at[slots].set(some, mode="drop"), before, endings)
-        return _note(dataclasses.replace(jobs, **after), slots, fits)
+        jobs = dataclasses.replace(jobs, **after)
+        numbers = jnp.append(slots, best[0])
+        objective = jobs.objective.at[numbers].get(mode="fill", fill_value=-jnp.inf)
+        eligible = _eligible(jobs.status.at[numbers].get(mode="fill", fill_value=Status.NONFINITE))
+        place = _best_of(numbers, objective, eligible)
+        return jobs, (numbers[place], jnp.concatenate([histories, best[1][None]])[place])
 
     def go_on(carry: tuple) -> jax.Array:
-        _, _, fits, head = carry
+        _, _, fits, head, _, _ = carry
         running = jnp.sum(fits.status == Status.RUNNING)
         return jnp.where(head < waiting, running > lanes - max(1, lanes // 4), running > 0)
 
     def step(carry: tuple) -> tuple:
-        jobs, slots, fits, head = carry
+        jobs, slots, fits, head, histories, best = carry
         fits = jax.vmap(lambda fit: advance(model, algorithm, fit, x, weights, tol, max_steps))(fits)
-        return _note(jobs, slots, fits), slots, fits, head
+        return jobs, slots, fits, head, noted(histories, fits), best
 
     def refill(carry: tuple) -> tuple:
-        jobs, slots, fits, head = carry
+        jobs, slots, fits, head, histories, best = carry
         idle = fits.status != Status.RUNNING
-        jobs = put(jobs, jnp.where(idle, slots, total), fits)
+        jobs, best = put(jobs, jnp.where(idle, slots, total), fits, histories, best)
         ticket = head + jnp.cumsum(idle) - 1
         taken = idle & (ticket < waiting)
         new = jnp.where(taken, order[jnp.minimum(ticket, total - 1)], total)
         fresh = jax.vmap(load, (None, 0))(jobs, jnp.minimum(new, total - 1))
-        fits = tree.where(taken, fresh, fits)
-        return _note(jobs, new, fresh), jnp.where(idle, new, slots), fits, head + jnp.sum(taken)
+        fits, slots = tree.where(taken, fresh, fits), jnp.where(idle, new, slots)
+        before = jobs.history.at[new].get(mode="fill", fill_value=0)
+        histories = jnp.where(taken[:, None], jnp.pad(before, ((0, 0), (0, capacity + 1 - before.shape[1]))), histories)
+        return jobs, slots, fits, head + jnp.sum(taken), noted(histories, fits), best
 
     shapes = jax.eval_shape(jax.vmap(load, (None, 0)), jobs, jnp.zeros(lanes, jnp.int32))
     empty = tree.zeros_like(shapes, jax.random.key_impl(jobs.key))
     fits = dataclasses.replace(empty, status=jnp.full(lanes, Status.MAX_STEPS, jnp.int32))
     # The last refill only writes away.
-    jobs, *_ = jax.lax.while_loop(
-        lambda carry: (carry[-1] < waiting) | jnp.any(carry[1] < total),
+    histories = jnp.zeros((lanes, capacity + 1), jobs.history.dtype)
+    jobs, *_, best = jax.lax.while_loop(
+        lambda carry: (carry[3] < waiting) | jnp.any(carry[1] < total),
         lambda carry: jax.lax.while_loop(go_on, step, refill(carry)),
-        (jobs, jnp.full(lanes, total), fits, jnp.zeros_like(waiting)),
+        (jobs, jnp.full(lanes, total), fits, jnp.zeros_like(waiting), histories, (jnp.asarray(total), histories[0])),
     )
-    return jobs
+    return jobs, best
 
 
-def _note(jobs: _Jobs, slots: jax.Array, fits: Progress) -> _Jobs:
-    history = jobs.history.at[slots, fits.num_steps].set(fits.objective, mode="drop")
-    return dataclasses.replace(jobs, history=history)
-
-
-@functools.partial(jax.jit, static_argnames=("num_restarts", "init", "lanes", "capacity"))
+@functools.partial(jax.jit, static_argnames=("num_restarts", "init", "lanes", "kept_steps"))
 def _prepare(
     model: Any,
     key: jax.Array,
@@ -215,7 +251,23 @@ def _prepare(
     num_restarts: int,
     init: Callable | None,
     lanes: int,
-    capacity: int,
+    kept_steps: int,
+) -> _Jobs:
+    run = functools.partial(_started, num_restarts=num_restarts, init=init, lanes=lanes, kept_steps=kept_steps)
+    return refuse_derivatives(run)(model, key, x, weights, starts, algorithm)
+
+
+def _started(
+    model: Any,
+    key: jax.Array,
+    x: Data,
+    weights: jax.Array | None,
+    starts: Params | None,
+    algorithm: Any,
+    num_restarts: int,
+    init: Callable | None,
+    lanes: int,
+    kept_steps: int,
 ) -> _Jobs:
     """Every restart before its first step. Restart i draws from `fold_in(key, i)` alone."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_restarts))
@@ -225,7 +277,7 @@ def _prepare(
         )
     run_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
     starts = jax.vmap(lambda params, key: like_step(model, algorithm, params, x, weights, key))(starts, run_keys)
-    unknown = jnp.full(num_restarts, jnp.nan, tree.float_dtype(x))
+    unknown = jnp.zeros(num_restarts, tree.float_dtype(x))
     return _Jobs(
         params=starts,
         key=run_keys,
@@ -236,7 +288,7 @@ def _prepare(
         num_passes=jnp.zeros_like(unknown),
         largest_decrease=jnp.zeros_like(unknown),
         watch=jax.vmap(stopping.watch)(unknown, starts),
-        history=jnp.full((num_restarts, capacity + 1), jnp.nan, unknown.dtype),
+        history=jnp.zeros((num_restarts, kept_steps + 1), unknown.dtype),
     )
 
 
@@ -251,12 +303,35 @@ def _survivors(jobs: _Jobs, screen: Screen) -> tuple[_Jobs, jax.Array]:
 
 
 @jax.jit
-def _finish(jobs: _Jobs, x: Data, weights: jax.Array | None) -> Restarts:
+def _handed_over(jobs: _Jobs, kept: jax.Array | None) -> _Jobs:
+    """Restarts after a coarse bulk, all or those kept set to run on, without what coarse arithmetic told of them."""
+    again = jnp.ones_like(jobs.status, bool) if kept is None else kept
+    return dataclasses.replace(
+        jobs,
+        status=jnp.where(again, Status.RUNNING, jobs.status),
+        num_steps=jnp.where(again, 0, jobs.num_steps),
+        largest_decrease=jnp.where(again, 0, jobs.largest_decrease),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="finite")
+def _finish(
+    jobs: _Jobs,
+    last: tuple[jax.Array, jax.Array],
+    kept: jax.Array | None,
+    x: Data,
+    weights: jax.Array | None,
+    finite: bool,
+) -> Restarts:
+    """All restarts as they are reported; `last` is number and history of the best in the last drive."""
     eligible = _eligible(jobs.status)
-    finite = jnp.where(jnp.isnan(jobs.objective), -jnp.inf, jobs.objective)
-    winners = jnp.where(eligible, finite, -jnp.inf)
-    index = jnp.where(jnp.any(eligible), jnp.argmax(winners), jnp.argmax(finite))
+    index = _best_of(jnp.arange(len(eligible)), jobs.objective, eligible if kept is None else eligible & kept)
     best = jax.tree.map(lambda leaf: leaf[index], dataclasses.replace(jobs, key=None))
+    number, history = last
+    # Who is the best and did not run last has ended in its screen.
+    history = jnp.where(number == index, history, jnp.pad(best.history, (0, len(history) - len(best.history))))
+    past = best.objective if finite else jnp.nan
+    best = dataclasses.replace(best, history=jnp.where(jnp.arange(len(history)) <= best.num_steps, history, past))
     return Restarts(
         best=Result(**{field.name: getattr(best, field.name) for field in dataclasses.fields(Result)}),
         index=index,
@@ -294,7 +369,8 @@ def fit_restarts(
     Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart
     that fails ends with its own status, never wins, and does not touch its neighbours. Where the
     model has a `coarse()` form, large jobs do their bulk with it, and every restart is then run on
-    to convergence by the model itself.
+    to convergence by the model itself: what is reported is that run, from where the bulk led, but num_passes
+    counts both.
 
     Raises ValueError or TypeError for bad input when called eagerly.
     """
@@ -308,7 +384,8 @@ def fit_restarts(
     x, weights = checks.native((x, weights))
     if hasattr(model, "check"):
         model.check(x, weights)
-    x = jax.tree.map(jnp.asarray, units(model, x))
+    checks.plain_axes("x", x)
+    x = tree.one_precision(units(model, x))
     x, weights = tree.present(x, None if weights is None else jnp.asarray(weights))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
@@ -317,10 +394,11 @@ def fit_restarts(
 
     work = _work(model, starts, function, key, x, weights)
     lanes = min(num_restarts, _lanes(work) if block_size is None else block_size)
-    capacity = min(history_capacity(max_steps), max(1, _HISTORY_BUDGET // num_restarts))
-    jobs = _prepare(model, key, x, weights, starts, algorithm, num_restarts, function, lanes, capacity)
+    capacity = history_capacity(max_steps)
+    kept_steps = 0 if screen is None else min(screen.steps, capacity)
+    jobs = _prepare(model, key, x, weights, starts, algorithm, num_restarts, function, lanes, kept_steps)
 
-    run = functools.partial(_drive, x=x, weights=weights, algorithm=algorithm, tol=tol, lanes=lanes)
+    run = functools.partial(_drive, x=x, weights=weights, algorithm=algorithm, tol=tol, lanes=lanes, capacity=capacity)
     # What only parameters tell of a restart is enough to go on from where nothing is random or scheduled.
     resumable = getattr(algorithm, "monotone", False)
     if screen is not None and not resumable:
@@ -328,19 +406,18 @@ def fit_restarts(
             "screen needs an algorithm that can go on from parameters alone, without draws, batches or a schedule; "
             f"got {algorithm!r}. Leave screen out"
         )
-    large = num_restarts * work >= _COARSE_WORK
+    # Where every restart takes all its steps, a bulk before them saves none.
+    large = num_restarts * work >= _COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
     bulk = model.coarse() if resumable and large and hasattr(model, "coarse") else model
     coarse = bulk is not model  # a model without a cheaper form gives itself
     kept = None
     if screen is not None:
-        jobs = run(bulk, jobs, max_steps=jnp.minimum(screen.steps, max_steps))
+        jobs, _ = run(bulk, jobs, max_steps=jnp.minimum(screen.steps, max_steps))
         jobs, kept = _survivors(jobs, screen)
-    jobs = run(bulk, jobs, max_steps=max_steps)
+    jobs, last = run(bulk, jobs, max_steps=max_steps)
     if coarse:
-        again = jobs.status >= 0 if kept is None else kept
-        jobs = dataclasses.replace(jobs, status=jnp.where(again, Status.RUNNING, jobs.status))
-        jobs = run(model, jobs, max_steps=max_steps)
-    runs = _finish(jobs, x, weights)
+        jobs, last = run(model, _handed_over(jobs, kept), max_steps=max_steps)
+    runs = _finish(jobs, last, kept, x, weights, nans_are_debugged())
     if isinstance(max_steps, (int, np.integer)):
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)

@@ -43,7 +43,7 @@ _DEAREST = 1e4
 
 @record
 class Watch:
-    """What the stopping rule remembers of a fit.
+    """What the stopping rule remembers of a fit; what is not known yet is infinite.
 
     gain: the last gain of the objective, a bound on it where M-steps stop short of their maximum.
     ratio: of the last two gains.
@@ -54,7 +54,7 @@ class Watch:
     pace: steps in which squared moves shrank by a factor of e, when they last halved; inf where they grew.
     move: the last squared move.
     shrink: of the last two squared moves, the ratio.
-    seen: the last gain that stood out of the rounding; NaN before there was one.
+    seen: the last gain that stood out of the rounding.
     seen_move: the squared move that made it.
     power: gains go with this power of squared moves, 1 in the interior of the domain and 1/2 towards its boundary.
     near: steps in a row that found little enough left.
@@ -81,7 +81,7 @@ class Watch:
 
 def watch(value: jax.Array, params: Params) -> Watch:
     """A fit at its start: its objective, a scalar, and its parameters."""
-    unknown, none = jnp.full_like(value, jnp.nan), jnp.zeros((), jnp.int32)
+    unknown, none = jnp.full_like(value, jnp.inf), jnp.zeros((), jnp.int32)
     return Watch(
         gain=unknown,
         ratio=unknown,
@@ -125,6 +125,11 @@ def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array
     return dataclasses.replace(watch, scale=scale, rounding=rounding), jnp.maximum(total, rounding)
 
 
+def _ratio(new: jax.Array, old: jax.Array) -> jax.Array:
+    usable = jnp.isfinite(old) & (old != 0)
+    return jnp.where(usable, new / jnp.where(usable, old, 1), jnp.inf)
+
+
 def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, resolution: jax.Array) -> Watch:
     """The watch after a step that brought the objective to `value`, by `gain`, and moved parameters by `move`."""
     progress = value > watch.record + resolution
@@ -136,21 +141,21 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
     anew = first | halved | grown
     seen = (gain > _SEEN * resolution) & (move > _ROUNDED * watch.rounding)
     # Taken anew whenever moves have halved, and averaged, since a single ratio of gains is rough.
-    compared = seen & anew & (watch.seen > 0) & (move < watch.seen_move / 1.5)
+    compared = seen & anew & jnp.isfinite(watch.seen) & (move < watch.seen_move / 1.5)
     power = jnp.log(watch.seen / gain) / jnp.log(jnp.where(compared, watch.seen_move / move, 2))
     power = 0.5 * (watch.power + jnp.clip(power, 0.5, 1))
     return Watch(
         gain=gain,
-        ratio=gain / watch.gain,
+        ratio=_ratio(gain, watch.gain),
         record=jnp.where(progress, value, watch.record),
         stalled=jnp.where(progress, 0, watch.stalled + 1),
         mark=jnp.where(anew, move, watch.mark),
         since=jnp.where(anew, 0, since),
         pace=pace,
         move=move,
-        shrink=move / watch.move,
-        seen=jnp.where(seen & (anew | jnp.isnan(watch.seen)), gain, watch.seen),
-        seen_move=jnp.where(seen & (anew | jnp.isnan(watch.seen)), move, watch.seen_move),
+        shrink=_ratio(move, watch.move),
+        seen=jnp.where(seen & (anew | jnp.isinf(watch.seen)), gain, watch.seen),
+        seen_move=jnp.where(seen & (anew | jnp.isinf(watch.seen)), move, watch.seen_move),
         power=jnp.where(compared, power, watch.power),
         near=watch.near,
         scale=watch.scale,
@@ -167,7 +172,7 @@ def _series(ratio: jax.Array, before: jax.Array, noise: jax.Array) -> tuple[jax.
     1 / (1 - ratio) steps, at a rise that grows as fast.
     """
     slow = jnp.maximum(ratio, before)
-    rise = jnp.maximum(ratio - before - noise, 0)
+    rise = jnp.where(jnp.isfinite(before), jnp.maximum(ratio - before - noise, 0), 0)
     slow = slow + jnp.where(slow < 1, rise / (1 - slow) ** 2, 0)
     return jnp.where((slow >= 0) & (slow < 1), slow / (1 - slow), jnp.inf), slow
 
@@ -186,7 +191,7 @@ def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.A
     halved: over many steps the rounding of slow moves averages out.
     """
     gain = jnp.where(
-        jnp.isnan(now.seen), _DEAREST * total * now.move, now.seen * (now.move / now.seen_move) ** now.power
+        jnp.isinf(now.seen), _DEAREST * total * now.move, now.seen * (now.move / now.seen_move) ** now.power
     )
     gain = jnp.minimum(gain, jnp.maximum(now.gain, 0) + _SEEN * resolution)  # more would have been seen
     folds = jnp.log(jnp.maximum(now.mark / now.move, 1))

@@ -46,6 +46,25 @@ def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
     return jax.tree.map(select, a, b)
 
 
+def varying(a: Tree, *like: Tree) -> Tree:
+    """The start of a loop over data `like`: inside of a `shard_map` it has to vary from shard to shard as they do."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return a
+
+    def never(leaf: Any) -> jax.Array:
+        leaf = jax.random.key_data(leaf) if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) else leaf
+        return jnp.any(jnp.ravel(leaf)[:1] == 0) & False
+
+    condition = jnp.any(jnp.stack([never(leaf) for leaf in jax.tree.leaves(like)]))
+
+    def cast(leaf: Any) -> Any:
+        # A key is the user's own, and no constant.
+        is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+        return leaf if is_key else jnp.where(condition, jnp.zeros_like(leaf), leaf)
+
+    return jax.tree.map(cast, a)
+
+
 def all_finite(a: Tree) -> jax.Array:
     """Whether every entry of every floating-point leaf is finite; a scalar boolean."""
     floats = [leaf for leaf in jax.tree.leaves(a) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
@@ -89,6 +108,39 @@ def float_dtype(x: Tree) -> Any:
     """The floating-point dtype in which statistics of these data are kept."""
     dtype = jnp.result_type(*jax.tree.leaves(x))
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+
+
+def in_precision(params: Tree, dtype: Any) -> Tree:
+    """Parameters in a floating-point dtype, whole numbers too."""
+
+    def convert(leaf: Any) -> Any:
+        plain = jnp.issubdtype(jnp.result_type(leaf), jnp.number)
+        return jnp.asarray(leaf, dtype) if plain and jnp.result_type(leaf) != dtype else leaf
+
+    return jax.tree.map(convert, params)
+
+
+def no_whole_numbers(params: Tree, x: Tree) -> Tree:
+    """Parameters with whole numbers among them in the dtype of the data, or of the others where data are whole too."""
+
+    def whole(leaf: Any) -> bool:
+        return jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+
+    if not any(map(whole, jax.tree.leaves(params))):
+        return params
+    dtype = float_dtype(params if all(map(whole, jax.tree.leaves(x))) else x)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype) if whole(leaf) else leaf, params)
+
+
+def one_precision(x: Tree) -> Tree:
+    """Data whose floating-point arrays all have the dtype of the widest; whole numbers stay."""
+    dtype = float_dtype(x)
+
+    def convert(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(convert, x)
 
 
 def size(a: Tree) -> int:
@@ -139,7 +191,8 @@ def sum_over_blocks(
         )  # fmt: skip
         return (new, lost), None
 
-    zero = zeros_like(jax.eval_shape(one, jnp.array(0)))
+    shapes = jax.eval_shape(one, jnp.array(0))
+    zero = varying(zeros_like(shapes), x, weights, shapes)
     (total, lost), _ = jax.lax.scan(body, (zero, zero), jnp.arange(blocks))
     return add(total, lost)
 
@@ -158,7 +211,7 @@ def map_over_blocks(function: Callable[[Tree], Tree], x: Tree, block_size: int) 
         )
 
     shapes = jax.eval_shape(lambda: function(rows_from(x, jnp.array(0), block_size)))
-    empty = jax.tree.map(lambda s: jnp.zeros((rows, *s.shape[1:]), s.dtype), shapes)
+    empty = varying(jax.tree.map(lambda s: jnp.zeros((rows, *s.shape[1:]), s.dtype), shapes), x, shapes)
     return jax.lax.fori_loop(0, -(-rows // block_size), write, empty)
 
 

@@ -45,7 +45,6 @@ from jaxem import (
     stepwise_em,
 )
 from jaxem.latents import markov
-from jaxem.models.hmm import stationary_distribution
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -467,29 +466,6 @@ def test_known_states_and_priors():
     found = sticky.m_step(sticky.e_step(params, x))
     np.testing.assert_allclose(found.transition, (moves + 5 * np.eye(2)) / 10, rtol=1e-9)
     np.testing.assert_allclose(found.initial, [3 / 4, 1 / 4], rtol=1e-9)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_stationary_start_is_a_conditional_maximum(seed):
-    """Against a general optimiser, in logits."""
-    from scipy.optimize import minimize
-
-    rng = np.random.default_rng(seed)
-    starts, moves = rng.uniform(0, 3, 3), rng.uniform(0, 6, (3, 3))
-    model, params, x = counts()
-    model = dataclasses.replace(model, stationary=True)
-    stats = dataclasses.replace(model.e_step(params, x), initial=jnp.asarray(starts), transitions=jnp.asarray(moves))
-    found = model.m_step(stats)
-
-    def loss(theta):
-        table = np.exp(theta.reshape(3, 3))
-        table /= table.sum(axis=1, keepdims=True)
-        stationary = np.asarray(np.linalg.matrix_power(table, 4096)[0])
-        return -np.sum(moves * np.log(table)) - np.sum(starts * np.log(stationary))
-
-    best = min(minimize(loss, rng.normal(size=9), tol=1e-12).fun for _ in range(3))
-    np.testing.assert_allclose(loss(np.log(found.transition).ravel()), best, rtol=1e-9)
-    np.testing.assert_allclose(found.initial, stationary_distribution(found.transition))
 
 
 def test_held_and_shared_parameters():

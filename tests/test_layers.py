@@ -12,7 +12,7 @@ ROOT = Path(jaxem.__file__).parent
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
     {"record", "status", "numerics", "special", "protocols", "datasets", "checks"},
-    {"tree", "priors", "data", "parameters"},
+    {"tree", "priors", "data", "parameters", "implicit"},
     {"seeding", "sequences", "stopping"},
     {"families", "latents", "constraints"},
     {"models", "em"},
@@ -78,8 +78,9 @@ def test_models_never_import_each_other():
 
 
 def test_loops_over_steps_live_in_fit_and_restarts_only():
-    users = {room(path) for path in FILES if "while_loop" in (ROOT / path).read_text()}
-    assert users <= {"fit", "restarts"}
+    users = {str(path) for path in FILES if "while_loop" in (ROOT / path).read_text()}
+    # Newton's method inside of one M-step is no loop over steps.
+    assert users <= {"fit.py", "restarts.py", "latents/stationary.py"}
 
 
 def test_the_package_never_touches_jax_configuration():

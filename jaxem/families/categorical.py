@@ -109,20 +109,14 @@ class Categorical:
     shared_floats_per_row = floats_per_row
 
     def unconstrain(self, params: CategoricalParams) -> CategoricalParams:
-        """Log-ratios against the first value, (K, D, V - 1)."""
+        """Continuation ratios of the values, (K, D, V - 1)."""
         has = self._has(params.probability.shape[1])
-        least = jnp.finfo(params.probability.dtype).tiny
-        logs = jnp.log(jnp.where(has, jnp.where(params.probability == 0, least, params.probability), 1))
-        return CategoricalParams(probability=jnp.where(has[:, 1:], logs[..., 1:] - logs[..., :1], 0))
+        return CategoricalParams(probability=numerics.simplex_to_real(params.probability, has))
 
     def constrain(self, theta: CategoricalParams) -> CategoricalParams:
         """Inverse of `unconstrain`."""
-        ratios = theta.probability
-        logs = jnp.concatenate([jnp.zeros_like(ratios[..., :1]), ratios], axis=-1) if ratios.size else None
-        if logs is None:
-            return CategoricalParams(probability=jnp.ones((*ratios.shape[:-1], 1), ratios.dtype))
-        has = self._has(ratios.shape[-2])
-        return CategoricalParams(probability=jax.nn.softmax(logs, axis=-1, where=jnp.asarray(has)))
+        has = self._has(theta.probability.shape[-2])
+        return CategoricalParams(probability=numerics.real_to_simplex(theta.probability, has))
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         most = self._has(checks.row_shape(name, x)[1]).sum(axis=1)

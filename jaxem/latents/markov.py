@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import numerics
+from .. import numerics, tree
 from ..record import record
 from .expect import Exact, Hard, Sample
 
@@ -306,7 +306,7 @@ def _pairs(before: jax.Array, after: jax.Array, apart: bool = False) -> jax.Arra
 
     _, count, lanes = before.shape
     shape = (count, count, lanes) if apart else (count, count)
-    return jax.lax.scan(add, jnp.zeros(shape, before.dtype), (before, after))[0]
+    return jax.lax.scan(add, tree.varying(jnp.zeros(shape, before.dtype), before, after), (before, after))[0]
 
 
 # Logarithms.

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import checks, constraints, numerics, parameters, seeding, sequences, tree
 from ..latents import Exact, markov
+from ..latents.stationary import stationary_distribution, stationary_maximum
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
 from ..record import record, static
@@ -20,9 +21,6 @@ _PSEUDO_COUNT = 1e-18
 
 # Bytes of temporaries beyond which observations are looked at in blocks.
 _LARGE = 1 << 26
-
-# Rounds of the fixed-point iteration for a stationary start; each leaves about starts / moves of the error.
-_ROUNDS = 60
 
 
 @record
@@ -54,7 +52,8 @@ class HMM:
     initial_prior, transition_prior: a Dirichlet, its concentration a scalar, (K,), or for transitions (K, K):
     1 + kappa on the diagonal is a sticky prior. transition_support (K, K), initial_support (K,): where False (0),
     starts put a hard zero. Zeros stay zero through EM, wherever they come from.
-    stationary: the initial distribution is the transitions' stationary one, and no parameter of its own.
+    stationary: the initial distribution is the transitions' stationary one, and no parameter of its own: what
+    parameters hold in its place is not looked at.
     parallel: whether the E-step works by products of whole transition matrices, in log T rounds, K times the work:
     for long sequences on accelerators. Sums of logarithms then carry the rounding of the whole sequence's.
     form: "scaled", "log" or "auto", the arithmetic of the recursions; see `jaxem/latents/markov.py`.
@@ -115,7 +114,7 @@ class HMM:
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None, method: str) -> HMMParams:
-        x, weights = tree.present(x, weights)
+        x, weights = tree.present(tree.one_precision(x), weights)
         rows, seen = _rows(x)
         dtype = tree.float_dtype(x.values)
         each = seen.astype(dtype)
@@ -142,6 +141,7 @@ class HMM:
     def e_step(self, params: HMMParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> HMMStats:
         """Expected starts, moves and observation statistics, and the sum of log p(x) over the sequences."""
         x = checks.present(self.units(x), weights)
+        params = tree.no_whole_numbers(params, x.values)
         rows, seen = _rows(x)
         chain = self._chain(params, x, rows, seen)
         dtype = chain.log_likelihood.dtype
@@ -160,7 +160,7 @@ class HMM:
         evidence = posterior.evidence.reshape(x.num_steps, x.num_rows)
         evidence = jnp.sum(jnp.where(x.inside().T, evidence, 0), axis=0)
         return HMMStats(
-            initial=begins + _PSEUDO_COUNT * params.initial,
+            initial=begins + _PSEUDO_COUNT * chain.initial,
             transitions=posterior.transitions + _PSEUDO_COUNT * params.transition,
             emissions=self._family_stats(x, params.emissions, rows, responsibilities),
             loglik=numerics.weighted_sum(evidence, weights),
@@ -169,9 +169,9 @@ class HMM:
     def m_step(self, stats: HMMStats) -> HMMParams:
         """Shares of the starts and of the moves from every state (with priors: their modes); the family's M-step."""
         moves = _with_prior(stats.transitions, self.transition_prior, self.transition_support)
-        transition = _shares(moves)
         if self.stationary:
-            return self.m_step_given(stats, transition=_stationary_maximum(transition, stats.initial, moves))
+            return self.m_step_given(stats, transition=stationary_maximum(moves, stats.initial))
+        transition = _shares(moves)
         initial = _shares(_with_prior(stats.initial, self.initial_prior, self.initial_support))
         return HMMParams(initial=initial, transition=transition, emissions=self.family.m_step(stats.emissions))
 
@@ -208,7 +208,7 @@ class HMM:
     def q_function(self, params: HMMParams, stats: HMMStats) -> jax.Array:
         """sum initial log initial + sum transitions log transition + the family's Q."""
         return (
-            _expected_log(stats.initial, params.initial)
+            _expected_log(stats.initial, self._start(params))
             + _expected_log(stats.transitions, params.transition)
             + self.family.q_function(params.emissions, stats.emissions)
         )
@@ -286,7 +286,7 @@ class HMM:
             end = jnp.zeros((int(x.num_sequences or 0) + 1, self.num_states), flat.dtype).at[places].set(flat)[:-1]
 
         def step(state: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-            state = numerics.product(state, params.transition, "bi,ij->bj")
+            state = numerics.product(state, jnp.asarray(params.transition, state.dtype), "bi,ij->bj")
             return state, state
 
         _, ahead = jax.lax.scan(step, end, length=steps)
@@ -304,6 +304,7 @@ class HMM:
         count = 1 if num_sequences is None else num_sequences
         checks.positive_integer("num_sequences", count)
         parameters.count_of("params.initial", getattr(params, "initial", None), self.num_states)
+        params = tree.no_whole_numbers(params, params)
         key_start, key_moves, key_rows = jax.random.split(checks.random_key(key), 3)
         moves = numerics.safe_log(params.transition)
 
@@ -311,7 +312,7 @@ class HMM:
             state = jax.random.categorical(key, moves[state])
             return state, state
 
-        start = jax.random.categorical(key_start, numerics.safe_log(params.initial), shape=(count,))
+        start = jax.random.categorical(key_start, numerics.safe_log(self._start(params)), shape=(count,))
         _, states = jax.lax.scan(step, start, jax.random.split(key_moves, n - 1))
         states = jnp.concatenate([start[None], states]).T
         rows = self.family.sample(key_rows, params.emissions, states.ravel())
@@ -342,23 +343,25 @@ class HMM:
         return numerics.weighted_sum(steps, weights)
 
     def unconstrain(self, params: HMMParams) -> HMMParams:
-        """Additive log-ratios of the chain's probabilities, the family's own coordinates for the emissions."""
+        """Continuation ratios of the chain's probabilities, the family's own coordinates for the emissions."""
         initial = (
-            jnp.zeros((0,), params.initial.dtype) if self.stationary else _to_real(params.initial, self.initial_support)
+            jnp.zeros((0,), params.initial.dtype)
+            if self.stationary
+            else numerics.simplex_to_real(params.initial, self.initial_support)
         )
         return HMMParams(
             initial=initial,
-            transition=_to_real(params.transition, self.transition_support),
+            transition=numerics.simplex_to_real(params.transition, self.transition_support),
             emissions=self.family.unconstrain(params.emissions),
         )
 
     def constrain(self, theta: HMMParams) -> HMMParams:
         """Inverse of `unconstrain`."""
-        transition = _from_real(theta.transition, self.transition_support)
+        transition = numerics.real_to_simplex(theta.transition, self.transition_support)
         return HMMParams(
             initial=stationary_distribution(transition)
             if self.stationary
-            else _from_real(theta.initial, self.initial_support),
+            else numerics.real_to_simplex(theta.initial, self.initial_support),
             transition=transition,
             emissions=self.family.constrain(theta.emissions),
         )
@@ -425,6 +428,10 @@ class HMM:
             self if family is self.family and form == self.form else dataclasses.replace(self, family=family, form=form)
         )
 
+    def _start(self, params: HMMParams) -> jax.Array:
+        """p(z_1) (K,)."""
+        return stationary_distribution(params.transition) if self.stationary else params.initial
+
     def _chain(self, params: HMMParams, x: Sequences, rows: Data, seen: jax.Array) -> markov.Chain:
         parameters.shapes("params", self, params, x)
         # Not by `_family`: the branch on missing entries keeps XLA from computing densities anew for each use.
@@ -434,7 +441,7 @@ class HMM:
         scores = scores.T if x.num_rows == 1 else jnp.moveaxis(scores.reshape(-1, x.num_steps, x.num_rows), 0, 1)
         linked = _linked(x, jnp.bool_)
         return markov.Chain(
-            initial=params.initial,
+            initial=self._start(params),
             transition=params.transition,
             log_likelihood=scores,
             linked=_lanes(linked, x),
@@ -450,9 +457,7 @@ class HMM:
 
     def _family(self, x: Sequences) -> Family:
         """The family, told so where it is known that no entry is missing."""
-        family: Any = self.family
-        known = x.complete and getattr(family, "missing", False)
-        return dataclasses.replace(family, missing=False) if known else family
+        return _complete(self.family) if x.complete else self.family
 
     def _rows_at_a_time(self, emissions: Params, rows: Data) -> int:
         """All, or as many as fit fast memory once the temporaries of all would be large."""
@@ -466,32 +471,14 @@ class HMM:
 
     def _read(self, params: HMMParams, x: Data) -> markov.Chain:
         x = self.units(x)
-        return self._chain(params, x, *_rows(x))
+        return self._chain(tree.no_whole_numbers(params, x.values), x, *_rows(x))
 
 
-def stationary_distribution(transition: jax.Array) -> jax.Array:
-    """The distribution (K,) that transitions (K, K) leave as it is; of one of them, where there are several."""
-    count = transition.shape[0]
-    # pi (I - A + 1) = 1 for rows of ones.
-    matrix = jnp.eye(count, dtype=transition.dtype) - transition + 1
-    return numerics.solve(matrix.T, jnp.ones(count, transition.dtype))
-
-
-def _stationary_maximum(transition: jax.Array, starts: jax.Array, moves: jax.Array) -> jax.Array:
-    """argmax over A of sum moves log A + sum starts log pi(A), by A_ij <- A_ij x its slope, rows normalised.
-
-    (Baum & Eagon's growth transform.) The slope of log pi's term is pi_i v_j, v = (I - A + 1 pi)⁻¹ (starts / pi).
-    """
-    count = transition.shape[0]
-
-    def improved(transition: jax.Array) -> jax.Array:
-        stationary = stationary_distribution(transition)
-        fundamental = jnp.eye(count, dtype=transition.dtype) - transition + stationary
-        value = numerics.solve(fundamental, numerics.safe_divide(starts, stationary))
-        pull = stationary[:, None] * (value - jnp.min(value))
-        return _shares(moves + transition * jnp.maximum(pull, 0))
-
-    return jax.lax.fori_loop(0, _ROUNDS, lambda _, transition: improved(transition), transition)
+def _complete(family: Any) -> Any:
+    """A family, or a statement about one, for rows without missing entries."""
+    if hasattr(family, "inner"):
+        return dataclasses.replace(family, inner=_complete(family.inner))
+    return dataclasses.replace(family, missing=False) if getattr(family, "missing", False) else family
 
 
 def _shares(counts: jax.Array) -> jax.Array:
@@ -520,22 +507,6 @@ def _expected_log(counts: jax.Array, probability: jax.Array) -> jax.Array:
     """sum counts log p, 0 log 0 = 0."""
     used = counts != 0
     return jnp.sum(jnp.where(used, counts * numerics.safe_log(jnp.where(used, probability, 1)), 0))
-
-
-def _to_real(probability: jax.Array, support: Any) -> jax.Array:
-    """Log-ratios against the last entry (..., K - 1), or against the largest on a support (..., K)."""
-    if support is None:
-        return numerics.simplex_to_real(probability)
-    least = jnp.finfo(probability.dtype).tiny
-    logs = jnp.log(jnp.maximum(probability, least))
-    inside = jnp.asarray(support) != 0
-    return jnp.where(inside, logs - jnp.max(jnp.where(inside, logs, -jnp.inf), axis=-1, keepdims=True), 0)
-
-
-def _from_real(theta: jax.Array, support: Any) -> jax.Array:
-    if support is None:
-        return numerics.real_to_simplex(theta)
-    return jax.nn.softmax(theta, axis=-1, where=jnp.asarray(support) != 0)
 
 
 def _missing(values: Data, numpy: Any = jnp) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import checks, constraints, numerics, parameters, seeding, tree
 from ..data import respect, split
+from ..families.columns import PSEUDO_COUNT
 from ..latents import Exact, categorical
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
@@ -77,7 +78,7 @@ class Mixture:
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
-        x, weights = tree.present(x, weights)
+        x, weights = tree.present(tree.one_precision(x), weights)
         rows, labels = split(x)
         share = seeding.shares(key, self.family, rows, weights, self.num_components, method, labels)
         return self._from_responsibilities(x, share, weights, seeding.SMOOTHING)
@@ -109,6 +110,7 @@ class Mixture:
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
         x = checks.present(x, weights)
+        params = tree.no_whole_numbers(params, split(x)[0])
         responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
         return self._gather(params.components, x, responsibilities, weights, evidence)
 
@@ -120,6 +122,7 @@ class Mixture:
         q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
         """
         x = checks.present(x, weights)
+        params = tree.no_whole_numbers(params, split(x)[0])
         evidence = numerics.normalize(self._log_joint(params, x))[1]
         return self._gather(params.components, x, respect(responsibilities.T, x), weights, evidence)
 
@@ -144,7 +147,7 @@ class Mixture:
 
     def q_function(self, params: MixtureParams, stats: MixtureStats) -> jax.Array:
         """sum_k counts_k log weights_k + the family's Q: expected complete-data log-likelihood."""
-        used = stats.counts > 0
+        used = ~_unused(stats.counts)
         logs = jnp.log(jnp.where(used, params.weights, 1))
         return jnp.sum(stats.counts * logs) + self.family.q_function(params.components, stats.components)
 
@@ -190,6 +193,7 @@ class Mixture:
         """n rows from the mixture, and the component (n,) that each came from."""
         checks.positive_integer("n", n)
         self._count(params)
+        params = tree.no_whole_numbers(params, params)
         key_labels, key_rows = jax.random.split(checks.random_key(key))
         labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
         return self.family.sample(key_rows, params.components, labels), labels
@@ -204,7 +208,7 @@ class Mixture:
         return {"weights": self._total - 1, "components": self.family.num_parameters(params.components)}
 
     def unconstrain(self, params: MixtureParams) -> MixtureParams:
-        """Additive log-ratios of the weights, the family's own coordinates for the components."""
+        """Continuation ratios of the weights, the family's own coordinates for the components."""
         return MixtureParams(
             weights=numerics.simplex_to_real(params.weights), components=self.family.unconstrain(params.components)
         )
@@ -271,7 +275,7 @@ class Mixture:
         parameters.count_of("params.weights", getattr(params, "weights", None), self._total)
 
     def _weights(self, stats: MixtureStats) -> jax.Array:
-        counts = stats.counts
+        counts = jnp.where(_unused(stats.counts), 0, stats.counts)
         if self.prior is not None:
             counts = jnp.maximum(counts + self.prior.pseudo_counts(counts), 0)
         return numerics.safe_divide(counts, jnp.sum(counts))
@@ -280,6 +284,7 @@ class Mixture:
         """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""
         parameters.shapes("params", self, params, x)
         rows, labels = split(x)
+        params = tree.no_whole_numbers(params, rows)
         joint = numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, rows)
         return joint if labels is None else jnp.where(_allowed(labels, joint.shape[0]), joint, -jnp.inf)
 
@@ -316,6 +321,11 @@ class Mixture:
             share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else respect(share.T, x).T
         components = seeding.family_stats(self.family, rows, share, weights, self.num_components, smoothing)
         return self.m_step(MixtureStats(components=components, loglik=jnp.zeros((), tree.float_dtype(x))))
+
+
+def _unused(counts: jax.Array) -> jax.Array:
+    """Components (K,) with no rows but what families add to every count: a weight of 0 stays one."""
+    return counts <= 2**20 * PSEUDO_COUNT
 
 
 def _allowed(labels: jax.Array, count: int) -> jax.Array:

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# A logit beyond which probabilities are 0 and 1 in every precision.
+_FAR_OUT = 1e4
+
 
 def safe_log(x: jax.Array) -> jax.Array:
     """log(x), -inf at 0, with a zero (not NaN) gradient there."""
@@ -98,23 +101,51 @@ def repaired(attempt: Callable, again: Callable, *arguments: Any) -> Any:
 
     @run.defjvp
     def branch(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-        # Such a loop has no reverse mode.
-        def either(*arguments: Any) -> Any:
-            found, failed = attempt(*arguments)
-            return jax.lax.cond(failed, again, lambda *_: found, *arguments)
+        # Such a loop has no reverse mode, and a branch has one only where all lanes take it together.
+        (found, failed), (slope, _) = jax.jvp(attempt, primals, tangents)
 
-        return jax.jvp(either, primals, tangents)
+        def mended(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+            pairs = jax.jvp(again, primals, tangents), (found, slope)
+            return jax.tree.map(lambda new, old: jnp.where(failed, new, old), *pairs)
+
+        return jax.lax.cond(_in_any_lane(failed), mended, lambda *_: (found, slope), primals, tangents)
 
     return run(*arguments)
 
 
-def simplex_to_real(probabilities: jax.Array) -> jax.Array:
-    """Additive log-ratio: the simplex (..., K) to R^(K-1), against the last entry; finite on its boundary too."""
-    logs = jnp.log(jnp.where(probabilities == 0, jnp.finfo(probabilities.dtype).tiny, probabilities))
-    return logs[..., :-1] - logs[..., -1:]
+@jax.custom_batching.custom_vmap
+def _in_any_lane(condition: jax.Array) -> jax.Array:
+    """Whether it holds in any lane of a `vmap`."""
+    return condition
 
 
-def real_to_simplex(theta: jax.Array) -> jax.Array:
-    """Inverse of `simplex_to_real`."""
-    last = jnp.zeros((*theta.shape[:-1], 1), theta.dtype)
-    return jax.nn.softmax(jnp.concatenate([theta, last], axis=-1), axis=-1)
+@_in_any_lane.def_vmap
+def _over_lanes(size: int, batched: list[bool], condition: jax.Array) -> tuple[jax.Array, bool]:
+    return _in_any_lane(jnp.any(condition)), False
+
+
+def simplex_to_real(probabilities: jax.Array, support: Any = None) -> jax.Array:
+    """Continuation ratios: the simplex (..., K) to R^(K-1), log p_k / (p_k+1 + ... + p_K).
+
+    support (..., K): entries that are False (0) count as 0. An entry of 0 has a coordinate so far out that it has no
+    slope, and that no step of an optimiser brings back: zeros stay zeros, wherever they are.
+    """
+    if support is not None:
+        probabilities = jnp.where(jnp.asarray(support) != 0, probabilities, 0)
+    after = jnp.flip(jnp.cumsum(jnp.flip(probabilities, -1), axis=-1), -1)[..., 1:]
+    here = probabilities[..., :-1]
+    ratio = jnp.log(jnp.where(here == 0, 1, here)) - jnp.log(jnp.where(after == 0, 1, after))
+    return jnp.where(here == 0, -_FAR_OUT, jnp.where(after == 0, _FAR_OUT, ratio))
+
+
+def real_to_simplex(theta: jax.Array, support: Any = None) -> jax.Array:
+    """Inverse of `simplex_to_real`; entries outside of the support are 0 for any theta."""
+    here, after = jax.nn.sigmoid(theta), jax.nn.sigmoid(-theta)
+    if support is not None:
+        inside = jnp.asarray(support) != 0
+        later = jnp.flip(jnp.cumsum(jnp.flip(inside, -1), axis=-1), -1)[..., 1:] > 0
+        here = jnp.where(inside[..., :-1], jnp.where(later, here, 1), 0)
+        after = jnp.where(inside[..., :-1], jnp.where(later, after, 0), 1)
+    one = jnp.ones((*theta.shape[:-1], 1), theta.dtype)
+    left = jnp.concatenate([one, jnp.cumprod(after, axis=-1)], axis=-1)
+    return left * jnp.concatenate([here, one], axis=-1)

@@ -1,0 +1,210 @@
+"""Markov chains that start from their stationary distribution: that distribution, and the M-step that knows of it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import numerics
+
+# Newton steps at most, and the longest one, in logarithms of probabilities.
+_STEPS, _LONGEST = 100, 4.0
+
+
+def stationary_distribution(transition: jax.Array) -> jax.Array:
+    """The distribution (K,) that transitions (K, K) leave as it is; of one of them, where there are several.
+
+    States are eliminated one by one, the quickest to leave first. Nothing is subtracted, so that every entry is
+    exact up to rounding, however small it is (Grassmann, Taksar & Heyman 1985, Operations Research 33).
+    """
+    rounds, last = _eliminate(transition)
+
+    def back(mass: jax.Array, one: "_Round") -> tuple[jax.Array, None]:
+        return mass.at[one.state].set(mass @ one.into), None
+
+    mass, _ = jax.lax.scan(back, last.astype(transition.dtype), rounds, reverse=True)
+    return mass / jnp.sum(mass)
+
+
+def stationary_maximum(moves: jax.Array, starts: jax.Array) -> jax.Array:
+    """argmax over transitions A (K, K) of sum moves log A + sum starts log pi(A), pi(A) the stationary distribution.
+
+    moves (K, K): a count of 0 is a transition that cannot be; starts (K,). The sum is concave in the flows
+    pi_i A_ij where no state has more moves than starts, and may have several maxima otherwise: Newton's method in
+    the logarithms of A, within a trust region (Steihaug 1983, SIAM J. Numerical Analysis 20), runs from the shares of
+    the moves, from a chain that forgets, and from one that looks the same backwards; the highest end is returned.
+    """
+    count, support = len(starts), moves > 0
+    total = jnp.sum(starts)
+    even = jnp.full_like(moves, total / count**2)
+    forgetful = jnp.broadcast_to((starts + total / count) / (2 * count), moves.shape)
+    guesses = jnp.stack([moves + 0.01 * even, moves + forgetful, 0.5 * (moves + moves.T) + 0.01 * even])
+    found, height = jax.vmap(lambda guess: _climb(_shares(jnp.where(support, guess, 0)), moves, starts))(guesses)
+    return found[jnp.argmax(height)]
+
+
+class _Round(NamedTuple):
+    """The elimination of a state: how much of the mass of each state left (K,) its own is, where it leads to (K,),
+    how likely it is left, and its right-hand side (K,)."""
+
+    state: jax.Array
+    into: jax.Array
+    onward: jax.Array
+    leave: jax.Array
+    right: jax.Array
+
+
+def _eliminate(transition: jax.Array, right: jax.Array | None = None) -> tuple[_Round, jax.Array]:
+    """All states but one, eliminated from (I - transition) x = right (K, L), and which one (K,) is left."""
+    count = len(transition)
+    right = jnp.zeros((count, 0), transition.dtype) if right is None else right
+
+    def step(carry: tuple[jax.Array, jax.Array, jax.Array], _: None) -> tuple[tuple, _Round]:
+        chain, right, left = carry
+        others = left & left[:, None] & ~jnp.eye(count, dtype=bool)
+        chain = jnp.where(others, chain, 0)
+        exits = jnp.sum(chain, axis=1)
+        state = jnp.argmax(jnp.where(left, exits, -1))
+        one = _Round(
+            state=state,
+            into=numerics.safe_divide(chain[:, state], exits[state]),
+            onward=chain[state],
+            leave=exits[state],
+            right=right[state],
+        )
+        chain, right = chain + one.into[:, None] * one.onward, right + one.into[:, None] * one.right
+        return (chain, right, left.at[state].set(False)), one
+
+    (_, _, left), rounds = jax.lax.scan(step, (transition, right, jnp.ones(count, bool)), length=count - 1)
+    return rounds, left
+
+
+def _inverse(transition: jax.Array, stationary: jax.Array) -> jax.Array:
+    """X (K, K) with (I - transition) X = I - 1 stationary, of which there is one up to a number for every column."""
+    rounds, _ = _eliminate(transition, jnp.eye(len(stationary), dtype=stationary.dtype) - stationary)
+
+    def back(found: jax.Array, one: _Round) -> tuple[jax.Array, None]:
+        return found.at[one.state].set(numerics.safe_divide(one.right + one.onward @ found, one.leave)), None
+
+    return jax.lax.scan(back, jnp.zeros_like(transition), rounds, reverse=True)[0]
+
+
+class _Point(NamedTuple):
+    """A chain on the way up: its transitions, the radius of the trust region, steps so far, and whether it is done."""
+
+    transition: jax.Array
+    radius: jax.Array
+    steps: jax.Array
+    done: jax.Array
+
+
+def _climb(transition: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where Newton's method leads to from a chain, and the height there."""
+    eps = jnp.finfo(moves.dtype).eps
+    size = jnp.sum(moves) + jnp.sum(starts)
+
+    def step(at: _Point) -> _Point:
+        chain = at.transition
+        stationary = stationary_distribution(chain)
+        slope, bend, weight = _model(chain, stationary, moves, starts)
+        move = _within(slope, bend, weight, at.radius, size)
+        move = move * jnp.minimum(1, _LONGEST / jnp.maximum(jnp.max(jnp.abs(move)), _LONGEST))
+        hoped = jnp.sum(move * (slope + 0.5 * bend(move)))
+        after = _moved(chain, move)
+        gained = _gain(chain, after, stationary, move, moves, starts)
+        # What is too small to be seen is taken as it is: Newton's last step is its best.
+        last = hoped <= 4 * eps * (
+            len(starts) * jnp.sum(starts) + jnp.sum(jnp.where(moves > 0, moves * jnp.abs(move), 0))
+        )
+        share = gained / hoped
+        taken = last | (share > 1e-3)
+        radius = jnp.where(share > 0.75, 2 * at.radius, jnp.where(share > 0.25, at.radius, 0.25 * at.radius))
+        return _Point(
+            transition=jnp.where(taken, after, chain),
+            radius=radius,
+            steps=at.steps + 1,
+            done=last | ~jnp.isfinite(hoped) | (radius < eps * jnp.sqrt(size)),
+        )
+
+    start = _Point(transition, jnp.sqrt(size), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    end = jax.lax.while_loop(lambda at: ~at.done & (at.steps < _STEPS), step, start).transition
+    logs = jnp.log(jnp.where(end > 0, end, 1))
+    stationary = stationary_distribution(end)
+    return end, jnp.sum(moves * logs) + jnp.sum(starts * jnp.log(jnp.where(stationary > 0, stationary, 1)))
+
+
+def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple:
+    """Slope (K, K) and curvature, a function from (K, K) to (K, K), of the height along logarithms of transitions.
+
+    And weights (K, K) of a metric in which the curvature is near to -1: moves, and what starts pull beside them.
+    """
+    inverse = _inverse(transition, stationary)
+    ratio = numerics.safe_divide(starts, stationary)
+    value = inverse @ ratio
+    value = value - jnp.min(value)
+    pull = stationary[:, None] * transition * value
+    counts = moves + pull
+    leaving = jnp.sum(counts, axis=1, keepdims=True)
+
+    def bend(move: jax.Array) -> jax.Array:
+        changed = transition * move
+        changed = changed - transition * jnp.sum(changed, axis=1, keepdims=True)
+        drift = (stationary @ changed) @ inverse
+        values = inverse @ (changed @ value - numerics.safe_divide(ratio * drift, stationary))
+        pulled = stationary[:, None] * (changed * value + transition * values) + transition * drift[:, None] * value
+        return pulled - changed * leaving - transition * jnp.sum(pulled, axis=1, keepdims=True)
+
+    slope = counts - transition * leaving
+    return slope, bend, transition * jnp.maximum(leaving, jnp.finfo(moves.dtype).eps * jnp.sum(starts))
+
+
+def _within(slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
+    """The move (K, K) within a radius that raises slope + curvature / 2 the most, by conjugate gradients."""
+
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a * b)
+
+    def eased(rest: jax.Array) -> jax.Array:
+        return numerics.safe_divide(rest, weight)
+
+    first = dot(slope, eased(slope))
+    goal = first * jnp.clip(first / size, jnp.finfo(slope.dtype).eps ** 2, 0.01)
+
+    def step(carry: tuple) -> tuple:
+        move, rest, along, height, number, _ = carry
+        bent = -bend(along)
+        curve = dot(along, bent)
+        length = height / jnp.where(curve > 0, curve, 1)
+        longer = move + length * along
+        out = (curve <= 0) | (dot(longer, weight * longer) >= radius**2)
+        a, b, c = dot(along, weight * along), dot(move, weight * along), dot(move, weight * move) - radius**2
+        edge = (jnp.sqrt(jnp.maximum(b**2 - a * c, 0)) - b) / a
+        move = jnp.where(out, move + edge * along, longer)
+        rest = rest - length * bent
+        after = dot(rest, eased(rest))
+        return move, rest, eased(rest) + after / height * along, after, number + 1, out
+
+    start = (jnp.zeros_like(slope), slope, eased(slope), first, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    limit = slope.size
+    return jax.lax.while_loop(lambda c: (c[3] > goal) & (c[4] < limit) & ~c[5], step, start)[0]
+
+
+def _moved(transition: jax.Array, move: jax.Array) -> jax.Array:
+    return _shares(transition * jnp.exp(move))
+
+
+def _gain(
+    before: jax.Array, after: jax.Array, stationary: jax.Array, move: jax.Array, moves: jax.Array, starts: jax.Array
+) -> jax.Array:
+    """The rise of the height by a move, without the rounding of the two heights."""
+    rise = move - jnp.log1p(jnp.sum(before * jnp.expm1(move), axis=1, keepdims=True))
+    new = stationary_distribution(after)
+    used = (starts > 0) & (stationary > 0)
+    ratio = jnp.where(used, (new - stationary) / jnp.where(used, stationary, 1), 0)
+    return jnp.sum(jnp.where(moves > 0, moves * rise, 0)) + jnp.sum(starts * jnp.log1p(ratio))
+
+
+def _shares(counts: jax.Array) -> jax.Array:
+    """Rows over their sums."""
+    return numerics.safe_divide(counts, jnp.sum(counts, axis=-1, keepdims=True))
