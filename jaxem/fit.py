@@ -344,7 +344,7 @@ def em_fit(
 
     x: N rows as the model takes them; weights (N,): how many rows each row counts for.
     tol: stop when what is left to gain, per unit of weight, is estimated to be at most this (nats;
-    Aitken's estimate). It is a distance to the limit, not a step size, and is floored at the
+    see `jaxem.stopping`). It is a distance to the limit, not a step size, and is floored at the
     dtype's resolution; a negative tol takes exactly max_steps steps.
     key: drives algorithms that are random. Every argument may be traced, so `jax.jit(em_fit)` works
     as it is, and so do `vmap` and `scan` over any of them.

@@ -137,8 +137,8 @@ class Maximize(Protocol):
 class State(Protocol):
     """What every algorithm's state shows: parameters, and the log-likelihood at exactly these.
 
-    It may also have `left`, its own estimate of what is still to be gained, in place of the loop's, and
-    `settled`, False while the objective itself is still being changed.
+    It may also have `left`, its own estimate of what is still to be gained, in place of the loop's; `missed`, what its
+    M-steps are known to have left of Q; and `settled`, False while the objective itself is still being changed.
     """
 
     @property
