@@ -13,6 +13,7 @@ from jaxem import (
     Binomial,
     Exponential,
     ExponentialParams,
+    Gamma,
     LinearRegression,
     Mixture,
     MixtureParams,
@@ -247,6 +248,10 @@ def test_what_float32_cannot_hold_is_said():
     features = np.random.default_rng(0).normal(size=(20, 1)).astype(np.float32) + np.float32(1e4)
     with pytest.warns(UserWarning, match=r"x\[0\], the features, lie too far from 0 .* column 0 has mean 1e"):
         LinearRegression().check((features, features[:, 0]))
+    narrow = np.random.default_rng(0).gamma(2000, 1, (200, 1))
+    with pytest.warns(UserWarning, match=r"column 0 has a gamma shape of [12].* or more, which float32 rounds"):
+        Gamma().check(narrow.astype(np.float32))
     with jax.enable_x64(True):
+        Gamma().check(narrow)
         Poisson().check(counts)
         LinearRegression().check((features.astype(float), features[:, 0].astype(float)))

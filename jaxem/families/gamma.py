@@ -1,6 +1,7 @@
 """Positive quantities of any skewness: independent columns of gamma observations."""
 
 import dataclasses
+import warnings
 from typing import ClassVar
 
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 from .. import checks, numerics, parameters, special, tree
 from ..record import record
 from . import columns
+
+# A shape beyond which float32 rounds log mean - mean log by more than a thousandth.
+_LARGEST_IN_FLOAT32 = 300
 
 
 @record
@@ -37,7 +41,7 @@ class Gamma:
     Data (N, D) or (N,), above 0; missing entries (NaN) are integrated out. A shape stays below
     1/sqrt(eps): 7e7, or 3e3 in float32; a component that gets there is degenerate. In float32 shapes
     beyond about 300 are rounded by more than a thousandth, and a fit may end with a falling objective: such
-    data need float64.
+    data need float64, and a check warns where all of them spread so little.
     prior: a GammaStats as if seen before, (D,) or (K, D) each, with count 0; log_prior is then Q at
     it, the log-density of the conjugate prior up to a constant. For a proper one, logs must be below
     observed log(total / observed).
@@ -130,6 +134,17 @@ class Gamma:
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         columns.check(name, x, lambda v: (v > 0) & (v < np.inf), "finite numbers above 0")
+        if not checks.is_concrete(x) or tree.float_dtype(x) != jnp.float32:
+            return
+        exact = np.asarray(x, np.float64).reshape(len(x), -1)
+        # Components spread less than all data do: their shapes are not below this one.
+        shape = np.nanmean(exact, axis=0) ** 2 / np.maximum(np.nanvar(exact, axis=0), np.finfo(float).tiny)
+        if np.max(shape) > _LARGEST_IN_FLOAT32:
+            warnings.warn(
+                f"{name} spreads so little that column {np.argmax(shape)} has a gamma shape of {np.max(shape):.3g} or "
+                "more, which float32 rounds: a fit may end with a falling objective. Enable float64: jax.enable_x64(True)",
+                stacklevel=4,
+            )
 
     def _read(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Which entries are observed, they, and their logarithms: (3 D, N)."""
