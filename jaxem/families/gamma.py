@@ -142,7 +142,8 @@ class Gamma:
         if np.max(shape) > _LARGEST_IN_FLOAT32:
             warnings.warn(
                 f"{name} spreads so little that column {np.argmax(shape)} has a gamma shape of {np.max(shape):.3g} or "
-                "more, which float32 rounds: a fit may end with a falling objective. Enable float64: jax.enable_x64(True)",
+                "more, which float32 rounds: a fit may end with a falling objective. Enable float64, as by "
+                "jax.enable_x64(True)",
                 stacklevel=4,
             )
 
