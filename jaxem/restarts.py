@@ -306,9 +306,13 @@ def _survivors(jobs: _Jobs, screen: Screen) -> tuple[_Jobs, jax.Array]:
 def _handed_over(jobs: _Jobs, kept: jax.Array | None) -> _Jobs:
     """Restarts after a coarse bulk, all or those kept set to run on, without what coarse arithmetic told of them."""
     again = jnp.ones_like(jobs.status, bool) if kept is None else kept
+    # Where the coarse arithmetic came to no end, what its moves were worth is not to be believed either.
+    fresh = jax.vmap(stopping.watch)(jnp.zeros_like(jobs.objective), jobs.params)
+    watch = tree.where(jobs.status == Status.CONVERGED, jobs.watch, fresh)
     return dataclasses.replace(
         jobs,
         status=jnp.where(again, Status.RUNNING, jobs.status),
+        watch=watch,
         num_steps=jnp.where(again, 0, jobs.num_steps),
         largest_decrease=jnp.where(again, 0, jobs.largest_decrease),
     )

@@ -124,7 +124,7 @@ def no_whole_numbers(params: Tree, x: Tree) -> Tree:
     """Parameters with whole numbers among them in the dtype of the data, or of the others where data are whole too."""
 
     def whole(leaf: Any) -> bool:
-        return jnp.issubdtype(jnp.result_type(leaf), jnp.integer)
+        return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.integer)
 
     if not any(map(whole, jax.tree.leaves(params))):
         return params

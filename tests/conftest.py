@@ -22,7 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left alone with one at the end."""
     items.sort(
         key=lambda item: (
-            not item.nodeid.startswith(("tests/test_laws.py", "tests/test_notebooks.py", "tests/test_variants.py"))
+            not item.nodeid.startswith(
+                (
+                    "tests/test_laws.py",
+                    "tests/test_notebooks.py",
+                    "tests/test_variants.py",
+                    "tests/test_combinations.py",
+                )
+            )
         )
     )
 
