@@ -36,7 +36,7 @@ class Entry:
     @property
     def sound(self) -> bool:
         """Whether the best fit is an optimum, so that its criteria mean something."""
-        return self.status in (Status.CONVERGED, Status.MAX_STEPS)
+        return self.status in (Status.CONVERGED, Status.MAX_STEPS, Status.STALLED)
 
 
 def fit_grid(

@@ -38,7 +38,7 @@ def format_table(entries: Sequence[Entry], best: Entry | None) -> str:
             f"  {entry.seconds:>7.1f}  {', '.join(notes)}"
         )
         lines.append(line.rstrip())
-    lines.append("BIC and ICL: lower is better, as in scikit-learn. Seconds include compilation, two fits at a time.")
+    lines.append("BIC and ICL: lower is better, as in scikit-learn. Seconds include compilation.")
     return "\n".join(lines)
 
 
