@@ -132,27 +132,28 @@ def advance(
     value = objective(model, state)
     known = state.loglik is not None
     num_steps = fit.num_steps + 1
+    moving, move = stopping.moved(fit.watch, fit.state.params, state.params)
+    finite = jnp.isfinite(move)  # where all parameters are
 
     if known:
         gain = value - fit.objective
         resolution = 2 * eps * jnp.maximum(jnp.abs(value), rounded)
         allowed = tol * total
-        finite = jnp.isfinite(value) & tree.all_finite(state.params)
+        finite = finite & jnp.isfinite(value)
         fell = -gain > jnp.sqrt(eps) * jnp.maximum(jnp.abs(value), rounded) if algorithm.monotone else False
         drop = jnp.maximum(-gain, 0)
-        before, height = fit.watch, value
+        before, height = moving, value
     else:
         # Without an objective the parameters themselves are watched: their moves shrink like its gains.
         gain = height = _largest_move(fit.state.params, state.params, dtype)
         resolution, allowed = jnp.asarray(4 * eps, dtype), jnp.asarray(tol, dtype)
-        finite, fell, drop = tree.all_finite(state.params), False, jnp.zeros((), dtype)
-        before = dataclasses.replace(fit.watch, record=jnp.zeros((), dtype))
+        fell, drop = False, jnp.zeros((), dtype)
+        before = dataclasses.replace(moving, record=jnp.zeros((), dtype))
 
     if getattr(algorithm, "inexact", lambda _: False)(model):
         # One poor M-step does not end a fit: gains count by their envelope, which may halve in a step.
         gain = jnp.fmax(gain, jnp.where(jnp.isfinite(fit.watch.gain), 0.5 * fit.watch.gain, -jnp.inf))
     settled = getattr(state, "settled", True)
-    before, move = stopping.moved(before, fit.state.params, state.params)
     watch = stopping.observe(before, height, gain, move, resolution)
     summed = known and likelihood  # a long sum, whose rounding hides what parameters still show
     if hasattr(state, "left"):  # some algorithms know better
@@ -190,7 +191,7 @@ def advance(
     after = Progress(
         state=tree.where(bad, fit.state, state),
         objective=jnp.where(bad, fit.objective, value),
-        watch=tree.where(bad, fit.watch, stopping.forget(watch, height, state.params, settled)),
+        watch=stopping.forget(watch, height, state.params, settled),
         num_steps=jnp.where(bad, fit.num_steps, num_steps),
         status=status,
         largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, drop), fit.largest_decrease),

@@ -104,6 +104,16 @@ def _draw(key: jax.Array, mass: jax.Array) -> jax.Array:
     return jnp.searchsorted(cumulated, jnp.minimum(height, jnp.nextafter(total, 0)), side="right")
 
 
+def _first(key: jax.Array, weights: jax.Array | None, points: jax.Array) -> jax.Array:
+    """The first seed: a row drawn in proportion to its weight, without a sum over rows where all count the same."""
+    if weights is not None:
+        return _draw(key, weights)
+    # The compiler would fold a sum over constant rows, which took 14 s on a GPU with a million of them.
+    rows = points.shape[0]
+    height = jax.random.uniform(key, (), points.dtype) * rows
+    return jnp.minimum(height.astype(jnp.int32), rows - 1)
+
+
 def kmeans_plusplus(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -111,20 +121,21 @@ def kmeans_plusplus(
 
     Each seed is drawn in proportion to weight x squared distance to the seeds before it.
     """
-    weights = jnp.ones(points.shape[0], points.dtype) if weights is None else weights.astype(points.dtype)
+    weights = None if weights is None else weights.astype(points.dtype)
+    each: jax.Array | float = 1.0 if weights is None else weights
 
     def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         distance, nearest, seeds = carry
-        mass = weights * distance
+        mass = each * distance
         # Once every row coincides with a seed there is no distance left to draw by.
-        mass = jnp.where(jnp.sum(mass) > 0, mass, weights)
+        mass = jnp.where(jnp.sum(mass) > 0, mass, each)
         seed = _draw(jax.random.fold_in(key, k), mass)
         to_seed = jnp.sum(jnp.square(points - points[seed]), axis=-1)
         closer = to_seed < distance
         return jnp.minimum(distance, to_seed), jnp.where(closer, k, nearest), seeds.at[k].set(seed)
 
     rows = points.shape[0]
-    first = _draw(jax.random.fold_in(key, 0), weights)
+    first = _first(jax.random.fold_in(key, 0), weights, points)
     start = (
         jnp.sum(jnp.square(points - points[first]), axis=-1),
         jnp.zeros(rows, jnp.int32),
@@ -141,23 +152,24 @@ def greedy_kmeans_plusplus(
 
     As `kmeans_plusplus`; the variant that Arthur & Vassilvitskii recommend, and scikit-learn's default.
     """
-    weights = jnp.ones(points.shape[0], points.dtype) if weights is None else weights.astype(points.dtype)
+    weights = None if weights is None else weights.astype(points.dtype)
+    each: jax.Array | float = 1.0 if weights is None else weights
     candidates = 2 + int(math.log(num_seeds))
 
     def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         distance, nearest, seeds = carry
-        mass = weights * distance
+        mass = each * distance
         # As above: no distance is left to draw by.
-        mass = jnp.where(jnp.sum(mass) > 0, mass, weights)
+        mass = jnp.where(jnp.sum(mass) > 0, mass, each)
         keys = jax.random.split(jax.random.fold_in(key, k), candidates)
         drawn = jax.vmap(_draw, in_axes=(0, None))(keys, mass)
         to_drawn = jax.vmap(lambda seed: jnp.sum(jnp.square(points - points[seed]), axis=-1))(drawn)
-        best = jnp.argmin(jnp.sum(weights * jnp.minimum(to_drawn, distance), axis=1))
+        best = jnp.argmin(jnp.sum(each * jnp.minimum(to_drawn, distance), axis=1))
         closer = to_drawn[best] < distance
         distance = jnp.minimum(distance, to_drawn[best])
         return distance, jnp.where(closer, k, nearest), seeds.at[k].set(drawn[best].astype(jnp.int32))
 
-    first = _draw(jax.random.fold_in(key, 0), weights)
+    first = _first(jax.random.fold_in(key, 0), weights, points)
     start = (
         jnp.sum(jnp.square(points - points[first]), axis=-1),
         jnp.zeros(points.shape[0], jnp.int32),

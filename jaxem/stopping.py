@@ -45,21 +45,24 @@ _DEAREST = 1e4
 class Watch:
     """What the stopping rule remembers of a fit; what is not known yet is infinite.
 
+    Moves are squared, relative to the parameters, and kept as logarithms: what shrinks by a factor a step is then a
+    difference, and few functions are left to compute, and to compile.
+
     gain: the last gain of the objective, a bound on it where M-steps stop short of their maximum.
     ratio: of the last two gains.
     record: the highest objective that stood out of the rounding.
     stalled: steps since then.
-    mark: squared move, relative to the parameters, that later ones are compared with.
+    mark: the move that later ones are compared with.
     since: steps since the mark.
-    pace: steps in which squared moves shrank by a factor of e, when they last halved; inf where they grew.
-    move: the last squared move.
-    shrink: of the last two squared moves, the ratio.
-    seen: the last gain that stood out of the rounding.
-    seen_move: the squared move that made it.
+    pace: steps in which moves shrank by a factor of e, when they last halved; inf where they grew.
+    move: the last move.
+    shrink: the ratio of the last two gains, as moves tell it.
+    seen: logarithm of the last gain that stood out of the rounding.
+    seen_move: the move that made it.
     power: gains go with this power of squared moves, 1 in the interior of the domain and 1/2 towards its boundary.
     near: steps in a row that found little enough left.
     scale: of every array of the parameters, the largest entry that it has had.
-    rounding: squared length of a move by the rounding of the parameters.
+    rounding: squared length of a move by the rounding of the parameters, itself and not its logarithm.
     """
 
     gain: jax.Array
@@ -133,17 +136,20 @@ def _ratio(new: jax.Array, old: jax.Array) -> jax.Array:
 def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, resolution: jax.Array) -> Watch:
     """The watch after a step that brought the objective to `value`, by `gain`, and moved parameters by `move`."""
     progress = value > watch.record + resolution
+    seen = (gain > _SEEN * resolution) & (move > _ROUNDED * watch.rounding)
+    move, log_gain = jnp.log(move), jnp.log(jnp.where(seen, gain, 1))
     first = ~jnp.isfinite(watch.mark)
     since = jnp.where(first, 0, watch.since + 1)
-    halved, grown = move <= watch.mark / 2, move > 2 * watch.mark
-    folds = jnp.log(jnp.where(first, 2, watch.mark / move))
+    folds = watch.mark - move
+    halved, grown = folds >= math.log(2), folds < -math.log(2)
     pace = jnp.where(halved & ~first, since / folds, jnp.where(grown, jnp.inf, watch.pace))
     anew = first | halved | grown
-    seen = (gain > _SEEN * resolution) & (move > _ROUNDED * watch.rounding)
     # Taken anew whenever moves have halved, and averaged, since a single ratio of gains is rough.
-    compared = seen & anew & jnp.isfinite(watch.seen) & (move < watch.seen_move / 1.5)
-    power = jnp.log(watch.seen / gain) / jnp.log(jnp.where(compared, watch.seen_move / move, 2))
-    power = 0.5 * (watch.power + jnp.clip(power, 0.5, 1))
+    apart = watch.seen_move - move
+    compared = seen & anew & jnp.isfinite(apart) & (apart > math.log(1.5))
+    power = jnp.clip((watch.seen - log_gain) / jnp.where(compared, apart, 1), 0.5, 1)
+    power = jnp.where(compared, 0.5 * (watch.power + power), watch.power)
+    marked = seen & (anew | jnp.isinf(watch.seen))
     return Watch(
         gain=gain,
         ratio=_ratio(gain, watch.gain),
@@ -153,10 +159,10 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
         since=jnp.where(anew, 0, since),
         pace=pace,
         move=move,
-        shrink=_ratio(move, watch.move),
-        seen=jnp.where(seen & (anew | jnp.isinf(watch.seen)), gain, watch.seen),
-        seen_move=jnp.where(seen & (anew | jnp.isinf(watch.seen)), move, watch.seen_move),
-        power=jnp.where(compared, power, watch.power),
+        shrink=jnp.where(jnp.isinf(watch.move), jnp.inf, jnp.exp(power * (move - watch.move))),
+        seen=jnp.where(marked, log_gain, watch.seen),
+        seen_move=jnp.where(marked, move, watch.seen_move),
+        power=power,
         near=watch.near,
         scale=watch.scale,
         rounding=watch.rounding,
@@ -190,19 +196,21 @@ def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.A
     Moves shrink as their last ratio tells, where that stands out of its own rounding, and no faster than they have
     halved: over many steps the rounding of slow moves averages out.
     """
-    gain = jnp.where(
-        jnp.isinf(now.seen), _DEAREST * total * now.move, now.seen * (now.move / now.seen_move) ** now.power
-    )
+    unseen = jnp.isinf(now.seen)
+    worth = jnp.exp(jnp.where(unseen, now.move, now.seen + now.power * (now.move - now.seen_move)))
+    gain = jnp.where(unseen, _DEAREST * total, 1) * worth
     gain = jnp.minimum(gain, jnp.maximum(now.gain, 0) + _SEEN * resolution)  # more would have been seen
-    folds = jnp.log(jnp.maximum(now.mark / now.move, 1))
+    square = jnp.exp(now.move)
     # Moves of the size of their rounding shrink no more, however near the limit is.
-    folds = jnp.maximum(folds, jnp.where(now.move <= _ROUNDED * now.rounding, 0.1, 0))
+    folds = jnp.maximum(now.mark - now.move, jnp.where(square <= _ROUNDED * now.rounding, 0.1, 0))
     direct = jnp.where((now.since >= _FEWEST) & (folds > 0), now.since / jnp.where(folds > 0, folds, 1), jnp.inf)
     # Moves that have not halved in so many steps are at least that slow.
     pace = jnp.where(jnp.isinf(now.pace), direct, jnp.maximum(now.pace, now.since / math.log(2)))
-    slowest = jnp.where(jnp.isinf(pace), jnp.inf, 1 / jnp.expm1(now.power / jnp.where(pace > 0, pace, 1)))
-    noise = _MOVED * jnp.finfo(now.move.dtype).eps / jnp.sqrt(now.move)
-    series, _ = _series(now.shrink**now.power, before.shrink**now.power, noise)
+    # The sum 1 / (e^y - 1) of a geometric series of ratio e^-y; that of y by its own series, which is long enough.
+    y = now.power / jnp.where(pace > 0, pace, 1)
+    slowest = jnp.where(jnp.isinf(pace), jnp.inf, 1 / (y * (1 + y * (0.5 + y / 6))))
+    noise = _MOVED * jnp.finfo(square.dtype).eps * jax.lax.rsqrt(square)
+    series, _ = _series(now.shrink, before.shrink, noise)
     return _CAUTION * gain * jnp.maximum(slowest, jnp.where(jnp.abs(1 - now.shrink) > noise, series, 0))
 
 

@@ -125,7 +125,7 @@ def test_annealing_parts_what_it_merged():
     def fits(algorithm):
         return jax.jit(jax.vmap(lambda start: em_fit(model, start, x, algorithm=algorithm, max_steps=2000)))(starts)
 
-    annealed = fits(annealed_em(jnp.geomspace(4.0, 1.0, 30).tolist()))
+    annealed = fits(annealed_em(jnp.geomspace(4.0, 1.0, 30)))
     plain = fits(EM())
     best = -1126.315928  # many starts; 11 free parameters
     hits = np.sum(np.asarray(annealed.objective) > best - 0.01)

@@ -717,6 +717,8 @@ def test_free_energy_is_tight_at_the_posterior_and_infinite_where_q_is_impossibl
         (ValueError, "schedule must be finite temperatures above 0; got -1", lambda: annealed_em([2.0, -1.0])),
         (ValueError, "schedule must come to temperature 1", lambda: annealed_em(lambda step: 2.0)),
         (TypeError, "schedule must be temperatures", lambda: annealed_em(2.0)),
+        (TypeError, "schedule must be temperatures", lambda: annealed_em(np.ones((3, 1)))),
+        (TypeError, "schedule must be temperatures", lambda: jax.jit(annealed_em)(jnp.ones(3))),
         (TypeError, "annealed tempers the posterior", lambda: annealed(EM(expect=Hard()), [2.0])),
         (ValueError, "squarem needs steps that are one deterministic", lambda: squarem(stochastic_em())),
         (ValueError, "anderson needs steps that are one deterministic", lambda: anderson(incremental_em(3))),

@@ -111,7 +111,7 @@ class Annealed:
         return dataclasses.replace(self.inner, expect=Exact(self.temperature(step)))
 
 
-def annealed(algorithm: EM, schedule: Sequence[float] | Callable) -> Annealed:
+def annealed(algorithm: EM, schedule: Sequence[float] | np.ndarray | jax.Array | Callable) -> Annealed:
     """EM whose posterior is tempered by a schedule: temperatures, one a step from the start on, then 1;
     or a function of the step that comes to 1, as optax's schedules. See `Annealed`.
 
@@ -120,7 +120,8 @@ def annealed(algorithm: EM, schedule: Sequence[float] | Callable) -> Annealed:
     if not isinstance(algorithm, EM) or not isinstance(algorithm.expect, Exact):
         raise TypeError(f"annealed tempers the posterior of an EM(expect=Exact(), ...); got {algorithm!r}")
     if not callable(schedule):
-        if isinstance(schedule, str) or not isinstance(schedule, (Sequence, np.ndarray)):
+        listed = isinstance(schedule, (Sequence, np.ndarray, jax.Array)) and not isinstance(schedule, jax.core.Tracer)
+        if isinstance(schedule, str) or not listed or np.ndim(schedule) != 1:
             raise TypeError(
                 f"schedule must be temperatures, one a step, or a function step -> temperature; got {schedule!r}"
             )

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from ..latents import Hard, Sample
 from .annealing import Annealed, annealed
 from .averaging import Averaged, averaged
@@ -53,6 +56,6 @@ def incremental_em(num_blocks: int) -> EM:
     return EM(gather=Incremental(num_blocks))
 
 
-def annealed_em(schedule: Sequence[float] | Callable) -> Annealed:
+def annealed_em(schedule: Sequence[float] | np.ndarray | jax.Array | Callable) -> Annealed:
     """EM with deterministic annealing (Ueda & Nakano 1998); see `Annealed`."""
     return annealed(EM(), schedule)

@@ -130,8 +130,10 @@ class Full:
     def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Lift a covariance whose conditional variances fall below `lowest` (..., D).
 
-        Returns the covariance, unchanged to the bit where nothing was lifted, and whether it was (...).
+        Returns the covariance, symmetric and otherwise unchanged to the bit where nothing was lifted, and whether it
+        was (...).
         """
+        covariance = _mean_of_triangles(covariance)  # fused multiply-adds round its triangles apart
         _, lift = numerics.floored_cholesky(covariance, lowest)
         eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
         return covariance + lift[..., :, None] * eye, jnp.any(lift > 0, axis=-1)
