@@ -28,7 +28,7 @@ from jaxem.em import EM
 NORMAL = Normal("diag", form="whitened", missing=False)
 TOL = 1e-6
 ROWS = 200
-FITS = 48
+FITS = 96
 
 
 def _data(name, seed):
