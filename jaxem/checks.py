@@ -92,7 +92,15 @@ def native(values: Any) -> Any:
 def array(name: str, value: Any) -> jax.Array:
     """A real array; TypeError for anything that is not one."""
     real(name, value)
-    return jnp.asarray(native(value))
+    return on_device(native(value))
+
+
+def on_device(value: Any) -> jax.Array:
+    """`jnp.asarray`, which takes a missing value for a mistake of its own where JAX is told to stop at NaN."""
+    if not (isinstance(value, np.ndarray) and value.dtype.kind == "f"):
+        return jnp.asarray(value)
+    with np.errstate(over="ignore"):
+        return jax.device_put(value.astype(jax.dtypes.canonicalize_dtype(value.dtype)))
 
 
 def row_shape(name: str, value: Any) -> tuple[int, int]:

@@ -18,18 +18,25 @@ from .status import EMError, Status
 # Steps of history kept when max_steps is traced, and the size that all shorter fits share one compilation at.
 HISTORY = 1000
 
+# Numbers of history at most, of all fits that run at a time: 64 MB in float32.
+_LONGEST_HISTORY = 1 << 24
+
 
 @record
 class Result:
     """A fit. Under vmap every field has a leading axis.
 
-    params: the fitted parameters; objective: log-likelihood + log-prior of exactly these params;
-    loglik; num_steps: EM steps taken; num_passes: E-steps, counted in passes over the data, that of the
-    start included, and one for the last objective where an algorithm has not seen all rows; status: a
-    `Status` as an int32 array; history (max_steps + 1,): objective after i steps (the first 1001 only where max_steps
-    is traced), NaN past the end, or the last objective again where `jax_debug_nans` would stop at a NaN; before the
-    last step it is the algorithm's own account of it, where that sees a part of the rows at a time, or a tempered
-    posterior;
+    params: the fitted parameters.
+    objective: log-likelihood + log-prior of exactly these params.
+    loglik: the first of the two.
+    num_steps: EM steps taken.
+    num_passes: E-steps, counted in passes over the data, that of the start included, and one for the last objective
+        where an algorithm has not seen all rows.
+    status: a `Status` as an int32 array.
+    history: (max_steps + 1,), the objective after i steps: the first 1001 where max_steps is traced, and 2**24 at the
+        most. Past the end it is NaN, or the last objective again where `jax_debug_nans` would stop at a NaN. Before
+        the last step it is the algorithm's own account of it, where that sees a part of the rows at a time, or a
+        tempered posterior.
     largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
     """
 
@@ -83,7 +90,7 @@ def begin(
     """A fit before its first step; where the algorithm can wait, before the E-step at its start too."""
     waits = getattr(algorithm, "waits", False)
     state = (algorithm.waiting if waits else algorithm.init)(model, params, x, weights, key)
-    unknown = jnp.full((), jnp.nan, tree.float_dtype(x))
+    unknown = jnp.full((), -jnp.inf, tree.float_dtype(x))
     fit = Progress(
         state=state,
         objective=unknown,
@@ -92,16 +99,13 @@ def begin(
         status=jnp.full((), Status.RUNNING, jnp.int32),
         largest_decrease=jnp.zeros_like(unknown),
     )
-    return fit if waits else _looked_at(fit, state, objective(model, state), max_steps)
-
-
-def _looked_at(fit: Progress, state: Any, value: jax.Array, max_steps: jax.Array | int) -> Progress:
-    """A fit at its start, once that has an objective; NONFINITE at once if the start is."""
+    if waits:
+        return fit
+    value = objective(model, state)
     sound = tree.all_finite(state.params) & (jnp.isfinite(value) | (state.loglik is None))
     status = jnp.where(fit.num_steps >= max_steps, Status.MAX_STEPS, Status.RUNNING)
     return dataclasses.replace(
         fit,
-        state=state,
         objective=value,
         watch=dataclasses.replace(fit.watch, record=value),
         status=jnp.where(sound, status, Status.NONFINITE).astype(jnp.int32),
@@ -117,7 +121,7 @@ def advance(
     tol: jax.Array | float,
     max_steps: jax.Array | int,
 ) -> Progress:
-    """One EM step of one fit, and whether it was the last; a fit that has ended stays as it is.
+    """One EM step of a fit that is running, and whether it was the last.
 
     It has converged when what is left to gain is estimated to be at most tol x total weight (see `stopping`).
     """
@@ -131,9 +135,12 @@ def advance(
     state = (algorithm.go_on if waits else algorithm.step)(model, fit.state, x, weights)
     value = objective(model, state)
     known = state.loglik is not None
-    num_steps = fit.num_steps + 1
+    # The E-step at the start is no step: its gain and its move are not known.
+    waiting = fit.state.num_steps < 0 if waits else jnp.array(False)
+    num_steps = fit.num_steps + ~waiting
     moving, move = stopping.moved(fit.watch, fit.state.params, state.params)
     finite = jnp.isfinite(move)  # where all parameters are
+    move = jnp.where(waiting, jnp.inf, move)
 
     if known:
         gain = value - fit.objective
@@ -145,7 +152,7 @@ def advance(
         before, height = moving, value
     else:
         # Without an objective the parameters themselves are watched: their moves shrink like its gains.
-        gain = height = _largest_move(fit.state.params, state.params, dtype)
+        gain = height = jnp.where(waiting, jnp.inf, _largest_move(fit.state.params, state.params, dtype))
         resolution, allowed = jnp.asarray(4 * eps, dtype), jnp.asarray(tol, dtype)
         fell, drop = False, jnp.zeros((), dtype)
         before = dataclasses.replace(moving, record=jnp.zeros((), dtype))
@@ -188,17 +195,15 @@ def advance(
         jnp.where(finite, Status.DECREASED, Status.NONFINITE),
         jnp.where(converged & may_end, Status.CONVERGED, jnp.where(stalled & may_end, Status.STALLED, going_on)),
     ).astype(jnp.int32)
-    after = Progress(
-        state=tree.where(bad, fit.state, state),
-        objective=jnp.where(bad, fit.objective, value),
+    undone = bad & ~waiting
+    return Progress(
+        state=tree.where(undone, fit.state, state),
+        objective=jnp.where(undone, fit.objective, value),
         watch=stopping.forget(watch, height, state.params, settled),
-        num_steps=jnp.where(bad, fit.num_steps, num_steps),
+        num_steps=jnp.where(undone, fit.num_steps, num_steps),
         status=status,
         largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, drop), fit.largest_decrease),
     )
-    if waits:
-        after = tree.where(fit.state.num_steps < 0, _looked_at(fit, state, value, max_steps), after)
-    return tree.where(fit.status == Status.RUNNING, after, fit)
 
 
 def ended(model: Any, algorithm: Any, fit: Progress, x: Data, weights: jax.Array | None) -> Progress:
@@ -323,11 +328,11 @@ def _run(
     )
 
 
-def history_capacity(max_steps: Any) -> int:
+def history_capacity(max_steps: Any, fits: int = 1) -> int:
     """Steps of history to make room for: few distinct numbers, so that few programs are compiled."""
     if not isinstance(max_steps, (int, np.integer)) or max_steps <= HISTORY:
         return HISTORY
-    return 1 << (int(max_steps) - 1).bit_length()
+    return min(1 << (int(max_steps) - 1).bit_length(), max(HISTORY, _LONGEST_HISTORY // fits))
 
 
 def em_fit(
@@ -364,6 +369,7 @@ def em_fit(
     if key is not None:
         key = checks.random_key(key)
     checks.plain_axes("x", x)
+    checks.plain_axes("weights", weights)
     x, params = tree.one_precision(x), checks.native(params)
     weights = None if weights is None else jnp.asarray(weights)
     capacity, finite = history_capacity(max_steps), nans_are_debugged()

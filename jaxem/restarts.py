@@ -210,8 +210,16 @@ def _all_ended(
         return jnp.where(head < waiting, running > lanes - max(1, lanes // 4), running > 0)
 
     def step(carry: tuple) -> tuple:
+        def on(fit: Progress) -> Progress:
+            after = advance(model, algorithm, fit, x, weights, tol, max_steps)
+            if getattr(algorithm, "waits", False):
+                # The E-step at its start makes no restart forget what it saw before it was put aside.
+                seen = dataclasses.replace(fit.watch, record=after.objective)
+                after = dataclasses.replace(after, watch=tree.where(fit.state.num_steps < 0, seen, after.watch))
+            return tree.where(fit.status == Status.RUNNING, after, fit)
+
         jobs, slots, fits, head, histories, best = carry
-        fits = jax.vmap(lambda fit: advance(model, algorithm, fit, x, weights, tol, max_steps))(fits)
+        fits = jax.vmap(on)(fits)
         return jobs, slots, fits, head, noted(histories, fits), best
 
     def refill(carry: tuple) -> tuple:
@@ -389,6 +397,7 @@ def fit_restarts(
     if hasattr(model, "check"):
         model.check(x, weights)
     checks.plain_axes("x", x)
+    checks.plain_axes("weights", weights)
     x = tree.one_precision(units(model, x))
     x, weights = tree.present(x, None if weights is None else jnp.asarray(weights))
     starts, function, num_restarts = _starts(model, init, num_restarts)
@@ -398,7 +407,7 @@ def fit_restarts(
 
     work = _work(model, starts, function, key, x, weights)
     lanes = min(num_restarts, _lanes(work) if block_size is None else block_size)
-    capacity = history_capacity(max_steps)
+    capacity = history_capacity(max_steps, lanes)
     kept_steps = 0 if screen is None else min(screen.steps, capacity)
     jobs = _prepare(model, key, x, weights, starts, algorithm, num_restarts, function, lanes, kept_steps)
 

@@ -95,7 +95,7 @@ def pad_sequences(sequences: Sequence[Any]) -> Sequences:
         whole = np.empty((len(leaves), longest, *leaves[0].shape[1:]), np.result_type(*leaves))
         for row, leaf in zip(whole, leaves, strict=True):
             row[: len(leaf)], row[len(leaf) :] = leaf, leaf[-1]
-        return jnp.asarray(whole)
+        return checks.on_device(whole)
 
     return Sequences(jax.tree.map(pad, *parts), jnp.asarray(lengths, jnp.int32))
 
@@ -129,7 +129,7 @@ def pack_sequences(sequences: Sequence[Any], num_rows: int | None = None) -> Seq
             whole[row, start : start + len(leaf)] = leaf
         for row, length in zip(whole, filled, strict=True):
             row[length:] = row[length - 1]
-        return jnp.asarray(whole)
+        return checks.on_device(whole)
 
     values = jax.tree.map(pack, *parts)
     return Sequences(values, jnp.asarray(filled, jnp.int32), jnp.asarray(ids), len(parts))
@@ -146,8 +146,8 @@ def as_sequences(x: Any) -> Sequences:
         if not leaves or any(jnp.ndim(leaf) == 0 for leaf in leaves):
             raise ValueError("x must hold arrays with an axis of steps; got a scalar or nothing")
         if is_one(x):
-            x = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
-        x = Sequences(jax.tree.map(jnp.asarray, x))
+            x = jax.tree.map(lambda leaf: checks.on_device(leaf)[None], x)
+        x = Sequences(jax.tree.map(checks.on_device, x))
     with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
         if x.lengths is not None and x.ids is None and checks.is_concrete(x.lengths):
             full = bool(jnp.all(jnp.asarray(x.lengths) == x.num_steps))

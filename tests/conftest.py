@@ -8,13 +8,18 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-# The tests' time is compilation: cheaper code, made sooner, halves it. `XLA_FLAGS= pytest` runs what users run, as the
-# notebooks do in any case. For this release only, as XLA ends the process at a flag that it does not know.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# The tests' time is compilation: cheaper code, made sooner, halves it. `XLA_FLAGS= pytest` runs what users run. For
+# these releases only, as XLA ends the process at a flag that it does not know.
+_FLAGS = {
+    "0.10": "--xla_cpu_use_fusion_emitters=false",
+    "0.11": "",
+    "0.12": "",
+}
+_release = ".".join(importlib.metadata.version("jaxlib").split(".")[:2])
+if _release in _FLAGS:
     os.environ.setdefault(
         "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-        " --xla_cpu_parallel_codegen_split_count=1",
+        f"--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 {_FLAGS[_release]}".rstrip(),
     )
 
 

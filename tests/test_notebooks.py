@@ -37,7 +37,6 @@ def test_there_are_notebooks():
 def test_notebook_runs_and_shows_its_outputs(path, tmp_path, monkeypatch):
     # Pictures go into the notebook, whatever backend the caller's own plots take.
     monkeypatch.delenv("MPLBACKEND", raising=False)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # compiled as for users
     committed = nbformat.read(path, as_version=4)
     nbformat.validate(committed)
     fresh = nbformat.read(path, as_version=4)

@@ -72,6 +72,14 @@ def test_nans_are_debugged(eager):
     assert np.all(np.isfinite(runs.best.history))
 
 
+def test_missing_values_are_no_nans_to_debug():
+    x = np.where(np.arange(60).reshape(2, 30, 1) % 7 == 0, np.nan, RNG.normal(size=(2, 30, 2)))
+    model = HMM(Normal("diag"), 2)
+    with jax.debug_nans(True):
+        fit = em_fit(model, model.init(jax.random.key(0), x), x, max_steps=3)
+    assert np.all(np.diff(fit.history) > 0)
+
+
 def test_a_coarse_bulk_is_not_what_is_reported(monkeypatch):
     """Tight clusters far apart: in float32 moments about one point are useless, and such steps fall by far."""
     x = jnp.asarray(np.repeat([[0.0], [1e4]], 50, axis=0) + RNG.normal(size=(100, 1)), jnp.float32)
@@ -122,7 +130,13 @@ mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,))
 rows = jax.device_put(x[0], NamedSharding(mesh, P("rows")))
 model = Mixture(Normal("diag"), 2)
 params = model.init(jax.random.key(0), x[0])
-for call in (lambda: em_fit(model, params, rows), lambda: fit_restarts(model, jax.random.key(0), rows, num_restarts=2)):
+counts = jax.device_put(jnp.ones(40), NamedSharding(mesh, P("rows")))
+for call in (
+    lambda: em_fit(model, params, rows),
+    lambda: em_fit(model, params, x[0], counts),
+    lambda: fit_restarts(model, jax.random.key(0), rows, num_restarts=2),
+    lambda: fit_restarts(model, jax.random.key(0), x[0], counts, num_restarts=2),
+):
     try:
         call()
     except ValueError as error:
