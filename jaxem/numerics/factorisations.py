@@ -166,11 +166,11 @@ def _substituted(factor: jax.Array) -> jax.Array:
     """Inverse of small lower triangular matrices (..., D, D), by forward substitution."""
     columns = factor.shape[-1]
     rows: list[jax.Array] = []
-    for i in range(columns):
-        unit = jnp.zeros((*factor.shape[:-2], columns), factor.dtype).at[..., i].set(1)
+    for i, unit in enumerate(np.eye(columns, dtype=factor.dtype)):
+        row = jnp.broadcast_to(unit, (*factor.shape[:-2], columns))
         for j in range(i):
-            unit = unit - factor[..., i, j, None] * rows[j]
-        rows.append(unit / factor[..., i, i, None])
+            row = row - factor[..., i, j, None] * rows[j]
+        rows.append(row / factor[..., i, i, None])
     return jnp.stack(rows, axis=-2)
 
 
