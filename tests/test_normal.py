@@ -153,3 +153,13 @@ def test_records_compare_by_value_and_are_readable():
         params.mean = 0
     with pytest.raises(TypeError):
         NormalParams(jnp.zeros(1), jnp.ones(1))
+
+
+@pytest.mark.parametrize("columns", [3, 12])
+def test_estimated_covariances_are_symmetric_to_the_bit(columns):
+    """However sums were rounded: a start is refused that is not."""
+    shape = shapes.NAMES["full"][0]
+    factor = np.random.default_rng(0).normal(size=(2, columns, columns)).astype(np.float32)
+    uneven = factor @ factor.transpose(0, 2, 1) + 1e-6 * factor
+    found, _ = shape.floor(jnp.asarray(uneven), jnp.full((2, columns), 1e-6))
+    np.testing.assert_array_equal(found, jnp.swapaxes(found, -1, -2))
