@@ -23,20 +23,28 @@ if _release in _FLAGS:
     )
 
 
+# The files that take longest, in that order.
+_LONG = (
+    "laws",
+    "notebooks",
+    "variants",
+    "linear_gaussian_ssm",
+    "hmm",
+    "stopping",
+    "zeros_and_whole_numbers",
+    "combinations",
+    "readme",
+    "normal",
+    "standstill",
+    "transformed_fits",
+    "peers",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left alone with one at the end."""
-    items.sort(
-        key=lambda item: (
-            not item.nodeid.startswith(
-                (
-                    "tests/test_laws.py",
-                    "tests/test_notebooks.py",
-                    "tests/test_variants.py",
-                    "tests/test_combinations.py",
-                )
-            )
-        )
-    )
+    rank = {f"test_{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True, scope="module")

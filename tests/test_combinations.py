@@ -120,10 +120,9 @@ def test_the_table_of_combinations_is_what_happens():
     models = _models()
     lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
     for row, (name, algorithm) in enumerate(VARIANTS.items()):
-        # A third of the fits are run, as compilation is most of their time: each variant on two models, each model by
-        # four variants.
+        # Some of the fits are run, as compilation is most of their time: each variant on one or two models.
         found = [
-            _outcome(model, x, algorithm, (row + column) % 3 == 0) for column, (model, x) in enumerate(models.values())
+            _outcome(model, x, algorithm, (row + column) % 4 == 0) for column, (model, x) in enumerate(models.values())
         ]
         lines.append(f"| {name} | {' | '.join(found)} |")
     table = "\n".join(lines) + "\n"
