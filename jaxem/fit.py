@@ -34,9 +34,9 @@ class Result:
         where an algorithm has not seen all rows.
     status: a `Status` as an int32 array.
     history: (max_steps + 1,), the objective after i steps: the first 1001 where max_steps is traced, and 2**24 at the
-        most, of all restarts that run side by side. Past the end it is NaN, or the last objective again where `jax_debug_nans` would stop at a NaN. Before
-        the last step it is the algorithm's own account of it, where that sees a part of the rows at a time, or a
-        tempered posterior.
+        most, of all restarts that run side by side. Past the end it is NaN, or the last objective again where
+        `jax_debug_nans` would stop at a NaN. Before the last step it is the algorithm's own account of it, where that
+        sees a part of the rows at a time, or a tempered posterior.
     largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
     """
 
