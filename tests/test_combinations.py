@@ -1,4 +1,7 @@
-"""Which variant of EM works with which kind of model: tried out, and the README's table made from what happened."""
+"""Which variant of EM works with which kind of model: the README's table, made from what happened.
+
+Every fit is traced, which is where a combination is refused; one in four is run to its end.
+"""
 
 from pathlib import Path
 
@@ -120,7 +123,7 @@ def test_the_table_of_combinations_is_what_happens():
     models = _models()
     lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
     for row, (name, algorithm) in enumerate(VARIANTS.items()):
-        # Some of the fits are run, as compilation is most of their time: each variant on one or two models.
+        # Compilation is most of their time. So each variant is run on one or two models, each model by three or four.
         found = [
             _outcome(model, x, algorithm, (row + column) % 4 == 0) for column, (model, x) in enumerate(models.values())
         ]

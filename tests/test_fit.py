@@ -298,3 +298,10 @@ def test_models_of_different_families_never_share_a_program():
     structures = [jax.tree.structure(jaxem.Mixture(family, 2)) for family in families]
     assert all((a == b) == (a is b) for a in structures for b in structures)
     assert structures[0] == jax.tree.structure(jaxem.Mixture(jaxem.Bernoulli(), 2))
+
+
+def test_histories_are_bounded():
+    assert fit_module.history_capacity(5000) == 8192
+    assert fit_module.history_capacity(5000, 256) == 8192
+    assert fit_module.history_capacity(2**31 - 1) == 2**24
+    assert fit_module.history_capacity(2**31 - 1, 256) == 2**16
