@@ -33,6 +33,14 @@ class Model(Protocol):
     `sample`.
     """
 
+    def infer(self, params: Params, x: Data, expect: Any = ...) -> Any:
+        """The posterior of the latents; its `evidence` has log p(x_n) of every unit (row, sequence)."""
+        ...
+
+    def statistics(self, params: Params, x: Data, posterior: Any, weights: jax.Array | None = None) -> Stats:
+        """Additive statistics expected under any posterior of that kind."""
+        ...
+
     def e_step(self, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = ...) -> Stats: ...
 
     def m_step(self, stats: Stats) -> Params: ...

@@ -1,13 +1,19 @@
-"""How the posterior of the latents enters the statistics: what fills the slot `expect`."""
+"""How the posterior of the latents enters the statistics: what fills the slot `expect`.
+
+An `expect` is anything whose `posterior(model, params, x)` gives a posterior that the model's `statistics` take. Those of
+this file ask the model's own `infer`, and what they mean for a latent structure stands with that structure.
+"""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import checks
+from ..protocols import Data, Model, Params
 from ..record import record, static
 
 
@@ -30,6 +36,10 @@ class Exact:
         if temperature is not None and not np.all((temperature > 0) & np.isfinite(temperature)):
             raise ValueError(f"temperature must be a finite number above 0, or None for 1; got {temperature}")
 
+    def posterior(self, model: Model, params: Params, x: Data) -> Any:
+        """The posterior of the model's latents, as the model infers it."""
+        return model.infer(params, x, self)
+
 
 @record
 class Hard:
@@ -40,6 +50,10 @@ class Hard:
     """
 
     stochastic = False
+
+    def posterior(self, model: Model, params: Params, x: Data) -> Any:
+        """The posterior of the model's latents, as the model infers it."""
+        return model.infer(params, x, self)
 
 
 @record(kw_only=False)
@@ -68,6 +82,10 @@ class Sample:
         checks.positive_integer("num_samples", self.num_samples)
         if self.schedule is not None and not callable(self.schedule):
             raise TypeError(f"schedule must be a function step -> number of draws; got {self.schedule!r}")
+
+    def posterior(self, model: Model, params: Params, x: Data) -> Any:
+        """The posterior of the model's latents, as the model infers it."""
+        return model.infer(params, x, self)
 
     def at(self, step: jax.Array, key: jax.Array) -> "Sample":
         """These draws for one step of an algorithm: with its key, and as many as the schedule says."""
