@@ -1,7 +1,7 @@
 """How the posterior of the latents enters the statistics: what fills the slot `expect`.
 
-An `expect` is anything whose `posterior(model, params, x)` gives a posterior that the model's `statistics` take. Those of
-this file ask the model's own `infer`, and what they mean for a latent structure stands with that structure.
+An `expect` is anything whose `posterior(model, params, x)` gives a posterior that the model's `statistics` take. Those
+of this file ask the model's own `infer`, and what they mean for a latent structure stands with that structure.
 """
 
 import dataclasses
