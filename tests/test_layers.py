@@ -12,7 +12,7 @@ ROOT = Path(jaxem.__file__).parent
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
     {"record", "status", "numerics", "special", "protocols", "datasets", "checks"},
-    {"tree", "priors", "data", "parameters", "implicit"},
+    {"tree", "priors", "data", "parameters", "implicit", "capabilities"},
     {"seeding", "sequences", "stopping"},
     {"families", "latents", "constraints"},
     {"models", "em"},
