@@ -2,8 +2,6 @@
 
 from . import datasets as datasets
 from . import testing as testing
-from .constraints import Fixed as Fixed
-from .constraints import Tied as Tied
 from .data import Labelled as Labelled
 from .diagnostics import FreeEnergy as FreeEnergy
 from .diagnostics import aic as aic
@@ -82,6 +80,8 @@ from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
 from .models import from_functions as from_functions
 from .models import params_from_responsibilities as params_from_responsibilities
+from .parts import Fixed as Fixed
+from .parts import Tied as Tied
 from .priors import Beta as Beta
 from .priors import Dirichlet as Dirichlet
 from .priors import GammaPrior as GammaPrior

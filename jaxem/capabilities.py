@@ -4,10 +4,15 @@ Everything behind this file meets complete objects. The library's own classes ar
 (`completed`), a user's objects once, where they come in (`complete`); nobody else asks what an object has.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .record import record, static
+import jax
+
+from . import tree
+from .record import fields, record, static
 
 C = TypeVar("C", bound=type)
 
@@ -16,27 +21,61 @@ C = TypeVar("C", bound=type)
 _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     # A family of observations, or another part of the parameters; see `protocols.Part` and `protocols.Family`.
     "part": {
+        # Its start from all rows, under the name that it had before.
+        "pooled": lambda part: part.init,
         # Its statistics have no reference to be moved.
         "rebase": lambda part: lambda stats, params: stats,
         # Its values may lie anywhere.
         "supports": lambda part: {},
         # There is no cheaper arithmetic.
         "coarse": lambda part: lambda: part,
-        # It takes no missing entries apart, so that knowing of none saves nothing.
-        "complete": lambda part: lambda: part,
+        # To know that no entry is missing saves nothing.
+        "without_missing": lambda part: lambda: part,
         # It adds no component by itself.
         "extra_components": lambda part: 0,
         # Two M-steps make a start: the first centres statistics on the components' own means.
         "start_passes": lambda part: 2,
         # Restarts on the same rows share none of its temporaries.
         "shared_floats_per_row": lambda part: lambda params: 0,
-        # None of its parameters can be held while the others are maximised, or be shared by all components.
-        "separable": lambda part: (),
-        "holdable": lambda part: (),
-        "shareable": lambda part: (),
-        "check_held": lambda part: lambda values: None,
+    },
+    # What statements about parameters (`Fixed`, `Tied`) ask of the model or part that they are about.
+    "stated": {
+        "m_step": lambda inner: None,
+        "prior": lambda inner: None,
+        # Parameters that no statement inside of it is about.
+        "stated": lambda inner: (),
+        # Parameters whose being held leaves the M-step of all others as it is: there are none.
+        "separable": lambda inner: (),
+        # Those that its M-step can hold: the separable ones, and those that it can be given.
+        "holdable": lambda inner: (*getattr(inner, "separable", ()), *_given_names(inner)),
+        "check_held": lambda inner: lambda values: None,
+        # Those that all components can share, and the common value, None where it is that of the pooled statistics.
+        "shareable": lambda inner: (),
+        "share": lambda inner: None,
+        # Whether `degenerate` takes the names of what is held, which cannot collapse.
+        "collapses": lambda inner: False,
+        # Free parameters by name: as many as each has coordinates.
+        "degrees": lambda inner: functools.partial(_degrees, inner),
+        # Other forms of it.
+        "coarse": lambda inner: lambda: inner,
+        "partial": lambda inner: lambda: inner,
+        "without_missing": lambda inner: lambda: inner,
     },
 }
+
+
+def _given_names(inner: Any) -> tuple[str, ...]:
+    """Parameters that a conditional M-step takes by name."""
+    function = getattr(inner, "m_step_given", None)
+    return () if function is None else tuple(inspect.signature(function).parameters)[1:]
+
+
+def _degrees(inner: Any, params: Any) -> dict[str, int]:
+    names = list(fields(params))
+    if len(names) == 1:
+        return {names[0]: inner.num_parameters(params)}
+    theta = fields(jax.eval_shape(inner.unconstrain, params))
+    return {name: tree.size(theta[name]) for name in names}
 
 
 def completed(kind: str) -> Callable[[C], C]:

@@ -256,6 +256,23 @@ def distributions(name: str, values: np.ndarray) -> None:
         raise ValueError(f"{name} must sum to 1; row {row} sums to {total[row]:.6g}. Divide it by its sum")
 
 
+def responsibilities(name: str, value: Any, rows: int, count: int) -> jax.Array:
+    """Responsibilities (N, K), or labels (N,) of a whole-number dtype; raises ValueError for what is neither."""
+    given = array(name, value)
+    values = np.asarray(value) if is_concrete(value) else None
+    if given.ndim == 1 and jnp.issubdtype(given.dtype, jnp.integer):
+        if given.shape != (rows,):
+            raise ValueError(f"labels must have shape ({rows},), one a row of x; got {given.shape}")
+        if values is not None and not np.all((values >= 0) & (values < count)):
+            raise ValueError(f"labels must be in 0..{count - 1}; got {values.min()}..{values.max()}")
+        return given
+    if given.shape != (rows, count):
+        raise ValueError(f"{name} must be ({rows}, {count}), or whole-number labels ({rows},); got shape {given.shape}")
+    if values is not None:
+        distributions(name, values)
+    return given
+
+
 def told(value: Any) -> str:
     """What a value is, in a few words."""
     if isinstance(value, type):
@@ -282,7 +299,7 @@ def component_family(value: Any) -> None:
 def complete_family(value: Any) -> None:
     """Raise TypeError unless this can be a family: asked for when it is first used."""
     component_family(value)
-    if not all(hasattr(value, name) for name in ("init", "log_prob", "stats", "m_step")):
+    if not all(hasattr(value, name) for name in ("log_prob", "stats", "m_step")):
         raise TypeError(f"family must be a family of components, as Normal() or Poisson(); got {told(value)}")
 
 

@@ -26,7 +26,7 @@ def split(x: Any) -> tuple[Any, jax.Array | None]:
     return (x.x, x.labels) if isinstance(x, Labelled) else (x, None)
 
 
-def respect(responsibilities: jax.Array, x: Any) -> jax.Array:
+def as_labelled(responsibilities: jax.Array, x: Any) -> jax.Array:
     """Responsibilities (K, N), those of labelled rows all in their own component."""
     labels = split(x)[1]
     if labels is None:

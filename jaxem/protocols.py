@@ -50,6 +50,58 @@ class Model(Protocol):
     def log_prior(self, params: Params) -> jax.Array: ...
 
 
+class Part(Protocol):
+    """A named piece of the parameters, independent of the others given the statistics.
+
+    What a part may leave out, and what then takes its place, stands in `capabilities`.
+    """
+
+    def m_step(self, stats: Stats) -> Params:
+        """argmax of q_function + log_prior."""
+        ...
+
+    def q_function(self, params: Params, stats: Stats) -> jax.Array:
+        """Expected complete-data log-likelihood, linear in the statistics."""
+        ...
+
+    def log_prior(self, params: Params) -> jax.Array: ...
+
+    def rebase(self, stats: Stats, params: Params) -> Stats:
+        """The same statistics about the reference of other parameters, exactly."""
+        ...
+
+    def degenerate(self, stats: Stats) -> jax.Array:
+        """Components (K,) that died or collapsed; (0,) where there are none that could."""
+        ...
+
+    def num_parameters(self, params: Params) -> int: ...
+
+    def unconstrain(self, params: Params) -> Any: ...
+
+    def constrain(self, theta: Any) -> Params: ...
+
+    @property
+    def supports(self) -> Any:
+        """Where values lie: name -> a check of `parameters`, or one check where the parameter is an array."""
+        ...
+
+
+class Gate(Part, Protocol):
+    """p(component | row): a part that weighs the components of a mixture, as `Probabilities` or a softmax does."""
+
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
+        """All components alike: where a start begins."""
+        ...
+
+    def log_prob(self, params: Params, x: Data) -> jax.Array:
+        """log p(component k | row n): (K, N), or (K, 1) where rows have no part in it."""
+        ...
+
+    def stats(self, params: Params, x: Data, responsibilities: jax.Array) -> Stats:
+        """Additive statistics from responsibilities (K, N)."""
+        ...
+
+
 class Family(Protocol):
     """p(observation | component): K components at once, component axis first.
 
@@ -63,7 +115,7 @@ class Family(Protocol):
     `share(stats, name, params)`, a shared parameter given the M-step of all others (see `Fixed` and `Tied`).
     """
 
-    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
         """The whole data as one component, K times over: where statistics are first centred."""
         ...
 
@@ -96,6 +148,14 @@ class Family(Protocol):
     def constrain(self, theta: Any) -> Params: ...
 
     def check(self, x: Data, name: str = ...) -> None: ...
+
+
+class Expect(Protocol):
+    """How the posterior of the latents is come by."""
+
+    def posterior(self, model: Any, params: Params, x: Data) -> Any:
+        """A posterior that the model's `statistics` take."""
+        ...
 
 
 class Gather(Protocol):

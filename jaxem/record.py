@@ -5,7 +5,7 @@ other field holds arrays, or records of arrays, that can be traced, vmapped and 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
@@ -21,6 +21,20 @@ def static(**options: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **options)
 
 
+def fields(record: Any) -> dict[str, Any]:
+    """The fields of a record, or the entries of a dict, by name; of anything else none."""
+    if isinstance(record, Mapping):
+        return dict(record)
+    if not dataclasses.is_dataclass(record):
+        return {}
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def replace(record: Any, **values: Any) -> Any:
+    """The record, or the dict, with other values in some of its fields."""
+    return {**record, **values} if isinstance(record, Mapping) else dataclasses.replace(record, **values)
+
+
 def _show(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer):
         if value.size <= _SHOWN_ELEMENTS:
@@ -30,8 +44,8 @@ def _show(value: Any) -> str:
 
 
 def _repr(self: Any) -> str:
-    fields = dataclasses.fields(self)
-    inside = ", ".join(f"{f.name}={_show(getattr(self, f.name))}" for f in fields if f.repr)
+    shown = [field.name for field in dataclasses.fields(self) if field.repr]
+    inside = ", ".join(f"{name}={_show(value)}" for name, value in fields(self).items() if name in shown)
     return f"{type(self).__name__}({inside})"
 
 
@@ -69,15 +83,15 @@ def record(cls: Any = None, *, kw_only: bool = True) -> Any:
 
     def wrap(cls: type[T]) -> type[T]:
         cls = dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=kw_only)(cls)
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        meta = [f.name for f in fields if f.metadata.get("static")]
-        data = [f.name for f in fields if not f.metadata.get("static")]
+        known = dataclasses.fields(cls)  # type: ignore[arg-type]
+        meta = [field.name for field in known if field.metadata.get("static")]
+        data = [field.name for field in known if not field.metadata.get("static")]
         for name, method in (("__repr__", _repr), ("__eq__", _eq), ("__hash__", _hash)):
             if name not in cls.__dict__ or cls.__dict__[name] is None:
                 setattr(cls, name, method)
 
-        # Not `register_dataclass`: of its nodes jaxlib compares fields but not classes, and takes one model's program
-        # for another's where their hashes meet. With the class among the static values they are never equal.
+        # `jax.tree_util.register_dataclass` compares fields but not classes, so that two model classes could share an
+        # entry of the jit cache. The class is therefore one of the static values.
         def flatten(record: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             values = tuple(getattr(record, name) for name in data)
             return values, (cls, *(getattr(record, name) for name in meta))

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import numerics, parameters, tree
-from .protocols import Data, Params, Stats
+from . import capabilities, numerics, parameters, tree
+from .protocols import Data, Family, Params, Stats
 
 METHODS = ("k-means++", "random_rows", "random_responsibilities")
 
@@ -37,7 +37,7 @@ def shares(
     points = standardize(family.features(x), weights)
     if method == "random_responsibilities":
         return random_responsibilities(
-            key, points, weights, num_components + getattr(family, "extra_components", 0), tree.float_dtype(x)
+            key, points, weights, num_components + _complete(family).extra_components, tree.float_dtype(x)
         )
     seed = kmeans_plusplus if method == "k-means++" else random_rows
     seeds, nearest = seed(key, points, weights, num_components)
@@ -53,39 +53,67 @@ def responsibilities(share: jax.Array, count: int, smoothing: float, dtype: Any)
 def params_like(family: Any, x: Data, num_components: int) -> Params:
     """The shapes that a family's parameters have for such data, as `jax.ShapeDtypeStruct`s."""
     # Shapes do not depend on the number of rows: one trace serves whole data and their blocks.
-    return _start.eval_shape(family, parameters.rows_like(x), num_components=num_components)
+    return _pooled.eval_shape(family, parameters.rows_like(x), num_components=num_components)
 
 
 @functools.partial(jax.jit, static_argnames="num_components")
-def _start(family: Any, x: Data, num_components: int) -> Params:
-    """A family's start; under jit for its trace to be remembered."""
-    return family.init(x, None, num_components)
+def _pooled(family: Any, x: Data, num_components: int) -> Params:
+    """The whole data as one component, K times over; under jit for its trace to be remembered."""
+    return family.pooled(x, None, num_components)
 
 
 def family_stats(
-    family: Any, x: Data, share: jax.Array, weights: jax.Array | None, num_components: int, smoothing: float
+    family: Family,
+    x: Data,
+    share: jax.Array,
+    weights: jax.Array | None,
+    num_components: int,
+    smoothing: float,
 ) -> Stats:
-    """Statistics of a family from numbers (N,) or responsibilities (N, K), in blocks of rows.
+    """Statistics of a family from numbers (N,) or responsibilities (N, K); see `statistics`."""
+    part = _complete(family)
+    pooled = {"": part.pooled(x, weights, num_components)}
+    count = num_components + part.extra_components
+    return statistics({"": part}, pooled, x, share, weights, count, smoothing)[""]
 
-    Taken as often as the family says, twice where it does not: the first pass centres the statistics on the
-    components' own means.
+
+def statistics(
+    parts: dict[str, Any],
+    pooled: dict[str, Params],
+    x: Data,
+    share: jax.Array,
+    weights: jax.Array | None,
+    count: int,
+    smoothing: float,
+) -> dict[str, Stats]:
+    """Statistics of parts that look at rows, from numbers (N,) or responsibilities (N, K), in blocks of rows.
+
+    pooled: parameters of every part that have all components alike, from which it starts. Statistics are taken as often
+    as a part says, twice where it does not: the first pass centres them on the components' own means.
     """
     dtype = tree.float_dtype(x)
-    count = num_components + getattr(family, "extra_components", 0)
-    components = family.init(x, weights, num_components)
-    size = tree.rows_per_block(2 * count + family.floats_per_row(components), dtype)
+    floats = sum(part.floats_per_row(pooled[name]) for name, part in parts.items())
+    size = tree.rows_per_block(2 * count + floats, dtype)
 
-    def statistics(components: Params, rows: tuple[Data, jax.Array], inside: jax.Array | None) -> Stats:
+    def of_block(values: dict[str, Params], rows: tuple[Data, jax.Array], inside: jax.Array | None) -> dict[str, Stats]:
         x, share = rows
         given = responsibilities(share, count, smoothing, dtype)
-        return family.stats(components, x, given if inside is None else given * inside.astype(dtype))
+        given = given if inside is None else given * inside.astype(dtype)
+        return {name: part.stats(values[name], x, given) for name, part in parts.items()}
 
-    def stats_at(components: Params) -> Stats:
-        return tree.sum_over_blocks(functools.partial(statistics, components), (x, share), weights, size)
+    def at(values: dict[str, Params]) -> dict[str, Stats]:
+        return tree.sum_over_blocks(functools.partial(of_block, values), (x, share), weights, size)
 
-    passes = getattr(family, "start_passes", 2)
-    centred = jax.lax.fori_loop(0, passes - 1, lambda _, components: family.m_step(stats_at(components)), components)
-    return stats_at(centred)
+    def again(_: int, values: dict[str, Params]) -> dict[str, Params]:
+        of = at(values)
+        return {name: part.m_step(of[name]) for name, part in parts.items()}
+
+    passes = max(part.start_passes for part in parts.values())
+    return at(jax.lax.fori_loop(0, passes - 1, again, pooled))
+
+
+def _complete(family: Family) -> Any:
+    return capabilities.complete("part", family)
 
 
 def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -236,7 +236,7 @@ def test_what_is_free_is_at_its_maximum_beside_what_is_held_and_shared(family, x
 
     @jax.jit
     def slope(x):
-        stats = family.stats(family.init(x, None, 2), x, share)
+        stats = family.stats(family.pooled(x, None, 2), x, share)
         theta = family.unconstrain(family.m_step(stats))
         return jax.grad(lambda theta: family.q_function(family.constrain(theta), stats))(theta)
 
@@ -309,7 +309,7 @@ def _start(model, x):
     while isinstance(inner, Fixed):
         inner = inner.inner
     many = inner.num_states if isinstance(inner, HMM) else inner.num_components
-    components = inner.family.init(jnp.asarray(x), None, many)
+    components = inner.family.pooled(jnp.asarray(x), None, many)
     if isinstance(inner, Mixture):
         return MixtureParams(weights=jnp.full(many, 1 / many), components=components)
     support = np.ones((many, many)) if inner.transition_support is None else np.asarray(inner.transition_support)

@@ -41,7 +41,7 @@ def _plain_and_sure(model, x):
     chain = isinstance(model, HMM)
     count = model.num_states if chain else model.num_components
     rows = x.reshape(-1, x.shape[-1]) if chain else x
-    components = jax.jit(model.family.init, static_argnums=2)(jax.tree.map(jnp.asarray, rows), None, count)
+    components = jax.jit(model.family.pooled, static_argnums=2)(jax.tree.map(jnp.asarray, rows), None, count)
     components = jax.tree.map(lambda leaf: np.asarray(leaf) * (1 + 0.1 * random.normal(size=leaf.shape)), components)
     if not chain:
         total = count + getattr(model.family, "extra_components", 0)

@@ -12,9 +12,10 @@ ROOT = Path(jaxem.__file__).parent
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
     {"record", "status", "numerics", "special", "protocols", "datasets", "checks"},
-    {"tree", "priors", "data", "parameters", "implicit", "capabilities"},
-    {"seeding", "sequences", "stopping"},
-    {"families", "latents", "constraints"},
+    {"tree", "priors", "data", "parameters", "implicit"},
+    {"capabilities", "sequences", "stopping"},
+    {"seeding", "parts", "latents"},
+    {"families"},
     {"models", "em"},
     {"fit", "diagnostics"},
     {"restarts"},

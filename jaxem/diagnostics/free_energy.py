@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, tree
-from ..data import respect
+from ..data import as_labelled
 from ..protocols import Data, Params
 
 
@@ -42,7 +42,7 @@ def free_energy(model: Any, params: Params, x: Data, q: jax.Array, weights: jax.
     posterior = model.posterior(params, x)
     if posterior.shape != q.shape:
         raise ValueError(f"q must have shape {posterior.shape}, as the posterior has; got {q.shape}")
-    q = respect(q.T, x).T
+    q = as_labelled(q.T, x).T
     used = q > 0
     logs = jnp.log(jnp.where(used, q, 1))
     entropy = -jnp.sum(q * logs, axis=1)

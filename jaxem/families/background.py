@@ -1,12 +1,13 @@
 """An extra uniform component for outliers beside the components of any family."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters
+from .. import capabilities, checks, numerics, parameters
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
 
@@ -19,6 +20,7 @@ class BackgroundStats:
     components: Stats
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Background:
     """The family's K components, and one more that is uniform over a region: log p(x|K) = -log volume.
@@ -41,15 +43,19 @@ class Background:
             raise ValueError(f"volume must be above 0 and finite, as bounding_volume(x) gives it; got {given}")
 
     @property
+    def _inside(self) -> Any:
+        return capabilities.complete("part", self.family)
+
+    @property
     def supports(self) -> parameters.Supports:
-        return getattr(self.family, "supports", {})
+        return self._inside.supports
 
     @property
     def start_passes(self) -> int:
-        return getattr(self.family, "start_passes", 2)
+        return self._inside.start_passes
 
-    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
-        return self.family.init(x, weights, num_components)
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
+        return self._inside.pooled(x, weights, num_components)
 
     def features(self, x: Data) -> jax.Array:
         return self.family.features(x)
@@ -79,9 +85,7 @@ class Background:
 
     def rebase(self, stats: BackgroundStats, params: Params) -> BackgroundStats:
         """The same statistics about the reference of `params`, where the family has one."""
-        if not hasattr(self.family, "rebase"):
-            return stats
-        return dataclasses.replace(stats, components=self.family.rebase(stats.components, params))
+        return dataclasses.replace(stats, components=self._inside.rebase(stats.components, params))
 
     def degenerate(self, stats: BackgroundStats) -> jax.Array:
         """Components (K + 1,) that died or collapsed; a background without rows is none of these."""
@@ -106,7 +110,7 @@ class Background:
         self.family.check(x, name)
 
     def coarse(self) -> "Background":
-        family = self.family.coarse() if hasattr(self.family, "coarse") else self.family
+        family = self._inside.coarse()
         return self if family is self.family else dataclasses.replace(self, family=family)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters, special, tree
+from .. import capabilities, checks, numerics, parameters, special, tree
 from ..priors import Beta
 from ..protocols import Data
 from ..record import record
@@ -92,6 +92,7 @@ def _constrain(family: "Bernoulli | Binomial", theta: BernoulliParams) -> Bernou
     return BernoulliParams(probability=jax.nn.sigmoid(theta.probability))
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Bernoulli:
     """Independent yes/no columns: log p(x|k) = sum_d x_d log p_kd + (1 - x_d) log(1 - p_kd).
@@ -105,7 +106,7 @@ class Bernoulli:
     separable = shareable = ("probability",)
     supports: ClassVar[parameters.Supports] = {"probability": parameters.between_zero_and_one}
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> BernoulliParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> BernoulliParams:
         return _pooled(self, x, checks.columns("x", x).shape[1], weights, num_components)
 
     def features(self, x: jax.Array) -> jax.Array:
@@ -146,6 +147,7 @@ class Bernoulli:
         return jnp.concatenate([values, observed - values], axis=1).T
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Binomial:
     """Successes among trials: log p(x|k) = sum_d log C(t_d, x_d) + x_d log p_kd + (t_d - x_d) log(1 - p_kd).
@@ -163,7 +165,7 @@ class Binomial:
     separable = shareable = ("probability",)
     supports: ClassVar[parameters.Supports] = {"probability": parameters.between_zero_and_one}
 
-    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> BernoulliParams:
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> BernoulliParams:
         return _pooled(self, x, checks.columns("x", columns.pair(x)[0]).shape[1], weights, num_components)
 
     def features(self, x: Data) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters, tree
+from .. import capabilities, checks, numerics, parameters, tree
 from ..priors import Dirichlet
 from ..record import record, static
 from . import columns
@@ -29,6 +29,7 @@ class CategoricalStats:
     values: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Categorical:
     """Independent categorical columns: log p(x|k) = sum_d log p_k,d,x_d. With a mixture: latent class analysis.
@@ -52,7 +53,7 @@ class Categorical:
         for value in self.num_values if isinstance(self.num_values, tuple) else (self.num_values,):
             checks.positive_integer("num_values", value)
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> CategoricalParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> CategoricalParams:
         has = self._has(checks.columns("x", x).shape[1])
         flat = jnp.asarray(has / has.sum(axis=1, keepdims=True), tree.float_dtype(x))
         return columns.pooled(self, CategoricalParams(probability=flat[None]), x, weights, num_components)
@@ -156,6 +157,7 @@ class MultinomialStats:
     base: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Multinomial:
     """Rows of counts: log p(x|k) = log t! - sum_v log x_v! + sum_v x_v log p_kv, t = sum_v x_v.
@@ -177,7 +179,7 @@ class Multinomial:
         if self.trials is not None:
             checks.positive_integer("trials", self.trials)
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> MultinomialParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> MultinomialParams:
         values = checks.columns("x", x).shape[1]
         flat = jnp.full((1, values), 1 / values, tree.float_dtype(x))
         return columns.pooled(self, MultinomialParams(probability=flat), x, weights, num_components)

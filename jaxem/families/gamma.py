@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters, special, tree
+from .. import capabilities, checks, numerics, parameters, special, tree
 from ..record import record
 from . import columns
 
@@ -34,6 +34,7 @@ class GammaStats:
     logs: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Gamma:
     """Independent gamma columns: log p(x|k) = sum_d a log b - lgamma(a) + (a - 1) log x_d - b x_d, (a, b) of (k, d).
@@ -51,11 +52,10 @@ class Gamma:
     prior: GammaStats | None = dataclasses.field(default=None, kw_only=True)
 
     # Either parameter, held, changes the M-step of the other.
-    separable = ()
     supports: ClassVar[parameters.Supports] = {"shape": parameters.at_least_zero, "rate": parameters.at_least_zero}
     collapses = True
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> GammaParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> GammaParams:
         one = jnp.ones((1, checks.columns("x", x).shape[1]), tree.float_dtype(x))
         return columns.pooled(self, GammaParams(shape=one, rate=one), x, weights, num_components)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import special, tree
+from .. import capabilities, special, tree
 from ..protocols import Data
 from ..record import record
 from . import columns, design
@@ -45,7 +45,7 @@ class RegressionStats:
     reach: jax.Array | None
 
 
-def _init(family: "_Regression", x: Data, weights: jax.Array | None, num_components: int) -> RegressionParams:
+def _pooled(family: "_Regression", x: Data, weights: jax.Array | None, num_components: int) -> RegressionParams:
     """The regression of all rows, every component: from the mean response, some M-steps."""
     matrix, response = design.read(x)
     weights = jnp.ones_like(response) if weights is None else weights.astype(response.dtype)
@@ -133,6 +133,7 @@ def _unchanged(family: "_Regression", params: RegressionParams) -> RegressionPar
     return params
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class LogisticRegression:
     """log p(y|f,k) = y eta - log(1 + exp(eta)), eta = b_k + f·c_k: binary responses.
@@ -146,13 +147,12 @@ class LogisticRegression:
 
     ridge: jax.Array | float = dataclasses.field(default=0.0, kw_only=True)
 
-    separable = ()
     # A start is an M-step carried on: one solution of a quadratic bound is not yet the maximum.
     start_passes = 15
     local = False
     _link = staticmethod(jax.scipy.special.logit)
 
-    init = _init
+    pooled = _pooled
     features = staticmethod(design.points)
     log_prob = _log_prob
     stats = _stats
@@ -185,6 +185,7 @@ class LogisticRegression:
         return response - 0.5 - weight * eta, weight
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class PoissonRegression:
     """log p(y|f,k) = y eta - exp(eta) - log y!, eta = b_k + f·c_k: counts.
@@ -199,12 +200,11 @@ class PoissonRegression:
 
     ridge: jax.Array | float = dataclasses.field(default=0.0, kw_only=True)
 
-    separable = ()
     start_passes = 15
     local = True
     _link = staticmethod(jnp.log)
 
-    init = _init
+    pooled = _pooled
     log_prob = _log_prob
     stats = _stats
     m_step = _m_step

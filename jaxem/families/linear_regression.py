@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from .. import parameters, tree
+from .. import capabilities, parameters, tree
 from ..protocols import Data
 from ..record import record
 from . import columns, design
@@ -38,6 +38,7 @@ class LinearRegressionStats:
     energy: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class LinearRegression:
     """log p(y|f,k) = -(log 2 pi v_k + (y - b_k - f·c_k)² / v_k) / 2: least squares, weighted.
@@ -54,7 +55,7 @@ class LinearRegression:
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
     collapses = True
 
-    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> LinearRegressionParams:
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> LinearRegressionParams:
         matrix, _ = design.read(x)
         one = jnp.ones(1, matrix.dtype)
         flat = LinearRegressionParams(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters, special, tree
+from .. import capabilities, checks, numerics, parameters, special, tree
 from ..record import record
 from . import columns
 
@@ -35,6 +35,7 @@ class NegativeBinomialStats:
     base: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class NegativeBinomial:
     """Independent counts: log p(x|k) = sum_d log C(x_d + c - 1, x_d) + x_d log(m / (m + c)) + c log(c / (m + c)).
@@ -59,7 +60,7 @@ class NegativeBinomial:
         "concentration": parameters.at_least_zero,
     }
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NegativeBinomialParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NegativeBinomialParams:
         one = jnp.ones((1, checks.columns("x", x).shape[1]), tree.float_dtype(x))
         return columns.pooled(self, NegativeBinomialParams(mean=one, concentration=one), x, weights, num_components)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics, parameters
+from .. import capabilities, checks, numerics, parameters
 from ..record import record, static
 from . import columns as columns_of
 from . import covariance as shapes
@@ -46,6 +46,7 @@ class NormalStats:
         return self.count[:, None] if self.observed is None else self.observed
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Normal:
     """Normal components: log p(x|k) = -(D log 2 pi + log det C_k + (x - m_k)ᵀ C_k⁻¹ (x - m_k)) / 2.
@@ -95,7 +96,7 @@ class Normal:
         """Whether columns are independent given the component."""
         return not isinstance(self.shape, shapes.Full)
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalParams:
         """The data's mean and covariance, in every component."""
         x = checks.matrix("x", x)
         weights = jnp.ones(x.shape[0], x.dtype) if weights is None else weights.astype(x.dtype)
@@ -298,6 +299,10 @@ class Normal:
     def coarse(self) -> "Normal":
         """The cheapest form, for the bulk of many restarts."""
         return dataclasses.replace(self, form="expanded")
+
+    def without_missing(self) -> "Normal":
+        """The form for rows in which no entry is missing."""
+        return dataclasses.replace(self, missing=False) if self.missing else self
 
     def covariance_matrix(self, params: NormalParams) -> jax.Array:
         """Every component's covariance as (K, D, D), whatever its shape."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters, tree
+from .. import capabilities, checks, numerics, parameters, tree
 from ..priors import GammaPrior
 from ..protocols import Data
 from ..record import record
@@ -86,6 +86,7 @@ def _constrain(family: "Poisson | Exponential", theta: RateParams) -> RateParams
     return RateParams(rate=jnp.exp(theta.rate))
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Poisson:
     """Independent counts: log p(x|k) = sum_d x_d log(e_d rate_kd) - e_d rate_kd - log x_d!, with e_d = 1 by default.
@@ -101,7 +102,7 @@ class Poisson:
     separable = shareable = ("rate",)
     supports: ClassVar[parameters.Supports] = {"rate": parameters.at_least_zero}
 
-    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> RateParams:
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> RateParams:
         return _pooled(self, x, columns.pair(x)[0], weights, num_components)
 
     def features(self, x: Data) -> jax.Array:
@@ -163,6 +164,7 @@ class Poisson:
         return jnp.concatenate([values, exposed], axis=1).T, jnp.sum(base, axis=1)
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Exponential:
     """Independent waiting times: log p(x|k) = sum_d log rate_kd - rate_kd x_d.
@@ -176,7 +178,7 @@ class Exponential:
     separable = shareable = ("rate",)
     supports: ClassVar[parameters.Supports] = {"rate": parameters.at_least_zero}
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> RateParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> RateParams:
         return _pooled(self, x, x, weights, num_components)
 
     def features(self, x: jax.Array) -> jax.Array:

@@ -3,11 +3,13 @@
 import functools
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .. import parameters, tree
+from .. import capabilities, tree
+from ..parts import assembly
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
 
@@ -20,6 +22,7 @@ class ProductStats:
     blocks: dict[str, Stats]
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class Product:
     """log p(x|k) = sum of each block's log p(x[name]|k): blocks are independent given the component.
@@ -39,7 +42,7 @@ class Product:
             raise TypeError(f"families must be a dict of name -> family; got {type(self.families).__name__}")
         if not self.families:
             raise ValueError("families must name at least one family; got an empty dict")
-        extra = [name for name, family in self.families.items() if getattr(family, "extra_components", 0)]
+        extra = [name for name, family in self.parts.items() if family.extra_components]
         if extra:
             raise TypeError(
                 f"families must not add components of their own, as {extra[0]!r} does: wrap the Product in it"
@@ -47,15 +50,37 @@ class Product:
         object.__setattr__(self, "families", dict(self.families))
 
     @property
-    def supports(self) -> parameters.Supports:
-        return {name: getattr(family, "supports", {}) for name, family in self.families.items()}
+    def parts(self) -> dict[str, Any]:
+        """The families of the blocks."""
+        return {name: capabilities.complete("part", family) for name, family in self.families.items()}
+
+    def params_of(self, values: dict[str, Any]) -> Params:
+        """Parameters from those of the blocks."""
+        return values
+
+    def part_statistics(self, stats: ProductStats) -> dict[str, Any]:
+        """The statistics of every block."""
+        return stats.blocks
+
+    def with_part_statistics(self, stats: ProductStats, of: dict[str, Any]) -> ProductStats:
+        """Statistics with these in place of the blocks'."""
+        return ProductStats(count=stats.count, blocks=of)
+
+    m_step = assembly.m_step
+    q_function = assembly.q_function
+    log_prior = assembly.log_prior
+    rebase = assembly.rebase
+    degenerate = assembly.degenerate
+    unconstrain = assembly.unconstrain
+    constrain = assembly.constrain
+    supports = property(assembly.supports)
 
     @property
     def start_passes(self) -> int:
-        return max(getattr(family, "start_passes", 2) for family in self.families.values())
+        return max(family.start_passes for family in self.parts.values())
 
-    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
-        return {name: f.init(part, weights, num_components) for name, f, part in self._parts(x)}
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
+        return {name: f.pooled(part, weights, num_components) for name, f, part in self._parts(x)}
 
     def features(self, x: Data) -> jax.Array:
         return jnp.concatenate([f.features(part) for _, f, part in self._parts(x)], axis=1)
@@ -68,28 +93,6 @@ class Product:
         """Every block's expected statistics: responsibilities (K, N)."""
         blocks = {name: f.stats(params[name], part, responsibilities) for name, f, part in self._parts(x)}
         return ProductStats(count=next(iter(blocks.values())).count, blocks=blocks)
-
-    def m_step(self, stats: ProductStats) -> Params:
-        """Each family's own M-step."""
-        return {name: f.m_step(stats.blocks[name]) for name, f in self.families.items()}
-
-    def q_function(self, params: Params, stats: ProductStats) -> jax.Array:
-        return _sum(f.q_function(params[name], stats.blocks[name]) for name, f in self.families.items())
-
-    def log_prior(self, params: Params) -> jax.Array:
-        return _sum(f.log_prior(params[name]) for name, f in self.families.items())
-
-    def rebase(self, stats: ProductStats, params: Params) -> ProductStats:
-        """The same statistics about the reference of `params`, where a family has one."""
-        blocks = {
-            name: f.rebase(stats.blocks[name], params[name]) if hasattr(f, "rebase") else stats.blocks[name]
-            for name, f in self.families.items()
-        }
-        return ProductStats(count=stats.count, blocks=blocks)
-
-    def degenerate(self, stats: ProductStats) -> jax.Array:
-        """Components (K,) that died, or collapsed in any block."""
-        return functools.reduce(operator.or_, (f.degenerate(stats.blocks[name]) for name, f in self.families.items()))
 
     def sample(self, key: jax.Array, params: Params, labels: jax.Array) -> Data:
         """A dict of rows, each from the component that its label (N,) names."""
@@ -104,12 +107,6 @@ class Product:
     def floats_per_row(self, params: Params) -> int:
         return sum(f.floats_per_row(params[name]) for name, f in self.families.items())
 
-    def unconstrain(self, params: Params) -> Params:
-        return {name: f.unconstrain(params[name]) for name, f in self.families.items()}
-
-    def constrain(self, theta: Params) -> Params:
-        return {name: f.constrain(theta[name]) for name, f in self.families.items()}
-
     def check(self, x: Data, name: str = "x") -> None:
         for block, family, part in self._parts(x, name):
             family.check(part, f"{name}[{block!r}]")
@@ -117,9 +114,13 @@ class Product:
 
     def coarse(self) -> "Product":
         """Every family in its cheapest arithmetic."""
-        if not any(hasattr(f, "coarse") for f in self.families.values()):
-            return self
-        return Product({name: f.coarse() if hasattr(f, "coarse") else f for name, f in self.families.items()})
+        forms = {name: family.coarse() for name, family in self.parts.items()}
+        return self if all(forms[name] is family for name, family in self.families.items()) else Product(forms)
+
+    def without_missing(self) -> "Product":
+        """Every family in its form for rows without missing entries."""
+        forms = {name: family.without_missing() for name, family in self.parts.items()}
+        return self if all(forms[name] is family for name, family in self.families.items()) else Product(forms)
 
     def _parts(self, x: Data, name: str = "x") -> list[tuple[str, Family, Data]]:
         if not isinstance(x, Mapping):
@@ -128,7 +129,7 @@ class Product:
             raise ValueError(
                 f"{name} must be a dict with {sorted(self.families)}, no more and no less; got {sorted(x)}"
             )
-        return [(name, family, x[name]) for name, family in self.families.items()]
+        return [(name, family, x[name]) for name, family in self.parts.items()]
 
 
 def _sum(terms: object) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, parameters, special
+from .. import capabilities, checks, parameters, special
 from ..record import record, static
 from . import columns
 from . import covariance as shapes
@@ -40,6 +40,7 @@ class StudentTStats:
     base: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class StudentT:
     """Multivariate t components: x | u ~ Normal(mean, scale / u), u ~ Gamma(nu / 2, nu / 2).
@@ -81,8 +82,8 @@ class StudentT:
         # Residuals about each component's own mean: outliers are what this family is for.
         return Normal(self.scale, form="whitened", missing=False)
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> StudentTParams:
-        normal = self._normal.init(x, weights, num_components)
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> StudentTParams:
+        normal = self._normal.pooled(x, weights, num_components)
         nu = 10.0 if self.degrees_of_freedom is None else self.degrees_of_freedom
         nu = jnp.broadcast_to(jnp.asarray(nu, normal.mean.dtype), (num_components,))
         return StudentTParams(mean=normal.mean, scale=normal.covariance, degrees_of_freedom=nu)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters, special
+from .. import capabilities, checks, numerics, parameters, special
 from ..record import record
 from . import columns
 from .bessel import bessel_odds, log_bessel
@@ -33,6 +33,7 @@ class VonMisesFisherStats:
     resultant: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class VonMisesFisher:
     """Unit vectors: log p(x|k) = c m'x + log(c^v / ((2 pi)^(D/2) I_v(c))), v = D/2 - 1, (m, c) those of k.
@@ -56,7 +57,7 @@ class VonMisesFisher:
     }
     collapses = True
 
-    def init(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> VonMisesFisherParams:
+    def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> VonMisesFisherParams:
         rows = _unit(x)
         north = jnp.zeros((1, rows.shape[1]), rows.dtype).at[0, 0].set(1)
         neutral = VonMisesFisherParams(mean_direction=north, concentration=jnp.zeros(1, rows.dtype))

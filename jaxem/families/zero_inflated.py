@@ -1,11 +1,12 @@
 """More zeros than a family of counts explains: some rows are zero whatever the family says."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics, parameters
+from .. import capabilities, checks, numerics, parameters
 from ..priors import Beta
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
@@ -30,6 +31,7 @@ class ZeroInflatedStats:
     base: jax.Array
 
 
+@capabilities.completed("part")
 @record(kw_only=False)
 class ZeroInflated:
     """p(x|k) = inflation_k [x = 0] + (1 - inflation_k) f(x|k), for a family f of counts.
@@ -46,11 +48,15 @@ class ZeroInflated:
     separable = shareable = ("inflation",)
 
     @property
-    def supports(self) -> parameters.Supports:
-        return {"inflation": parameters.between_zero_and_one, "components": getattr(self.family, "supports", {})}
+    def _others(self) -> Any:
+        return capabilities.complete("part", self.family)
 
-    def init(self, x: Data, weights: jax.Array | None, num_components: int) -> ZeroInflatedParams:
-        components = self.family.init(x, weights, num_components)
+    @property
+    def supports(self) -> parameters.Supports:
+        return {"inflation": parameters.between_zero_and_one, "components": self._others.supports}
+
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> ZeroInflatedParams:
+        components = self._others.pooled(x, weights, num_components)
         half = jnp.full(num_components, 0.5, jax.tree.leaves(components)[0].dtype)
         # Half of the zeros at a start: both kinds must be possible for EM to tell them apart.
         zero = jnp.mean(self._zero(x).astype(half.dtype))
@@ -105,9 +111,7 @@ class ZeroInflated:
 
     def rebase(self, stats: ZeroInflatedStats, params: ZeroInflatedParams) -> ZeroInflatedStats:
         """The same statistics about the reference of `params`, where the family has one."""
-        if not hasattr(self.family, "rebase"):
-            return stats
-        return dataclasses.replace(stats, components=self.family.rebase(stats.components, params.components))
+        return dataclasses.replace(stats, components=self._others.rebase(stats.components, params.components))
 
     def sample(self, key: jax.Array, params: ZeroInflatedParams, labels: jax.Array) -> jax.Array:
         """One row (N, D) from the component that each label (N,) names."""

@@ -6,11 +6,24 @@ import jax
 import jax.numpy as jnp
 
 from .. import numerics
+from ..record import record
 from .expect import Exact, Hard, Sample
 
 
-def infer(log_joint: jax.Array, expect: Any) -> tuple[jax.Array, jax.Array]:
-    """log p(z = k, x_n) (K, N) -> responsibilities p(z = k | x_n) (K, N), log p(x_n) (N,).
+@record
+class CategoricalPosterior:
+    """A distribution over the components for every row.
+
+    responsibilities r (K, N): p(z_n = k | x_n), or any other q(z_n = k).
+    evidence (N,): log p(x_n) at the parameters that they were inferred with.
+    """
+
+    responsibilities: jax.Array
+    evidence: jax.Array
+
+
+def infer(log_joint: jax.Array, expect: Any) -> CategoricalPosterior:
+    """The posterior from log p(z = k, x_n) (K, N), by Bayes' rule.
 
     Under Hard() the responsibilities are 0 or 1, and in place of log p(x_n) stands max_k log p(k, x_n);
     under Exact(T) they are tempered, and there stands T log sum_k p(k, x_n)^(1/T); under Sample(n)
@@ -18,16 +31,20 @@ def infer(log_joint: jax.Array, expect: Any) -> tuple[jax.Array, jax.Array]:
     """
     if isinstance(expect, Exact):
         if expect.temperature is None:
-            return numerics.normalize(log_joint)
+            return _posterior(*numerics.normalize(log_joint))
         temperature = jnp.asarray(expect.temperature, log_joint.dtype)
         tempered, evidence = numerics.normalize(log_joint / temperature)
-        return tempered, temperature * evidence
+        return _posterior(tempered, temperature * evidence)
     if isinstance(expect, Hard):
-        return numerics.first_largest(log_joint)
+        return _posterior(*numerics.first_largest(log_joint))
     if isinstance(expect, Sample):
         exact, evidence = numerics.normalize(log_joint)
-        return _draw(exact, expect), evidence
+        return _posterior(_draw(exact, expect), evidence)
     raise TypeError(f"expect must be Exact(), Hard() or Sample() for a categorical latent; got {expect!r}")
+
+
+def _posterior(responsibilities: jax.Array, evidence: jax.Array) -> CategoricalPosterior:
+    return CategoricalPosterior(responsibilities=responsibilities, evidence=evidence)
 
 
 def _draw(responsibilities: jax.Array, expect: Sample) -> jax.Array:

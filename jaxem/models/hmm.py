@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, constraints, numerics, parameters, seeding, sequences, tree
+from .. import checks, numerics, parameters, seeding, sequences, tree
 from ..latents import Exact, markov
 from ..latents.stationary import stationary_distribution, stationary_maximum
+from ..parts import statements as constraints
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
 from ..record import record, static

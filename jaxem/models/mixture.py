@@ -6,15 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .. import checks, constraints, numerics, parameters, seeding, tree
-from ..data import respect, split
-from ..families.columns import PSEUDO_COUNT
+from .. import capabilities, checks, numerics, parameters, seeding, tree
+from ..data import as_labelled, split
 from ..latents import Exact, categorical
+from ..latents.categorical import CategoricalPosterior
+from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
-from ..protocols import Data, Family, Params, Stats
-from ..record import record, static
+from ..protocols import Data, Expect, Family, Gate, Params, Stats
+from ..record import fields, record, static
 
 
 @record
@@ -30,8 +30,14 @@ class MixtureParams:
 
 @record
 class MixtureStats:
-    """components: the family's statistics, their `count` (K,) the expected rows of each; loglik."""
+    """Expected sufficient statistics of a mixture.
 
+    weights: those of the mixing weights, the expected number of rows of each component (K,), or of another gate.
+    components: the family's, their `count` (K,) the expected rows of each.
+    loglik: sum_n w_n log p(x_n), at the parameters of the E-step.
+    """
+
+    weights: Stats
     components: Stats
     loglik: jax.Array
 
@@ -45,9 +51,10 @@ class MixtureStats:
 class Mixture:
     """p(x) = sum_k weights_k p(x | component k), for any family of components.
 
-    family: the components, as in `Normal("full")`; num_components: K; prior: a Dirichlet on the
-    weights. Data: what the family takes, N rows, or these as `Labelled(x, labels)` where the
-    components of some rows are known. Row weights count rows: 2 is the row twice.
+    family: the components, as in `Normal("full")`; num_components: K; prior: a Dirichlet on the weights; gate: a part
+    that gives log p(component k | x_n) (`protocols.Gate`), in place of constant weights: a mixture of experts. Data:
+    what the family takes, N rows, or these as `Labelled(x, labels)` where the components of some rows are known. Row
+    weights count rows: 2 is the row twice.
     Source: McLachlan & Peel, Finite Mixture Models, section 2.8; Bishop, PRML, section 9.2.
     Raises TypeError or ValueError for a num_components that is not a whole number of at least 1.
     """
@@ -55,6 +62,7 @@ class Mixture:
     family: Family
     num_components: int = static()
     prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
+    gate: Gate | None = dataclasses.field(default=None, kw_only=True)
 
     separable = ("weights", "components")
     collapses = True
@@ -62,6 +70,38 @@ class Mixture:
     def __post_init__(self) -> None:
         checks.component_family(self.family)
         checks.positive_integer("num_components", self.num_components)
+        if self.prior is not None and self.gate is not None:
+            raise ValueError("prior is one on constant weights, and a gate has none: give the gate its own prior")
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The mixing weights, and the components."""
+        weights = Probabilities(prior=self.prior) if self.gate is None else capabilities.complete("part", self.gate)
+        return {"weights": weights, "components": capabilities.complete("part", self.family)}
+
+    def params_of(self, values: dict[str, Any]) -> MixtureParams:
+        """Parameters from those of the parts."""
+        return MixtureParams(**values)
+
+    def part_statistics(self, stats: MixtureStats) -> dict[str, Any]:
+        """The statistics that each part is estimated from."""
+        return {"weights": stats.weights, "components": stats.components}
+
+    def with_part_statistics(self, stats: MixtureStats, of: dict[str, Any]) -> MixtureStats:
+        """Statistics with these in place of the parts'."""
+        return MixtureStats(**of, loglik=stats.loglik)
+
+    m_step = assembly.m_step
+    blocks = assembly.blocks
+    m_step_for = assembly.m_step_for
+    q_function = assembly.q_function
+    log_prior = assembly.log_prior
+    rebase = assembly.rebase
+    degenerate = assembly.degenerate
+    degrees = assembly.degrees
+    unconstrain = assembly.unconstrain
+    constrain = assembly.constrain
+    supports = property(assembly.supports)
 
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++") -> Params:
         """A random start (pure in `key`, so `vmap` over keys gives many).
@@ -89,30 +129,37 @@ class Mixture:
         """The M-step from given responsibilities (N, K), or labels (N,) of a whole-number dtype."""
         x, weights = checks.native((x, weights))
         self.check(x, weights)
-        rows, count = tree.num_rows(x), self._total
-        given = checks.array("responsibilities", responsibilities)
-        labels = given.ndim == 1 and jnp.issubdtype(given.dtype, jnp.integer)
-        if not labels and given.shape != (rows, count):
-            raise ValueError(
-                f"responsibilities must be ({rows}, {count}), or whole-number labels ({rows},); got shape {given.shape}"
-            )
-        if labels and given.shape != (rows,):
-            raise ValueError(f"labels must have shape ({rows},), one a row of x; got {given.shape}")
-        values = np.asarray(responsibilities) if checks.is_concrete(responsibilities) else None
-        if labels and values is not None and not np.all((values >= 0) & (values < count)):
-            raise ValueError(f"labels must be in 0..{count - 1}; got {values.min()}..{values.max()}")
-        if not labels and values is not None:
-            checks.distributions("responsibilities", values)
+        given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), self._total)
         return self._from_responsibilities(x, given, weights, 0.0)
 
+    def infer(self, params: MixtureParams, x: Data, expect: Expect = Exact()) -> CategoricalPosterior:
+        """The posterior over components of every row; its `evidence` is log p(x_n), (N,)."""
+        return categorical.infer(self._log_joint(params, x), expect)
+
+    def statistics(
+        self, params: MixtureParams, x: Data, posterior: CategoricalPosterior, weights: jax.Array | None = None
+    ) -> MixtureStats:
+        """Statistics sum_n w_n r_kn t(x_n) under any posterior r; loglik is the sum of its evidence."""
+        rows = split(x)[0]
+        params = tree.no_whole_numbers(params, rows)
+        responsibilities, evidence = as_labelled(posterior.responsibilities, x), posterior.evidence
+        if weights is not None:
+            weights = weights.astype(evidence.dtype)
+            # What a row of weight 0 holds may leave its responsibilities NaN.
+            responsibilities = jnp.where(weights > 0, responsibilities * weights, 0)
+        parts = self.parts
+        return MixtureStats(
+            weights=parts["weights"].stats(params.weights, rows, responsibilities),
+            components=parts["components"].stats(params.components, rows, responsibilities),
+            loglik=numerics.weighted_sum(evidence, weights),
+        )
+
     def e_step(
-        self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+        self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
         x = checks.present(x, weights)
-        params = tree.no_whole_numbers(params, split(x)[0])
-        responsibilities, evidence = categorical.infer(self._log_joint(params, x), expect)
-        return self._gather(params.components, x, responsibilities, weights, evidence)
+        return self.statistics(params, x, expect.posterior(self, params, x), weights)
 
     def stats(
         self, params: MixtureParams, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
@@ -122,50 +169,8 @@ class Mixture:
         q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
         """
         x = checks.present(x, weights)
-        params = tree.no_whole_numbers(params, split(x)[0])
-        evidence = numerics.normalize(self._log_joint(params, x))[1]
-        return self._gather(params.components, x, respect(responsibilities.T, x), weights, evidence)
-
-    def m_step(self, stats: MixtureStats) -> MixtureParams:
-        """weights = counts / their sum (with a prior: + concentration - 1); the family's own M-step."""
-        return MixtureParams(weights=self._weights(stats), components=self.family.m_step(stats.components))
-
-    def blocks(self, params: MixtureParams) -> tuple[str, ...]:
-        """Names of parameters with a conditional M-step of their own: "weights", "components.mean", ..."""
-        inside = constraints.blocks(self.family, params.components)
-        return ("weights", *(f"components.{name}" for name in inside)) if inside else ("weights", "components")
-
-    def m_step_for(self, params: MixtureParams, stats: MixtureStats, names: tuple[str, ...]) -> MixtureParams:
-        """The M-step over the named blocks alone, all other parameters held where they are."""
-        inside = tuple(name.removeprefix("components.") for name in names if name.startswith("components."))
-        if inside:
-            components = constraints.m_step_for(self.family, params.components, stats.components, inside)
-        else:
-            components = self.family.m_step(stats.components) if "components" in names else params.components
-        weights = self._weights(stats) if "weights" in names else params.weights
-        return MixtureParams(weights=weights, components=components)
-
-    def q_function(self, params: MixtureParams, stats: MixtureStats) -> jax.Array:
-        """sum_k counts_k log weights_k + the family's Q: expected complete-data log-likelihood."""
-        used = ~_unused(stats.counts)
-        logs = jnp.log(jnp.where(used, params.weights, 1))
-        return jnp.sum(stats.counts * logs) + self.family.q_function(params.components, stats.components)
-
-    def log_prior(self, params: MixtureParams) -> jax.Array:
-        """Log-density of the priors on weights and components; 0 without any."""
-        components = self.family.log_prior(params.components)
-        return components if self.prior is None else components + self.prior.log_prob(params.weights)
-
-    def rebase(self, stats: MixtureStats, params: MixtureParams) -> MixtureStats:
-        """The same statistics about the reference of `params`, where the family has one."""
-        if not hasattr(self.family, "rebase"):
-            return stats
-        return dataclasses.replace(stats, components=self.family.rebase(stats.components, params.components))
-
-    def degenerate(self, stats: MixtureStats, held: tuple[str, ...] = ()) -> jax.Array:
-        """Components (K,) that died or collapsed; held ones do neither."""
-        found = self.family.degenerate(stats.components)
-        return jnp.zeros_like(found) if "components" in held else found
+        exact = self.infer(params, x)
+        return self.statistics(params, x, dataclasses.replace(exact, responsibilities=responsibilities.T), weights)
 
     @parameters.at_rows
     @jax.jit
@@ -192,6 +197,8 @@ class Mixture:
     def sample_with_labels(self, key: jax.Array, params: MixtureParams, n: int) -> tuple[Data, jax.Array]:
         """n rows from the mixture, and the component (n,) that each came from."""
         checks.positive_integer("n", n)
+        if self.gate is not None:
+            raise TypeError("a mixture with a gate has components that depend on the row: it cannot be sampled from")
         self._count(params)
         params = tree.no_whole_numbers(params, params)
         key_labels, key_rows = jax.random.split(checks.random_key(key))
@@ -201,23 +208,7 @@ class Mixture:
     def num_parameters(self, params: MixtureParams) -> int:
         """Free parameters: K - 1 weights and the components'."""
         self._count(params)
-        return sum(self.degrees(params).values())
-
-    def degrees(self, params: MixtureParams) -> dict[str, int]:
-        """Free parameters by name."""
-        return {"weights": self._total - 1, "components": self.family.num_parameters(params.components)}
-
-    def unconstrain(self, params: MixtureParams) -> MixtureParams:
-        """Continuation ratios of the weights, the family's own coordinates for the components."""
-        return MixtureParams(
-            weights=numerics.simplex_to_real(params.weights), components=self.family.unconstrain(params.components)
-        )
-
-    def constrain(self, theta: MixtureParams) -> MixtureParams:
-        """Inverse of `unconstrain`."""
-        return MixtureParams(
-            weights=numerics.real_to_simplex(theta.weights), components=self.family.constrain(theta.components)
-        )
+        return assembly.num_parameters(self, params)
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
@@ -232,79 +223,50 @@ class Mixture:
 
     def params_like(self, x: Data) -> MixtureParams:
         """The shapes that parameters have for such data."""
-        rows = split(x)[0]
+        rows, parts = split(x)[0], self.parts
         return MixtureParams(
-            weights=parameters.like((self._total,), tree.float_dtype(rows)),
-            components=seeding.params_like(self.family, rows, self.num_components),
+            weights=seeding.params_like(parts["weights"], rows, self._total),
+            components=seeding.params_like(parts["components"], rows, self.num_components),
         )
-
-    @property
-    def supports(self) -> parameters.Supports:
-        """Where the values of parameters lie."""
-        return {"weights": parameters.simplex, "components": getattr(self.family, "supports", {})}
 
     def check_held(self, values: dict[str, Any]) -> None:
         """Raise ValueError for mixing weights, to be held fixed, that are no distribution."""
-        weights = values.get("weights", 0)
-        if "weights" in values and checks.is_known(weights):
-            if jnp.shape(weights) != (self._total,):
-                raise ValueError(f"weights must have shape ({self._total},); got {jnp.shape(weights)}")
-            checks.distributions("weights", np.asarray(weights)[None])
+        if self.gate is None and "weights" in values:
+            self.parts["weights"].check_value("weights", values["weights"], (self._total,))
 
     def floats_per_row(self, params: MixtureParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a row."""
-        return 2 * self._total + self.family.floats_per_row(params.components)
+        parts = self.parts
+        own = parts["weights"].floats_per_row(params.weights) + parts["components"].floats_per_row(params.components)
+        return 2 * self._total + own
 
     def floats_per_restart(self, params: MixtureParams, x: Data) -> int:
         """The part of these that every restart has for itself, where several are run on the same rows."""
-        shared = getattr(self.family, "shared_floats_per_row", lambda _: 0)(params.components)
-        return self.floats_per_row(params, x) - shared
+        return self.floats_per_row(params, x) - self.parts["components"].shared_floats_per_row(params.components)
 
     def coarse(self) -> "Mixture":
         """The same model in its cheapest arithmetic, for the bulk of many restarts; itself where there is none."""
-        family = self.family.coarse() if hasattr(self.family, "coarse") else self.family
+        family = capabilities.complete("part", self.family).coarse()
         return self if family is self.family else dataclasses.replace(self, family=family)
 
     @property
     def _total(self) -> int:
         """Components, and those that the family adds by itself."""
-        return self.num_components + getattr(self.family, "extra_components", 0)
+        return self.num_components + capabilities.complete("part", self.family).extra_components
 
     def _count(self, params: MixtureParams) -> None:
         """Raise unless parameters are a mixture's, with as many weights as it has components."""
-        parameters.count_of("params.weights", getattr(params, "weights", None), self._total)
-
-    def _weights(self, stats: MixtureStats) -> jax.Array:
-        counts = jnp.where(_unused(stats.counts), 0, stats.counts)
-        if self.prior is not None:
-            counts = jnp.maximum(counts + self.prior.pseudo_counts(counts), 0)
-        return numerics.safe_divide(counts, jnp.sum(counts))
+        if self.gate is None:
+            parameters.count_of("params.weights", fields(params).get("weights"), self._total)
 
     def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
         """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""
         parameters.shapes("params", self, params, x)
         rows, labels = split(x)
-        params = tree.no_whole_numbers(params, rows)
-        joint = numerics.safe_log(params.weights)[:, None] + self.family.log_prob(params.components, rows)
+        params, parts = tree.no_whole_numbers(params, rows), self.parts
+        joint = parts["weights"].log_prob(params.weights, rows)
+        joint = joint + parts["components"].log_prob(params.components, rows)
         return joint if labels is None else jnp.where(_allowed(labels, joint.shape[0]), joint, -jnp.inf)
-
-    def _gather(
-        self,
-        components: Params,
-        x: Data,
-        responsibilities: jax.Array,
-        weights: jax.Array | None,
-        evidence: jax.Array,
-    ) -> MixtureStats:
-        """Statistics from responsibilities (K, N) and log-evidence (N,), every row counted by its weight."""
-        if weights is not None:
-            weights = weights.astype(evidence.dtype)
-            # What a row of weight 0 holds may leave its responsibilities NaN.
-            responsibilities = jnp.where(weights > 0, responsibilities * weights, 0)
-        return MixtureStats(
-            components=self.family.stats(components, split(x)[0], responsibilities),
-            loglik=numerics.weighted_sum(evidence, weights),
-        )
 
     def _by_rows(self, params: MixtureParams, x: Data, function: Any) -> jax.Array:
         size = tree.rows_per_block(self.floats_per_row(params, x), tree.float_dtype(x))
@@ -318,14 +280,14 @@ class Mixture:
         x, weights = tree.present(x, weights)
         rows, labels = split(x)
         if labels is not None:
-            share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else respect(share.T, x).T
-        components = seeding.family_stats(self.family, rows, share, weights, self.num_components, smoothing)
-        return self.m_step(MixtureStats(components=components, loglik=jnp.zeros((), tree.float_dtype(x))))
-
-
-def _unused(counts: jax.Array) -> jax.Array:
-    """Components (K,) with no rows but what families add to every count: a weight of 0 stays one."""
-    return counts <= 2**20 * PSEUDO_COUNT
+            share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else as_labelled(share.T, x).T
+        parts = self.parts
+        pooled = {
+            "weights": parts["weights"].pooled(rows, weights, self._total),
+            "components": parts["components"].pooled(rows, weights, self.num_components),
+        }
+        of = seeding.statistics(parts, pooled, rows, share, weights, self._total, smoothing)
+        return self.params_of({name: part.m_step(of[name]) for name, part in parts.items()})
 
 
 def _allowed(labels: jax.Array, count: int) -> jax.Array:

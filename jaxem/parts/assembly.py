@@ -1,0 +1,121 @@
+"""A model's M-step, Q, prior, coordinates and all else that follows from its parts: written once, for all models.
+
+The functions of this file are the methods of what is `Assembled`, as in `m_step = assembly.m_step`. Models are, and so
+are families that consist of others.
+"""
+
+import functools
+import operator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ..protocols import Params, Part, Stats
+from ..record import fields
+from . import statements
+
+
+class Assembled(Protocol):
+    """What the methods of this file ask for."""
+
+    @property
+    def parts(self) -> dict[str, Part]: ...
+
+    def params_of(self, values: dict[str, Any]) -> Params:
+        """Parameters from those of every part."""
+        ...
+
+    def part_statistics(self, stats: Stats) -> dict[str, Any]:
+        """The statistics that every part is estimated from."""
+        ...
+
+    def with_part_statistics(self, stats: Stats, of: dict[str, Any]) -> Stats:
+        """Statistics with these in place of the parts'."""
+        ...
+
+
+def m_step(self: Assembled, stats: Stats) -> Params:
+    """Each part's own M-step: argmax of Q + log-prior."""
+    of = self.part_statistics(stats)
+    return self.params_of({name: part.m_step(of[name]) for name, part in self.parts.items()})
+
+
+def blocks(self: Assembled, params: Params) -> tuple[str, ...]:
+    """Names of parameters with a conditional M-step of their own: parts, or "part.name" within one that has such."""
+    names: list[str] = []
+    for name, part in self.parts.items():
+        inside = statements.blocks(part, fields(params)[name])
+        names += [f"{name}.{block}" for block in inside] if inside else [name]
+    return tuple(names)
+
+
+def m_step_for(self: Assembled, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
+    """The M-step over the named blocks alone, all other parameters held where they are."""
+    of, values = self.part_statistics(stats), fields(params)
+    for name, part in self.parts.items():
+        inside = tuple(block.removeprefix(f"{name}.") for block in names if block.startswith(f"{name}."))
+        if inside:
+            values[name] = statements.m_step_for(part, values[name], of[name], inside)
+        elif name in names:
+            values[name] = part.m_step(of[name])
+    return self.params_of(values)
+
+
+def q_function(self: Assembled, params: Params, stats: Stats) -> jax.Array:
+    """The sum of the parts' Q: the expected complete-data log-likelihood, linear in the statistics."""
+    of, values = self.part_statistics(stats), fields(params)
+    return _total(part.q_function(values[name], of[name]) for name, part in self.parts.items())
+
+
+def log_prior(self: Assembled, params: Params) -> jax.Array:
+    """The sum of the parts' log-densities of their priors; 0 without any."""
+    values = fields(params)
+    return _total(part.log_prior(values[name]) for name, part in self.parts.items())
+
+
+def rebase(self: Assembled, stats: Stats, params: Params) -> Stats:
+    """The same statistics about the reference of `params`, exactly, where parts have one."""
+    of, values = self.part_statistics(stats), fields(params)
+    moved = {name: part.rebase(of[name], values[name]) for name, part in self.parts.items()}
+    return self.with_part_statistics(stats, moved)
+
+
+def degenerate(self: Assembled, stats: Stats, held: tuple[str, ...] = ()) -> jax.Array:
+    """Components (K,) that died or collapsed in one of the parts; what is held does neither."""
+    of = self.part_statistics(stats)
+    found = {name: part.degenerate(of[name]) for name, part in self.parts.items()}
+    kept = [jnp.zeros_like(each) if name in held else each for name, each in found.items() if each.size]
+    return functools.reduce(operator.or_, kept) if kept else jnp.zeros(0, bool)
+
+
+def degrees(self: Assembled, params: Params) -> dict[str, int]:
+    """Free parameters by name of the part."""
+    values = fields(params)
+    return {name: part.num_parameters(values[name]) for name, part in self.parts.items()}
+
+
+def num_parameters(self: Any, params: Params) -> int:
+    """Free parameters of all parts."""
+    return sum(self.degrees(params).values())
+
+
+def unconstrain(self: Assembled, params: Params) -> Any:
+    """The parts' own unconstrained coordinates, in a record of the same kind."""
+    values = fields(params)
+    return self.params_of({name: part.unconstrain(values[name]) for name, part in self.parts.items()})
+
+
+def constrain(self: Assembled, theta: Any) -> Params:
+    """Inverse of `unconstrain`."""
+    values = fields(theta)
+    return self.params_of({name: part.constrain(values[name]) for name, part in self.parts.items()})
+
+
+def supports(self: Assembled) -> dict[str, Any]:
+    """Where the values of the parts' parameters lie."""
+    return {name: part.supports for name, part in self.parts.items()}
+
+
+def _total(terms: Any) -> jax.Array:
+    return functools.reduce(operator.add, terms)

@@ -1,0 +1,99 @@
+"""Tables of probabilities: mixing weights, where a chain starts and moves, the values of categorical columns."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import capabilities, checks, numerics, parameters, tree
+from ..priors import Dirichlet
+from ..protocols import Data
+from ..record import record
+
+
+@capabilities.completed("part")
+@record
+class Probabilities:
+    """Distributions p (..., V), each over its last axis; their statistics are expected counts in the same shape.
+
+    prior: a Dirichlet on each of them; support (..., V): where it is False (0), p is 0 and stays so, and counts as no
+    parameter. 0 log 0 = 0 throughout.
+    """
+
+    prior: Dirichlet | None = None
+    support: Any = None
+
+    supports = staticmethod(parameters.simplex)
+
+    def m_step(self, counts: jax.Array) -> jax.Array:
+        """Shares of the counts; with a prior, concentration - 1 more of each: the posterior's mode."""
+        if self.prior is not None:
+            counts = jnp.maximum(counts + self._on_support(self.prior.pseudo_counts(counts)), 0)
+        return numerics.safe_divide(counts, jnp.sum(counts, axis=-1, keepdims=True))
+
+    def q_function(self, p: jax.Array, counts: jax.Array) -> jax.Array:
+        """sum counts log p."""
+        used = counts != 0
+        return jnp.sum(jnp.where(used, counts * numerics.safe_log(jnp.where(used, p, 1)), 0))
+
+    def log_prior(self, p: jax.Array) -> jax.Array:
+        """Log-density of the prior, normalised on the support of each distribution; 0 without one."""
+        if self.prior is None:
+            return jnp.zeros((), p.dtype)
+        extra = self.prior.pseudo_counts(p)
+        inside = jnp.broadcast_to(True if self.support is None else jnp.asarray(self.support) != 0, p.shape)
+        total = jnp.sum(jnp.where(inside, extra + 1, 0), axis=-1)
+        normaliser = jax.lax.lgamma(total) - jnp.sum(jnp.where(inside, jax.lax.lgamma(extra + 1), 0), axis=-1)
+        return self.q_function(p, jnp.where(inside, extra, 0)) + jnp.sum(normaliser)
+
+    def degenerate(self, counts: jax.Array) -> jax.Array:
+        """Nothing (0,) here collapses: a probability of 0 is as good as another."""
+        return jnp.zeros(0, bool)
+
+    def unconstrain(self, p: jax.Array) -> jax.Array:
+        """Continuation ratios (..., V - 1)."""
+        return numerics.simplex_to_real(p, self.support)
+
+    def constrain(self, theta: jax.Array) -> jax.Array:
+        """Inverse of `unconstrain`."""
+        return numerics.real_to_simplex(theta, self.support)
+
+    def num_parameters(self, p: jax.Array) -> int:
+        """Free probabilities: of every distribution one fewer than its support has."""
+        inside = np.broadcast_to(1 if self.support is None else np.asarray(self.support) != 0, p.shape)
+        return int(np.sum(inside)) - int(np.prod(p.shape[:-1]))
+
+    def check_value(self, name: str, value: Any, shape: tuple[int, ...]) -> None:
+        """Raise ValueError for probabilities, to be held fixed, that are no distributions of this shape."""
+        if not checks.is_known(value):
+            return
+        if jnp.shape(value) != shape:
+            raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(value)}")
+        if np.all(np.isfinite(value)):
+            checks.distributions(name, np.atleast_2d(np.asarray(value)))
+
+    # As mixing weights (K,): a gate that looks at no row.
+
+    def log_prob(self, p: jax.Array, x: Data) -> jax.Array:
+        """log p(component k), the same for every row: (K, 1)."""
+        return numerics.safe_log(p)[:, None]
+
+    def stats(self, p: jax.Array, x: Data, responsibilities: jax.Array) -> jax.Array:
+        """Expected rows of every component: responsibilities (K, N) -> (K,)."""
+        return jnp.sum(responsibilities, axis=1)
+
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> jax.Array:
+        """All components alike: (K,)."""
+        return jnp.full(num_components, 1 / num_components, tree.float_dtype(x))
+
+    def floats_per_row(self, p: jax.Array) -> int:
+        return 0
+
+    def _on_support(self, values: jax.Array) -> jax.Array:
+        return values if self.support is None else jnp.where(self.support, values, 0)
+
+
+def on_support(part: Probabilities, counts: jax.Array) -> jax.Array:
+    """Counts, those outside of a part's support struck out."""
+    return counts if part.support is None else jnp.where(part.support, counts, 0)
