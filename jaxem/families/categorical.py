@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import capabilities, checks, numerics, parameters, tree
+from ..parts import Probabilities
 from ..priors import Dirichlet
 from ..record import record, static
 from . import columns
@@ -76,22 +77,14 @@ class Categorical:
 
     def m_step(self, stats: CategoricalStats) -> CategoricalParams:
         """Shares of the values; with a prior, the posterior mode."""
-        values = stats.values
-        if self.prior is not None:
-            has = self._has(values.shape[1])
-            values = jnp.where(has, jnp.maximum(values + self.prior.pseudo_counts(values), 0), 0)
-        return CategoricalParams(probability=numerics.safe_divide(values, jnp.sum(values, axis=-1, keepdims=True)))
+        return CategoricalParams(probability=self._table(stats.values.shape[1]).m_step(stats.values))
 
     def q_function(self, params: CategoricalParams, stats: CategoricalStats) -> jax.Array:
         """sum values log p."""
-        return columns.expected_score(numerics.safe_log(params.probability), stats.values)
+        return self._table(stats.values.shape[1]).q_function(params.probability, stats.values)
 
     def log_prior(self, params: CategoricalParams) -> jax.Array:
-        total = jnp.zeros((), params.probability.dtype)
-        if self.prior is not None:
-            for d, has in enumerate(self._has(params.probability.shape[1])):
-                total += jnp.sum(jax.vmap(self.prior.log_prob)(params.probability[:, d, : has.sum()]))
-        return total
+        return self._table(params.probability.shape[1]).log_prior(params.probability)
 
     def degenerate(self, stats: CategoricalStats) -> jax.Array:
         return columns.empty(stats.count)
@@ -101,8 +94,7 @@ class Categorical:
         return jax.random.categorical(key, numerics.safe_log(params.probability)[labels], axis=-1)
 
     def num_parameters(self, params: CategoricalParams) -> int:
-        count, num_columns, _ = params.probability.shape
-        return count * int(np.sum(self._has(num_columns)[:, 1:]))
+        return self._table(params.probability.shape[1]).num_parameters(params.probability)
 
     def floats_per_row(self, params: CategoricalParams) -> int:
         return params.probability.size // params.probability.shape[0]
@@ -111,18 +103,20 @@ class Categorical:
 
     def unconstrain(self, params: CategoricalParams) -> CategoricalParams:
         """Continuation ratios of the values, (K, D, V - 1)."""
-        has = self._has(params.probability.shape[1])
-        return CategoricalParams(probability=numerics.simplex_to_real(params.probability, has))
+        return CategoricalParams(probability=self._table(params.probability.shape[1]).unconstrain(params.probability))
 
     def constrain(self, theta: CategoricalParams) -> CategoricalParams:
         """Inverse of `unconstrain`."""
-        has = self._has(theta.probability.shape[-2])
-        return CategoricalParams(probability=numerics.real_to_simplex(theta.probability, has))
+        return CategoricalParams(probability=self._table(theta.probability.shape[-2]).constrain(theta.probability))
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         most = self._has(checks.row_shape(name, x)[1]).sum(axis=1)
         expected = f"whole numbers from 0 to {most[0] - 1}" if len(set(most)) == 1 else f"whole numbers below {most}"
         columns.check(name, x, lambda v: (v >= 0) & (v < most) & (v == np.floor(v)), f"{expected} (num_values - 1)")
+
+    def _table(self, num_columns: int) -> Probabilities:
+        """The probabilities (K, D, V) of the values that each column has."""
+        return Probabilities(prior=self.prior, support=self._has(num_columns))
 
     def _has(self, num_columns: int) -> np.ndarray:
         """Which values each column has: (D, V)."""
@@ -204,19 +198,14 @@ class Multinomial:
 
     def m_step(self, stats: MultinomialStats) -> MultinomialParams:
         """Shares of the values; with a prior, the posterior mode."""
-        values = stats.values
-        if self.prior is not None:
-            values = jnp.maximum(values + self.prior.pseudo_counts(values), 0)
-        return MultinomialParams(probability=numerics.safe_divide(values, jnp.sum(values, axis=-1, keepdims=True)))
+        return MultinomialParams(probability=Probabilities(prior=self.prior).m_step(stats.values))
 
     def q_function(self, params: MultinomialParams, stats: MultinomialStats) -> jax.Array:
         """sum values log p + base."""
-        return columns.expected_score(numerics.safe_log(params.probability), stats.values) + jnp.sum(stats.base)
+        return Probabilities().q_function(params.probability, stats.values) + jnp.sum(stats.base)
 
     def log_prior(self, params: MultinomialParams) -> jax.Array:
-        if self.prior is None:
-            return jnp.zeros((), params.probability.dtype)
-        return jnp.sum(jax.vmap(self.prior.log_prob)(params.probability))
+        return Probabilities(prior=self.prior).log_prior(params.probability)
 
     def degenerate(self, stats: MultinomialStats) -> jax.Array:
         return columns.empty(stats.count)
@@ -229,8 +218,7 @@ class Multinomial:
         return jax.random.multinomial(key, jnp.asarray(self.trials, probability.dtype), probability)
 
     def num_parameters(self, params: MultinomialParams) -> int:
-        count, values = params.probability.shape
-        return count * (values - 1)
+        return Probabilities().num_parameters(params.probability)
 
     def floats_per_row(self, params: MultinomialParams) -> int:
         return 2 * params.probability.shape[1]
@@ -238,10 +226,10 @@ class Multinomial:
     shared_floats_per_row = floats_per_row
 
     def unconstrain(self, params: MultinomialParams) -> MultinomialParams:
-        return MultinomialParams(probability=numerics.simplex_to_real(params.probability))
+        return MultinomialParams(probability=Probabilities().unconstrain(params.probability))
 
     def constrain(self, theta: MultinomialParams) -> MultinomialParams:
-        return MultinomialParams(probability=numerics.real_to_simplex(theta.probability))
+        return MultinomialParams(probability=Probabilities().constrain(theta.probability))
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         columns.check(name, x, lambda v: (v >= 0) & (v == np.floor(v)), "whole numbers, at least 0", missing=False)
