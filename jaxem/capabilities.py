@@ -27,6 +27,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "rebase": lambda part: lambda stats, params: stats,
         # Its values may lie anywhere.
         "supports": lambda part: {},
+        # Any value may be held.
+        "check_value": lambda part: lambda name, value: None,
         # There is no cheaper arithmetic.
         "coarse": lambda part: lambda: part,
         # To know that no entry is missing saves nothing.

@@ -26,6 +26,11 @@ def split(x: Any) -> tuple[Any, jax.Array | None]:
     return (x.x, x.labels) if isinstance(x, Labelled) else (x, None)
 
 
+def allowed(labels: jax.Array, count: int) -> jax.Array:
+    """Components that rows with these labels (N,) may come from: (K, N)."""
+    return (labels < 0) | (labels == jnp.arange(count)[:, None])
+
+
 def as_labelled(responsibilities: jax.Array, x: Any) -> jax.Array:
     """Responsibilities (K, N), those of labelled rows all in their own component."""
     labels = split(x)[1]

@@ -80,6 +80,10 @@ class Part(Protocol):
 
     def constrain(self, theta: Any) -> Params: ...
 
+    def check_value(self, name: str, value: Any) -> None:
+        """Raise ValueError for a value, to be held fixed, that cannot be."""
+        ...
+
     @property
     def supports(self) -> Any:
         """Where values lie: name -> a check of `parameters`, or one check where the parameter is an array."""

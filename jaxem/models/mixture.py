@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import capabilities, checks, numerics, parameters, seeding, tree
-from ..data import as_labelled, split
+from ..data import allowed, as_labelled, split
 from ..latents import Exact, categorical
 from ..latents.categorical import CategoricalPosterior
 from ..parts import Probabilities, assembly
@@ -76,21 +76,17 @@ class Mixture:
     @property
     def parts(self) -> dict[str, Any]:
         """The mixing weights, and the components."""
-        weights = Probabilities(prior=self.prior) if self.gate is None else capabilities.complete("part", self.gate)
-        return {"weights": weights, "components": capabilities.complete("part", self.family)}
+        family = capabilities.complete("part", self.family)
+        weights = Probabilities(prior=self.prior, shape=(self.num_components + family.extra_components,))
+        return {
+            "weights": weights if self.gate is None else capabilities.complete("part", self.gate),
+            "components": family,
+        }
 
-    def params_of(self, values: dict[str, Any]) -> MixtureParams:
-        """Parameters from those of the parts."""
-        return MixtureParams(**values)
-
-    def part_statistics(self, stats: MixtureStats) -> dict[str, Any]:
-        """The statistics that each part is estimated from."""
-        return {"weights": stats.weights, "components": stats.components}
-
-    def with_part_statistics(self, stats: MixtureStats, of: dict[str, Any]) -> MixtureStats:
-        """Statistics with these in place of the parts'."""
-        return MixtureStats(**of, loglik=stats.loglik)
-
+    params_type = MixtureParams
+    params_of = assembly.params_of
+    part_statistics = assembly.part_statistics
+    with_part_statistics = assembly.with_part_statistics
     m_step = assembly.m_step
     blocks = assembly.blocks
     m_step_for = assembly.m_step_for
@@ -99,6 +95,7 @@ class Mixture:
     rebase = assembly.rebase
     degenerate = assembly.degenerate
     degrees = assembly.degrees
+    check_held = assembly.check_held
     unconstrain = assembly.unconstrain
     constrain = assembly.constrain
     supports = property(assembly.supports)
@@ -229,11 +226,6 @@ class Mixture:
             components=seeding.params_like(parts["components"], rows, self.num_components),
         )
 
-    def check_held(self, values: dict[str, Any]) -> None:
-        """Raise ValueError for mixing weights, to be held fixed, that are no distribution."""
-        if self.gate is None and "weights" in values:
-            self.parts["weights"].check_value("weights", values["weights"], (self._total,))
-
     def floats_per_row(self, params: MixtureParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a row."""
         parts = self.parts
@@ -246,13 +238,13 @@ class Mixture:
 
     def coarse(self) -> "Mixture":
         """The same model in its cheapest arithmetic, for the bulk of many restarts; itself where there is none."""
-        family = capabilities.complete("part", self.family).coarse()
+        family = self.parts["components"].coarse()
         return self if family is self.family else dataclasses.replace(self, family=family)
 
     @property
     def _total(self) -> int:
         """Components, and those that the family adds by itself."""
-        return self.num_components + capabilities.complete("part", self.family).extra_components
+        return self.num_components + self.parts["components"].extra_components
 
     def _count(self, params: MixtureParams) -> None:
         """Raise unless parameters are a mixture's, with as many weights as it has components."""
@@ -266,7 +258,7 @@ class Mixture:
         params, parts = tree.no_whole_numbers(params, rows), self.parts
         joint = parts["weights"].log_prob(params.weights, rows)
         joint = joint + parts["components"].log_prob(params.components, rows)
-        return joint if labels is None else jnp.where(_allowed(labels, joint.shape[0]), joint, -jnp.inf)
+        return joint if labels is None else jnp.where(allowed(labels, joint.shape[0]), joint, -jnp.inf)
 
     def _by_rows(self, params: MixtureParams, x: Data, function: Any) -> jax.Array:
         size = tree.rows_per_block(self.floats_per_row(params, x), tree.float_dtype(x))
@@ -288,11 +280,6 @@ class Mixture:
         }
         of = seeding.statistics(parts, pooled, rows, share, weights, self._total, smoothing)
         return self.params_of({name: part.m_step(of[name]) for name, part in parts.items()})
-
-
-def _allowed(labels: jax.Array, count: int) -> jax.Array:
-    """Components that a row may come from: (K, N)."""
-    return (labels < 0) | (labels == jnp.arange(count)[:, None])
 
 
 def params_from_responsibilities(

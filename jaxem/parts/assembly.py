@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..protocols import Params, Part, Stats
-from ..record import fields
+from ..record import fields, replace
 from . import statements
 
 
@@ -33,6 +33,22 @@ class Assembled(Protocol):
     def with_part_statistics(self, stats: Stats, of: dict[str, Any]) -> Stats:
         """Statistics with these in place of the parts'."""
         ...
+
+
+def params_of(self: Any, values: dict[str, Any]) -> Params:
+    """Parameters from those of every part, in the record `params_type`."""
+    return self.params_type(**values)
+
+
+def part_statistics(self: Assembled, stats: Stats) -> dict[str, Any]:
+    """The statistics that every part is estimated from, where they go by the parts' names."""
+    named = fields(stats)
+    return {name: named[name] for name in self.parts}
+
+
+def with_part_statistics(self: Assembled, stats: Stats, of: dict[str, Any]) -> Stats:
+    """Statistics with these in place of the parts', where they go by the parts' names."""
+    return replace(stats, **of)
 
 
 def m_step(self: Assembled, stats: Stats) -> Params:
@@ -98,6 +114,12 @@ def degrees(self: Assembled, params: Params) -> dict[str, int]:
 def num_parameters(self: Any, params: Params) -> int:
     """Free parameters of all parts."""
     return sum(self.degrees(params).values())
+
+
+def check_held(self: Assembled, values: dict[str, Any]) -> None:
+    """Raise ValueError for parts, to be held fixed, whose values cannot be."""
+    for name, value in values.items():
+        self.parts[name].check_value(name, value)
 
 
 def unconstrain(self: Assembled, params: Params) -> Any:

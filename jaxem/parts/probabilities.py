@@ -9,7 +9,7 @@ import numpy as np
 from .. import capabilities, checks, numerics, parameters, tree
 from ..priors import Dirichlet
 from ..protocols import Data
-from ..record import record
+from ..record import record, static
 
 
 @capabilities.completed("part")
@@ -18,11 +18,12 @@ class Probabilities:
     """Distributions p (..., V), each over its last axis; their statistics are expected counts in the same shape.
 
     prior: a Dirichlet on each of them; support (..., V): where it is False (0), p is 0 and stays so, and counts as no
-    parameter. 0 log 0 = 0 throughout.
+    parameter; shape: of the table, where it is known. 0 log 0 = 0 throughout.
     """
 
     prior: Dirichlet | None = None
     support: Any = None
+    shape: tuple[int, ...] | None = static(default=None)
 
     supports = staticmethod(parameters.simplex)
 
@@ -64,12 +65,12 @@ class Probabilities:
         inside = np.broadcast_to(1 if self.support is None else np.asarray(self.support) != 0, p.shape)
         return int(np.sum(inside)) - int(np.prod(p.shape[:-1]))
 
-    def check_value(self, name: str, value: Any, shape: tuple[int, ...]) -> None:
-        """Raise ValueError for probabilities, to be held fixed, that are no distributions of this shape."""
+    def check_value(self, name: str, value: Any) -> None:
+        """Raise ValueError for probabilities, to be held fixed, that are no distributions of the table's shape."""
         if not checks.is_known(value):
             return
-        if jnp.shape(value) != shape:
-            raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(value)}")
+        if jnp.shape(value) != self.shape:
+            raise ValueError(f"{name} must have shape {self.shape}; got {jnp.shape(value)}")
         if np.all(np.isfinite(value)):
             checks.distributions(name, np.atleast_2d(np.asarray(value)))
 
@@ -92,8 +93,3 @@ class Probabilities:
 
     def _on_support(self, values: jax.Array) -> jax.Array:
         return values if self.support is None else jnp.where(self.support, values, 0)
-
-
-def on_support(part: Probabilities, counts: jax.Array) -> jax.Array:
-    """Counts, those outside of a part's support struck out."""
-    return counts if part.support is None else jnp.where(part.support, counts, 0)
