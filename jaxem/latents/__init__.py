@@ -3,3 +3,4 @@
 from .expect import Exact as Exact
 from .expect import Hard as Hard
 from .expect import Sample as Sample
+from .expect import ask as ask

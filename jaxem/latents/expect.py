@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks
-from ..protocols import Data, Model, Params
+from ..protocols import Data, Expect, Model, Params
 from ..record import record, static
 
 
@@ -105,3 +105,15 @@ class Sample:
                 "Sample() draws at random and has no key: pass key=... to em_fit, or use Sample(n, key=key)"
             )
         return checks.random_key(self.key)
+
+
+def ask(expect: Expect, model: Model, params: Params, x: Data) -> Any:
+    """The posterior that an `expect` gives; TypeError for what gives none."""
+    try:
+        posterior = expect.posterior
+    except AttributeError:
+        raise TypeError(
+            "expect must be Exact(), Hard(), Sample(n), or an object with a method posterior(model, params, x); got "
+            f"{expect!r}"
+        ) from None
+    return posterior(model, params, x)

@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import checks, numerics, parameters, seeding, tree
-from ..latents import Exact, Hard
-from ..protocols import Data
-from ..record import record, static
+from ..latents import Exact, Hard, ask
+from ..protocols import Data, Expect
+from ..record import fields, record, static
 
 INITS = ("k-means++", "greedy-k-means++", "k-means||", "random_rows")
 
@@ -43,6 +42,27 @@ class KMeansStats:
     first: jax.Array
     scatter: jax.Array
     loglik: jax.Array
+
+
+@record
+class NearestCentre:
+    """The posterior of k-means: every row's cluster.
+
+    label (N,): the first nearest centre c.
+    score (N,): c·x - |c|²/2, with both about the anchor; larger is nearer.
+    points (N, D): the rows x.
+    anchor (D,): a point amid them.
+    """
+
+    label: jax.Array
+    score: jax.Array
+    points: jax.Array
+    anchor: jax.Array
+
+    @property
+    def evidence(self) -> jax.Array:
+        """Minus the squared distance to the centre, (N,)."""
+        return 2 * self.score - jnp.sum(jnp.square(self.points - self.anchor), axis=1)
 
 
 @record(kw_only=False)
@@ -98,28 +118,34 @@ class KMeans:
         }[method]
         return KMeansParams(centers=rows[seed(key, rows, weights, count)[0]])
 
-    def e_step(
-        self, params: KMeansParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
-    ) -> KMeansStats:
-        """Counts and moments of the rows nearest to each centre, and minus the inertia.
-
-        Goes over the rows in blocks by itself: an empty cluster is known only after all of them.
-        """
-        if not isinstance(expect, (Exact, Hard)) or getattr(expect, "temperature", None) is not None:
+    def infer(self, params: KMeansParams, x: Data, expect: Expect = Exact()) -> NearestCentre:
+        """The nearest centre of every row; its `evidence` is minus the squared distance to it, (N,)."""
+        if not isinstance(expect, (Exact, Hard)) or fields(expect).get("temperature") is not None:
             raise TypeError(
                 f"expect must be Exact() or Hard() for k-means, whose only posterior is hard; got {expect!r}"
             )
         parameters.shapes("params", self, params, x)
-        return self._e_step(params, x, weights)
+        return self._infer(params, x)
 
     @jax.jit
-    def _e_step(self, params: KMeansParams, x: Data, weights: jax.Array | None) -> KMeansStats:
+    def _infer(self, params: KMeansParams, x: Data) -> NearestCentre:
+        rows = checks.matrix("x", x)
+        anchor = _anchor(rows)
+        label, score = _nearest(params.centers, rows, anchor)
+        return NearestCentre(label=label, score=score, points=rows, anchor=anchor)
+
+    @jax.jit
+    def statistics(
+        self, params: KMeansParams, x: Data, posterior: NearestCentre, weights: jax.Array | None = None
+    ) -> KMeansStats:
+        """Counts and moments of the rows of each cluster, about its centre, and minus the inertia.
+
+        Goes over the rows in blocks by itself: an empty cluster is known only after all of them.
+        """
         rows, centers = checks.matrix("x", x), params.centers
-        anchor = _anchor(rows, weights)
-        label, score = _nearest(centers, rows, anchor)
         stats = tree.sum_over_blocks(
             lambda block, inside: _moments(centers, block[0], block[1], inside),
-            (rows, label),
+            (rows, posterior.label),
             weights,
             _block_size(centers, rows),
         )
@@ -132,10 +158,16 @@ class KMeans:
             return stats
 
         def refilled(stats: KMeansStats) -> KMeansStats:
-            distance = jnp.sum(jnp.square(rows - anchor), axis=1) - 2 * score
-            return _refill(stats, self.degenerate(stats), centers, rows, weights, label, distance)
+            return _refill(stats, self.degenerate(stats), centers, rows, weights, posterior.label, -posterior.evidence)
 
         return jax.lax.cond(jnp.any(self.degenerate(stats)), refilled, lambda stats: stats, stats)
+
+    def e_step(
+        self, params: KMeansParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
+    ) -> KMeansStats:
+        """Counts and moments of the rows nearest to each centre, and minus the inertia."""
+        x = checks.present(x, weights)
+        return self.statistics(params, x, ask(expect, self, params, x), weights)
 
     def m_step(self, stats: KMeansStats) -> KMeansParams:
         """The mean of each cluster's rows; an empty cluster keeps its centre."""
@@ -172,7 +204,7 @@ class KMeans:
     def predict(self, params: KMeansParams, x: Data) -> jax.Array:
         """The nearest centre of each row: (N,), whole numbers."""
         rows = checks.matrix("x", x)
-        return _nearest(params.centers, rows, _anchor(rows, None))[0]
+        return _nearest(params.centers, rows, _anchor(rows))[0]
 
     @parameters.at_rows
     @jax.jit
@@ -230,18 +262,14 @@ def _block_size(centers: jax.Array, rows: jax.Array) -> int:
     return -(-rows.shape[0] // max(2, -(-rows.shape[0] // largest)))
 
 
-def _anchor(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _anchor(rows: jax.Array) -> jax.Array:
     """A point (D,) amid the rows, from which expanded distances are taken: near enough not to cancel.
 
     The mean of some rows, rounded to a power of two near their spread, so that differences of rows
     that are short in binary stay exact, and ties stay ties. (Of all rows it would take a good part of a
     step, and of the centres every restart would have its own.)
     """
-    stride = max(1, rows.shape[0] // _ANCHOR_ROWS)
-    some = rows[::stride]
-    if weights is not None:
-        # A row that does not count may lie anywhere, and so may all of these.
-        some = jnp.where(weights[::stride, None] > 0, some, rows[jnp.argmax(weights > 0)])
+    some = rows[:: max(1, rows.shape[0] // _ANCHOR_ROWS)]
     mean, variance = jnp.mean(some, axis=0), jnp.var(some, axis=0)
     grid = jnp.exp2(jnp.floor(0.5 * jnp.log2(jnp.where(variance > 0, variance, 1))))
     return jnp.where(variance > 0, jnp.round(mean / grid) * grid, mean)
@@ -341,7 +369,7 @@ def _kmeans_parallel(key: jax.Array, rows: jax.Array, weights: jax.Array | None,
     def go_to(candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which candidate (N,) is nearest, and the squared distance to it, exactly."""
         points = rows[candidates]
-        label, _ = _nearest(points, rows, _anchor(rows, weights))
+        label, _ = _nearest(points, rows, _anchor(rows))
         return label, jnp.sum(jnp.square(rows - points[label]), axis=1)
 
     def draw(carry: tuple[jax.Array, jax.Array], turn: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

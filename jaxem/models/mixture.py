@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .. import capabilities, checks, numerics, parameters, seeding, tree
 from ..data import allowed, as_labelled, split
-from ..latents import Exact, categorical
+from ..latents import Exact, ask, categorical
 from ..latents.categorical import CategoricalPosterior
 from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
@@ -156,7 +156,7 @@ class Mixture:
     ) -> MixtureStats:
         """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
         x = checks.present(x, weights)
-        return self.statistics(params, x, expect.posterior(self, params, x), weights)
+        return self.statistics(params, x, ask(expect, self, params, x), weights)
 
     def stats(
         self, params: MixtureParams, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
