@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import checks, numerics, parameters, seeding, tree
+from ..capabilities import completed
 from ..latents import Exact, Hard
 from ..protocols import Data
 from ..record import record, static
@@ -45,6 +46,7 @@ class KMeansStats:
     loglik: jax.Array
 
 
+@completed("model")
 @record(kw_only=False)
 class KMeans:
     """Lloyd's algorithm: rows go to the nearest centre whole, centres go to the mean of their rows.
@@ -105,7 +107,7 @@ class KMeans:
 
         Goes over the rows in blocks by itself: an empty cluster is known only after all of them.
         """
-        if not isinstance(expect, (Exact, Hard)) or getattr(expect, "temperature", None) is not None:
+        if not isinstance(expect, Hard) and not (isinstance(expect, Exact) and expect.temperature is None):
             raise TypeError(
                 f"expect must be Exact() or Hard() for k-means, whose only posterior is hard; got {expect!r}"
             )
@@ -192,7 +194,8 @@ class KMeans:
 
     def num_parameters(self, params: KMeansParams) -> int:
         """Free parameters: K D."""
-        parameters.count_of("params.centers", getattr(params, "centers", None), self.num_clusters)
+        centers = params.centers if isinstance(params, KMeansParams) else None
+        parameters.count_of("params.centers", centers, self.num_clusters)
         return int(jnp.size(params.centers))
 
     def unconstrain(self, params: KMeansParams) -> KMeansParams:
