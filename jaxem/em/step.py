@@ -103,7 +103,8 @@ class EM:
         """
         problem = pose(model, x, weights)
         _, gather, maximize = self.slots
-        if gather.init is not None or maximize.parts(problem, params) > 1:
+        plain = gather.init is None and gather.parts(problem) == gather.passes(problem) == 1
+        if not plain or maximize.parts(problem, params) > 1:
             return self.started(problem, params, key)
 
         def shapes(params: Params, key: jax.Array | None) -> EMState:
