@@ -1,4 +1,4 @@
-"""What a model, a part or a slot may leave out, and what then stands in its place.
+"""What a model, a part, a slot, an algorithm or a state may leave out, and what then stands in its place.
 
 Everything behind this file meets complete objects. The library's own classes are completed where they are defined
 (`completed`), a user's objects once, where they come in (`complete`); nobody else asks what an object has.
@@ -10,15 +10,70 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
-from . import tree
+from . import checks, tree
+from .protocols import Algorithm, Model, Nature
 from .record import fields, record, static
 
 C = TypeVar("C", bound=type)
 
 
+def _nature(slot: Any) -> Nature:
+    """What a slot says of itself by plain attributes."""
+    return Nature(
+        stochastic=getattr(slot, "stochastic", False),
+        monotone=getattr(slot, "monotone", True),
+        complete=getattr(slot, "complete", True),
+        inexact=getattr(slot, "inexact", False),
+    )
+
+
+def _nature_of_algorithm(algorithm: Any) -> Callable[[Model], Nature]:
+    """The same of an algorithm, which may say only with the model whether its M-steps are inexact."""
+    return lambda model: Nature(
+        stochastic=getattr(algorithm, "stochastic", False),
+        monotone=getattr(algorithm, "monotone", False),
+        complete=getattr(algorithm, "complete", True),
+        inexact=getattr(algorithm, "inexact", lambda model: False)(model),
+    )
+
+
+def _none(_: Any) -> None:
+    """Where nothing can stand in, and the one who asks has to know."""
+    return None
+
+
 # Of each kind of object: name -> the attribute that an object without it has.
 _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "model": {
+        # It takes any data, and any parameters of whatever shapes and values.
+        "check": lambda model: lambda x, weights=None: None,
+        "params_like": lambda model: lambda x: None,
+        "supports": lambda model: {},
+        # Rows are the units, they are what criteria count, and an E-step sees no more in all of them than in a part.
+        "units": lambda model: lambda x: x,
+        "sample_size": lambda model: tree.total_weight,
+        "partial": lambda model: lambda: model,
+        # No component can die or collapse, there is no prior, and the objective is a log-likelihood.
+        "degenerate": lambda model: lambda stats: jnp.zeros(0, bool),
+        "log_prior": lambda model: lambda params: 0.0,
+        "likelihood": lambda model: True,
+        # Parameters are free as they are, and statistics have no reference to be moved.
+        "unconstrain": lambda model: lambda params: params,
+        "constrain": lambda model: lambda theta: theta,
+        "rebase": lambda model: lambda stats, params: stats,
+        # There is no cheaper arithmetic, restarts on the same rows share no temporaries, and how many is not known.
+        "coarse": lambda model: lambda: model,
+        "floats_per_restart": lambda model: model.floats_per_row,
+        "floats_per_row": _none,
+        # Starts are given, the M-step is a climb of Q or has no need of it, and is one for all parameters.
+        "init": _none,
+        "m_step": _none,
+        "q_function": _none,
+        "blocks": _none,
+        "m_step_for": _none,
+    },
     # A family of observations, or another part of the parameters; see `protocols.Part` and `protocols.Family`.
     "part": {
         # Its start from all rows, under the name that it had before.
@@ -63,7 +118,63 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "partial": lambda inner: lambda: inner,
         "without_missing": lambda inner: lambda: inner,
     },
+    "expect": {
+        "nature": _nature,
+        # It is the same in every step and for every part of the rows.
+        "at": lambda expect: lambda step, key: original(expect),
+        "fold": lambda expect: lambda number: original(expect),
+    },
+    "gather": {
+        "nature": _nature,
+        # A turn is one step over all rows, which renews all statistics.
+        "parts": lambda gather: lambda problem: 1,
+        "passes": lambda gather: lambda problem: 1.0,
+        "rate": lambda gather: 1.0,
+        # It remembers nothing, and its first statistics are made as all others are.
+        "init": _none,
+    },
+    "maximize": {
+        "nature": _nature,
+        # It remembers nothing, and a turn is one step after one E-step.
+        "init": lambda maximize: lambda problem, params: None,
+        "parts": lambda maximize: lambda problem, params: 1,
+        "multicycle": lambda maximize: False,
+    },
+    "algorithm": {
+        "nature": _nature_of_algorithm,
+        "begin": lambda algorithm: algorithm.init,
+        # The log-likelihood that its states show is that of all rows at their parameters.
+        "evaluated": lambda algorithm: lambda model, state, x, weights=None: state,
+    },
+    # A state of an algorithm, or what a slot remembers.
+    "state": {
+        # Its statistics are there, its M-steps leave nothing of Q, and its objective stays what it is.
+        "waiting": _none,
+        "missed": lambda state: 0.0,
+        "settled": lambda state: True,
+        # What is still to be gained is for the loop to tell.
+        "left": _none,
+    },
+    "statistics": {
+        # The log-likelihood is not known.
+        "loglik": _none,
+    },
+    "optimizer": {
+        # It is none.
+        "init": _none,
+        "update": _none,
+    },
 }
+
+# What is of use only together.
+_PAIRS = {"unconstrain": "constrain", "constrain": "unconstrain", "blocks": "m_step_for", "m_step_for": "blocks"}
+
+# Methods that give another form of an object, which is as complete.
+_FORMS = ("coarse", "partial")
+
+
+class _Default(property):
+    """An attribute that a class has by default."""
 
 
 def _given_names(inner: Any) -> tuple[str, ...]:
@@ -86,7 +197,7 @@ def completed(kind: str) -> Callable[[C], C]:
     def complete_class(cls: C) -> C:
         for name, default in _DEFAULTS[kind].items():
             if not hasattr(cls, name) and name not in getattr(cls, "__dataclass_fields__", {}):
-                setattr(cls, name, property(default))
+                setattr(cls, name, _Default(default))
         return cls
 
     return complete_class
@@ -94,7 +205,7 @@ def completed(kind: str) -> Callable[[C], C]:
 
 @record(kw_only=False)
 class Completed:
-    """An object of a user's own, with defaults for what it leaves out."""
+    """An object with defaults for what it leaves out."""
 
     inner: Any
     kind: str = static()
@@ -102,11 +213,44 @@ class Completed:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "inner" not in self.__dict__:
             raise AttributeError(name)
-        if name in _DEFAULTS[self.kind] and not hasattr(self.inner, name):
-            return _DEFAULTS[self.kind][name](self.inner)
-        return getattr(self.inner, name)
+        defaults = _DEFAULTS[self.kind]
+        if name in defaults and not states(self.inner, name, _PAIRS.get(name, name)):
+            return defaults[name](self)
+        found = getattr(self.inner, name)
+        return (lambda: self._form(found())) if name in _FORMS else found
+
+    def _form(self, other: Any) -> Any:
+        return self if other is self.inner else complete(self.kind, other)
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
 
 
 def complete(kind: str, given: Any) -> Any:
     """The object itself if it has all that its kind may ask for, else one that has."""
     return given if all(hasattr(given, name) for name in _DEFAULTS[kind]) else Completed(given, kind)
+
+
+def original(completed: Any) -> Any:
+    """The object as it came in."""
+    return completed.inner if isinstance(completed, Completed) else completed
+
+
+def states(completed: Any, *names: str) -> bool:
+    """Whether an object has all of these by itself, and none by default."""
+    inner = original(completed)
+    return all(hasattr(inner, name) and not isinstance(getattr(type(inner), name, None), _Default) for name in names)
+
+
+def fitted_model(model: Any) -> Model:
+    """The model, complete. Raises TypeError unless it can be one: with an E-step, and something to maximise."""
+    known = states(model, "e_step") and (states(model, "m_step") or states(model, "q_function"))
+    wrap = f": it is fitted inside of one, as Mixture({model!r}, 2)" if states(model, "log_prob") else ""
+    checks.made("model", model, known, "a model, as Mixture(Normal(), num_components=2)", wrap)
+    return complete("model", model)
+
+
+def fitting_algorithm(algorithm: Any) -> Algorithm:
+    """The algorithm, complete. Raises TypeError unless it can be one: with `init` and `step`, made and not named."""
+    checks.made("algorithm", algorithm, states(algorithm, "init", "step"), "an algorithm, as EM() or squarem()")
+    return complete("algorithm", algorithm)

@@ -37,6 +37,11 @@ def is_known(value: Any) -> bool:
     return isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)) and is_concrete(value)
 
 
+def nans_are_debugged() -> bool:
+    """Whether JAX stops at the first NaN, so that none may stand for what is not there."""
+    return bool(jax.config.jax_debug_nans)  # type: ignore[attr-defined]
+
+
 def choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError unless `value` is one of the choices."""
     known = tuple(choices)
@@ -117,7 +122,7 @@ def row_shape(name: str, value: Any) -> tuple[int, int]:
 def plain_axes(name: str, value: Any) -> None:
     """Raise ValueError for arrays spread over a mesh whose axes have explicit types."""
     for leaf in jax.tree.leaves(value):
-        sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else None
+        sharding = leaf.sharding if isinstance(leaf, jax.Array) and is_concrete(leaf) else None
         if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
             raise ValueError(
                 f"{name} is spread over mesh axes {sharding.mesh.axis_names} of explicit type, along which rows cannot "
@@ -303,19 +308,7 @@ def complete_family(value: Any) -> None:
         raise TypeError(f"family must be a family of components, as Normal() or Poisson(); got {told(value)}")
 
 
-def fitted_model(model: Any) -> None:
-    """Raise TypeError unless this can be a model: with an E-step, and something to maximise."""
-    known = hasattr(model, "e_step") and (hasattr(model, "m_step") or hasattr(model, "q_function"))
-    wrap = f": it is fitted inside of one, as Mixture({model!r}, 2)" if hasattr(model, "log_prob") else ""
-    _made("model", model, known, "a model, as Mixture(Normal(), num_components=2)", wrap)
-
-
-def algorithm(value: Any) -> None:
-    """Raise TypeError unless this can be an algorithm: something with `init` and `step`, made and not only named."""
-    _made("algorithm", value, hasattr(value, "init") and hasattr(value, "step"), "an algorithm, as EM() or squarem()")
-
-
-def _made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> None:
+def made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> None:
     """Raise TypeError for what is not `what`, or a class or a function that would make it, or no argument of jit."""
     if isinstance(value, type) or inspect.isroutine(value):
         raise TypeError(f"{name} must be {what}; got {told(value)}: call it, {value.__name__}(...)")
@@ -349,6 +342,16 @@ def number(name: str, value: Any, what: str, *, whole: bool = False) -> None:
         raise TypeError(f"{name} must be {what}; got {told(value)}")
     if jnp.ndim(value):
         raise ValueError(f"{name} must be {what}; got an array of shape {jnp.shape(value)}")
+
+
+def limits(tol: Any, max_steps: Any) -> None:
+    """Raise TypeError or ValueError for limits of a fit that are no single numbers, or that no fit can have."""
+    number("tol", tol, "a finite number, nats per unit of weight")
+    if is_concrete(tol) and not np.isfinite(tol):
+        raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")
+    number("max_steps", max_steps, "a whole number", whole=True)
+    if is_concrete(max_steps) and not 0 <= max_steps < 2**31:
+        raise ValueError(f"max_steps must be at least 0 and below 2**31, as int32 counts steps; got {max_steps}")
 
 
 def labels(name: str, value: Any, rows: int, count: int) -> None:

@@ -11,15 +11,15 @@ from jax.custom_derivatives import SymbolicZero
 
 
 def refuse_derivatives(function: Callable) -> Callable:
-    """`function` of pytrees of arrays, whose derivative along any of them raises TypeError.
+    """`function` of pytrees of arrays, and of statics by keyword, whose derivative along an array raises TypeError.
 
     Differentiated step by step, a loop that stops by its parameters gives the derivative of where it stopped, which
     is not that of the limit, and not even close at usual tolerances.
     """
 
     @functools.wraps(function)
-    def refusing(*arguments: Any) -> Any:
-        run = jax.custom_jvp(function)
+    def refusing(*arguments: Any, **statics: Any) -> Any:
+        run = jax.custom_jvp(functools.partial(function, **statics))
 
         def rule(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
             if not all(isinstance(tangent, SymbolicZero) for tangent in jax.tree.leaves(tangents)):
@@ -29,7 +29,7 @@ def refuse_derivatives(function: Callable) -> Callable:
                     "jax.lax.scan, whose derivatives are exact for that many steps; or put jax.lax.stop_gradient "
                     "around the arguments, where the fit is to count as a constant"
                 )
-            found = function(*primals)
+            found = function(*primals, **statics)
             return found, jax.tree.map(_no_tangent, found)
 
         run.defjvp(rule, symbolic_zeros=True)

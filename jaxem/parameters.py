@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks
+from . import checks, tree
+from .capabilities import complete
+from .protocols import Algorithm, Data, Model, Params
 
 # How far below 0 an eigenvalue may lie, beside the largest entry of its matrix.
 _EIGENVALUE_ROUNDING = 1e-4
@@ -82,16 +84,16 @@ def _supported(name: str, params: Any, supports: Supports) -> None:
             support(place, np.asarray(value))
 
 
-def shapes(name: str, model: Any, params: Any, x: Any, lead: tuple[int, ...] = ()) -> None:
+def shapes(name: str, model: Model | Any, params: Params, x: Data, lead: tuple[int, ...] = ()) -> None:
     """Raise for parameters of another structure or shape than the model's own for these data, under leading axes.
 
     Raises TypeError for another record, a missing key, or what is no array, and ValueError for another shape, by name.
-    Values are not read. What a model from functions has for parameters is its own affair.
+    Values are not read. What a model that does not tell has for parameters is its own affair.
     """
-    if hasattr(model, "params_like"):
-        _alike(
-            name, params, model.params_like(x), lead, f"x of shape {x.shape}" if hasattr(x, "shape") else "these data"
-        )
+    expected = complete("model", model).params_like(x)
+    if expected is not None:
+        told = isinstance(x, (*checks.ARRAYS, jax.ShapeDtypeStruct))
+        _alike(name, params, expected, lead, f"x of shape {x.shape}" if told else "these data")
 
 
 def _alike(name: str, given: Any, expected: Any, lead: tuple[int, ...], data: str) -> None:
@@ -152,13 +154,38 @@ def rows_like(x: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), x)
 
 
-def check(name: str, model: Any, params: Any, x: Any, lead: tuple[int, ...] = ()) -> None:
+def check(name: str, model: Model | Any, params: Params, x: Data, lead: tuple[int, ...] = ()) -> None:
     """Raise for parameters that do not fit a model and its data, by name: shapes everywhere, values eagerly."""
     shapes(name, model, params, x, lead)
-    if hasattr(model, "supports"):
-        _supported(name, params, model.supports)
-    if hasattr(model, "check_params") and not lead:
-        model.check_params(params)
+    _supported(name, params, complete("model", model).supports)
+
+
+def as_steps_return(
+    model: Model, algorithm: Algorithm, params: Params, x: Data, weights: jax.Array | None, key: jax.Array | None
+) -> Params:
+    """The start, in the dtypes that a step returns; ValueError where a step changes its structure or shapes."""
+
+    def step(params: Params) -> Params:
+        return algorithm.step(model, algorithm.init(model, params, x, weights, key), x, weights).params
+
+    given, params = params, tree.in_precision(params, tree.float_dtype(x))
+    try:
+        after = jax.eval_shape(step, params)
+    except TypeError:
+        # A model of the user's own may hold whole numbers that are meant as such, as an index.
+        after = jax.eval_shape(step, given)
+    structure: Any = jax.tree.structure(params)
+    if structure != jax.tree.structure(after):
+        raise ValueError(
+            f"m_step must return the structure that params have; got {jax.tree.structure(after)} for {structure}"
+        )
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(after), strict=True):
+        if jnp.shape(old) != new.shape:
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} has shape {jnp.shape(old)}, but a step makes it {new.shape}: "
+                "the start does not fit the model or the data"
+            )
+    return jax.tree.map(lambda new, old: jnp.asarray(old, new.dtype), after, params)
 
 
 def at_rows(method: Callable) -> Any:

@@ -1,37 +1,104 @@
-"""What the rooms promise each other. Nothing here is inherited; anything of this shape fits."""
+"""What the rooms promise each other. Nothing here is inherited; anything of this shape fits.
 
+What an object may leave out, and what then stands in its place, is written down in `capabilities.py`.
+"""
+
+import dataclasses
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
+
+from . import tree
+from .record import record
 
 Params = Any
 Stats = Any
 Data = Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Nature:
+    """What an algorithm is, or one of its slots.
+
+    stochastic: steps are random to the end, so that no fit settles by itself.
+    monotone: exact arithmetic would never lower the objective.
+    complete: a state's statistics are those of all rows at its parameters.
+    inexact: M-steps stop short of their maximum, some more than others, so that gains are irregular.
+    """
+
+    stochastic: bool = False
+    monotone: bool = True
+    complete: bool = True
+    inexact: bool = False
+
+    @staticmethod
+    def of(parts: "Iterable[Nature]") -> "Nature":
+        """What is made of such parts; where one is random, the objective may fall."""
+        parts = tuple(parts)
+        stochastic = any(part.stochastic for part in parts)
+        return Nature(
+            stochastic=stochastic,
+            monotone=not stochastic and all(part.monotone for part in parts),
+            complete=all(part.complete for part in parts),
+            inexact=any(part.inexact for part in parts),
+        )
+
+
 class Model(Protocol):
     """A latent-variable model, as the algorithms see it.
 
     `e_step` gives expected sufficient statistics that add over rows, with the log-likelihood at
-    `params` as their leaf `loglik`; `m_step` maximises `q_function + log_prior` given them (a model
-    without an `m_step` has its Q climbed by gradients).
-
-    A model may also have (each is used where present): `init(key, x, weights)`,
-    `check(x, weights)` and `check_params(params)` to refuse bad input eagerly, `params_like(x)`, the shapes that
-    parameters have for such data, and `supports`, where their values lie (see `parameters.py`), by both of which
-    starts are refused; `degenerate(stats) -> bool array` for components that died or collapsed (`collapses` if it
-    takes `held` too, names of parameters that are held, which cannot collapse),
-    `floats_per_row(params, x) -> int` for the size
-    of blocks, `floats_per_restart` for how many restarts fit side by side, `coarse()`
-    for a cheaper model with the same parameters that does the bulk of many restarts, `partial()` for
-    the model as it sees a part of the rows (where an E-step on all of them does more), `rebase`,
-    `units(x)`: the data with a leading axis of independent units, where other forms are taken too,
-    `likelihood = False` where the objective is none and has no unit of its own,
-    `blocks(params)` and `m_step_for(params, stats, names)`, an M-step over some of the parameters;
-    `sample_size(x, weights)`: the n of information criteria, where it is not the rows;
-    `unconstrain` and `constrain`, `num_parameters`, and by name `degrees`; `log_prob`, `posterior`, `predict`,
-    `sample`.
+    `params` as their leaf `loglik`; `m_step` maximises `q_function + log_prior` given them. A model states `e_step`,
+    and `m_step` or `q_function` (which is then climbed by gradients), and may leave out the rest; `infer` and
+    `statistics` are what its `e_step` is made of. For users it may also have `log_prob`, `posterior`, `predict`,
+    `sample`, `num_parameters`, and by name `degrees`.
     """
+
+    @property
+    def m_step(self) -> Any:
+        """(stats) -> params; None where there is none."""
+        ...
+
+    @property
+    def q_function(self) -> Any:
+        """(params, stats) -> scalar, linear in the statistics; None where there is none."""
+        ...
+
+    @property
+    def init(self) -> Any:
+        """(key, x, weights) -> params, a random start; None where there is none."""
+        ...
+
+    @property
+    def blocks(self) -> Any:
+        """(params) -> names of parameters with an M-step of their own; None where there are none."""
+        ...
+
+    @property
+    def m_step_for(self) -> Any:
+        """(params, stats, names) -> params, the M-step over some of the parameters; None where there is none."""
+        ...
+
+    @property
+    def floats_per_row(self) -> Any:
+        """(params, x) -> int, temporaries of an E-step, by which blocks are sized; None where it is not known."""
+        ...
+
+    @property
+    def floats_per_restart(self) -> Any:
+        """(params, x) -> int, the part of these that restarts on the same rows do not share; None likewise."""
+        ...
+
+    @property
+    def likelihood(self) -> bool:
+        """Whether the objective is one; else it has no unit of its own."""
+        ...
+
+    @property
+    def supports(self) -> Any:
+        """Where the values of parameters lie (see `parameters.py`): a start outside is refused."""
+        ...
 
     def infer(self, params: Params, x: Data, expect: Any = ...) -> Any:
         """The posterior of the latents; its `evidence` has log p(x_n) of every unit (row, sequence)."""
@@ -43,11 +110,67 @@ class Model(Protocol):
 
     def e_step(self, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = ...) -> Stats: ...
 
-    def m_step(self, stats: Stats) -> Params: ...
-
-    def q_function(self, params: Params, stats: Stats) -> jax.Array: ...
-
     def log_prior(self, params: Params) -> jax.Array: ...
+
+    def log_prob(self, params: Params, x: Data) -> jax.Array: ...
+
+    def posterior(self, params: Params, x: Data) -> jax.Array: ...
+
+    def num_parameters(self, params: Params) -> int: ...
+
+    def rebase(self, stats: Stats, params: Params) -> Stats:
+        """The same statistics about the reference of these parameters."""
+        ...
+
+    def unconstrain(self, params: Params) -> Any: ...
+
+    def constrain(self, theta: Any) -> Params: ...
+
+    def degenerate(self, stats: Stats) -> jax.Array:
+        """Components that died or collapsed."""
+        ...
+
+    def check(self, x: Data, weights: jax.Array | None = None) -> None:
+        """Refuse bad data by name, eagerly."""
+        ...
+
+    def params_like(self, x: Data) -> Params:
+        """The shapes that parameters have for such data; None where nothing is known of them."""
+        ...
+
+    def units(self, x: Data) -> Data:
+        """The data with a leading axis of independent units, where other forms are taken too."""
+        ...
+
+    def partial(self) -> "Model":
+        """The model as it sees a part of the rows, where an E-step on all of them does more."""
+        ...
+
+    def coarse(self) -> "Model":
+        """A cheaper model with the same parameters, for the bulk of many restarts; itself where there is none."""
+        ...
+
+    def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
+        """The n of information criteria."""
+        ...
+
+
+@record
+class Problem:
+    """What is to be fitted: a complete model and its data, with a leading axis of independent units; see `pose`."""
+
+    model: Model
+    x: Data
+    weights: jax.Array | None
+
+    @property
+    def total(self) -> jax.Array:
+        """The weight of all rows."""
+        return tree.total_weight(self.x, self.weights)
+
+    @property
+    def rows(self) -> int:
+        return tree.num_rows(self.x)
 
 
 class Part(Protocol):
@@ -155,37 +278,52 @@ class Family(Protocol):
 
 
 class Expect(Protocol):
-    """How the posterior of the latents is come by."""
+    """How the posterior of the latents enters the statistics; a model's E-step is handed it."""
 
-    def posterior(self, model: Any, params: Params, x: Data) -> Any:
-        """A posterior that the model's `statistics` take."""
+    @property
+    def nature(self) -> Nature: ...
+
+    def posterior(self, model: Model, params: Params, x: Data) -> Any: ...
+
+    def at(self, step: jax.Array, key: jax.Array | None) -> "Expect":
+        """What it is in one step of an algorithm, with the key of its draws."""
+        ...
+
+    def fold(self, number: jax.Array | int) -> "Expect":
+        """The same with draws of its own for a part of the rows."""
         ...
 
 
 class Gather(Protocol):
     """How statistics are summed over the data; `state` is what the slot remembers between steps.
 
-    A gather may also have (each is used where present): `parts(x) -> int`, how many M-steps and `step`s
-    make one turn (1), `part` counts them; `passes(x) -> float`, passes over the data in a turn (1);
-    `complete = False` where statistics are not those of all rows at the parameters; `stateless = True` where
-    `init` does no more than `step`, and nothing is remembered;
-    `stochastic = True` where they stay random; `monotone = False` where the objective may fall.
+    A gather that remembers nothing, and whose first statistics are made as all others are, leaves out `init`: a
+    compiled fit then holds its E-step once.
     """
 
-    def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
-    ) -> tuple[Stats, Any]: ...
+    @property
+    def nature(self) -> Nature: ...
+
+    @property
+    def rate(self) -> Any:
+        """The share of its statistics that an update renews: a number, or a function of the update's number."""
+        ...
+
+    @property
+    def init(self) -> Any:
+        """(problem, params, expect, key) -> statistics, state; None where `step` makes the first ones too."""
+        ...
+
+    def parts(self, problem: Problem) -> int:
+        """How many M-steps and `step`s make one turn; `part` counts them."""
+        ...
+
+    def passes(self, problem: Problem) -> float:
+        """Passes over the data in a turn."""
+        ...
 
     def step(
-        self,
-        model: Any,
-        params: Params,
-        stats: Stats,
-        state: Any,
-        x: Data,
-        weights: jax.Array | None,
-        expect: Any,
-        part: jax.Array | int,
+        self, problem: Problem, params: Params, stats: Stats, state: Any, expect: Expect, part: jax.Array | int
     ) -> tuple[Stats, Any]:
         """Statistics at `params`, given those of the step before."""
         ...
@@ -194,24 +332,38 @@ class Gather(Protocol):
 class Maximize(Protocol):
     """How parameters are made from statistics; `state` is what the slot remembers between steps.
 
-    It may also have `parts(model, params) -> int`: how many E-steps and `step`s make one turn (1).
+    Where M-steps are known to have left something of Q, their state shows it as `missed`.
     """
 
-    def init(self, model: Any, params: Params, total: jax.Array) -> Any:
-        """total: the weight of all rows."""
+    @property
+    def nature(self) -> Nature: ...
+
+    @property
+    def multicycle(self) -> bool:
+        """Whether a turn has several E-steps, as many as `parts`."""
+        ...
+
+    def init(self, problem: Problem, params: Params) -> Any: ...
+
+    def parts(self, problem: Problem, params: Params) -> int:
+        """How many E-steps and `step`s make one turn."""
         ...
 
     def step(
-        self, model: Any, params: Params, stats: Stats, state: Any, part: jax.Array | int
-    ) -> tuple[Params, Any]: ...
+        self,
+        problem: Problem,
+        params: Params,
+        stats: Stats,
+        state: Any,
+        part: jax.Array | int,
+        key: jax.Array | None,
+    ) -> tuple[Params, Any]:
+        """Parameters from statistics; key: for its draws, where its nature is stochastic and the algorithm has one."""
+        ...
 
 
 class State(Protocol):
-    """What every algorithm's state shows: parameters, and the log-likelihood at exactly these.
-
-    It may also have `left`, its own estimate of what is still to be gained, in place of the loop's; `missed`, what its
-    M-steps are known to have left of Q; and `settled`, False while the objective itself is still being changed.
-    """
+    """What every algorithm's state shows: parameters, and the log-likelihood at exactly these."""
 
     @property
     def params(self) -> Params: ...
@@ -225,22 +377,46 @@ class State(Protocol):
     @property
     def num_passes(self) -> jax.Array: ...
 
-
-class Algorithm(Protocol):
-    """An EM step, and whether exact arithmetic would let it lower the objective.
-
-    It may also have `stochastic = True`, where a fit never settles by itself; `inexact(model)`, True where gains
-    are irregular; `evaluated(model, state, x, weights) -> state`: the state with the log-likelihood of
-    all rows at its parameters; and `waits = True` with `waiting(model, params, x, weights, key) -> state`, a state
-    before the E-step at its start (num_steps -1), and `go_on(model, state, x, weights)`, that E-step or a `step`:
-    a compiled fit then holds one E-step, not two.
-    """
+    @property
+    def waiting(self) -> jax.Array | None:
+        """Whether the E-step at the start is yet to be made, by the next step alone; None where it always is made."""
+        ...
 
     @property
-    def monotone(self) -> bool: ...
+    def left(self) -> jax.Array | None:
+        """Its own estimate of what is still to be gained, in place of the loop's; None where it has none."""
+        ...
+
+    @property
+    def missed(self) -> jax.Array | float:
+        """What M-steps are known to have left of Q."""
+        ...
+
+    @property
+    def settled(self) -> jax.Array | bool:
+        """False while the objective itself is still being changed."""
+        ...
+
+
+class Algorithm(Protocol):
+    """An EM step, or what is around one."""
+
+    def nature(self, model: Model) -> Nature:
+        """What it is where it fits this model."""
+        ...
 
     def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+        self, model: Model, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> Any: ...
 
-    def step(self, model: Any, state: Any, x: Data, weights: jax.Array | None = None) -> Any: ...
+    def begin(
+        self, model: Model, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> Any:
+        """The state that a compiled fit begins with: `init`, or one that is `waiting`, so that it holds one E-step."""
+        ...
+
+    def step(self, model: Model, state: Any, x: Data, weights: jax.Array | None = None) -> Any: ...
+
+    def evaluated(self, model: Model, state: Any, x: Data, weights: jax.Array | None = None) -> Any:
+        """The state with the log-likelihood of all rows at its parameters; itself where that is what it has."""
+        ...

@@ -10,22 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, parameters, stopping, tree
-from .em import EM, units
-from .fit import (
-    Progress,
-    Result,
-    advance,
-    begin,
-    check_limits,
-    ended,
-    history_capacity,
-    like_step,
-    nans_are_debugged,
-)
+from .capabilities import fitted_model, fitting_algorithm
+from .em import EM, pose
+from .fit import Result, advance, begin, ended, history_capacity
 from .implicit import refuse_derivatives
 from .protocols import Data, Params
 from .record import record, static
 from .status import EMError, Status
+from .stopping import Progress
 
 # Temporaries of one step over all lanes, in numbers: what the second-level cache of a CPU core holds.
 _LANE_BUDGET = 1 << 21
@@ -211,11 +203,7 @@ def _all_ended(
 
     def step(carry: tuple) -> tuple:
         def on(fit: Progress) -> Progress:
-            after = advance(model, algorithm, fit, x, weights, tol, max_steps)
-            if getattr(algorithm, "waits", False):
-                # The E-step at its start makes no restart forget what it saw before it was put aside.
-                seen = dataclasses.replace(fit.watch, record=after.objective)
-                after = dataclasses.replace(after, watch=tree.where(fit.state.num_steps < 0, seen, after.watch))
+            after = stopping.kept(fit, advance(model, algorithm, fit, x, weights, tol, max_steps))
             return tree.where(fit.status == Status.RUNNING, after, fit)
 
         jobs, slots, fits, head, histories, best = carry
@@ -284,7 +272,9 @@ def _started(
             lambda key: _draw(model, init, jax.random.fold_in(key, 0), x, weights), keys, batch_size=lanes
         )
     run_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
-    starts = jax.vmap(lambda params, key: like_step(model, algorithm, params, x, weights, key))(starts, run_keys)
+    starts = jax.vmap(lambda params, key: parameters.as_steps_return(model, algorithm, params, x, weights, key))(
+        starts, run_keys
+    )
     unknown = jnp.zeros(num_restarts, tree.float_dtype(x))
     return _Jobs(
         params=starts,
@@ -386,19 +376,17 @@ def fit_restarts(
 
     Raises ValueError or TypeError for bad input when called eagerly.
     """
-    checks.fitted_model(model)
-    checks.algorithm(algorithm)
-    check_limits(tol, max_steps)
+    model, algorithm = fitted_model(model), fitting_algorithm(algorithm)
+    checks.limits(tol, max_steps)
     if block_size is not None:
         checks.positive_integer("block_size", block_size)
     if screen is not None and not isinstance(screen, Screen):
         raise TypeError(f"screen must be a Screen, as in Screen(steps=20, keep=0.25), or None; got {screen!r}")
     x, weights = checks.native((x, weights))
-    if hasattr(model, "check"):
-        model.check(x, weights)
+    model.check(x, weights)
     checks.plain_axes("x", x)
     checks.plain_axes("weights", weights)
-    x = tree.one_precision(units(model, x))
+    x = tree.one_precision(pose(model, x, weights).x)
     x, weights = tree.present(x, None if weights is None else jnp.asarray(weights))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
@@ -413,7 +401,7 @@ def fit_restarts(
 
     run = functools.partial(_drive, x=x, weights=weights, algorithm=algorithm, tol=tol, lanes=lanes, capacity=capacity)
     # What only parameters tell of a restart is enough to go on from where nothing is random or scheduled.
-    resumable = getattr(algorithm, "monotone", False)
+    resumable = algorithm.nature(model).monotone
     if screen is not None and not resumable:
         raise ValueError(
             "screen needs an algorithm that can go on from parameters alone, without draws, batches or a schedule; "
@@ -421,7 +409,7 @@ def fit_restarts(
         )
     # Where every restart takes all its steps, a bulk before them saves none.
     large = num_restarts * work >= _COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
-    bulk = model.coarse() if resumable and large and hasattr(model, "coarse") else model
+    bulk = model.coarse() if resumable and large else model
     coarse = bulk is not model  # a model without a cheaper form gives itself
     kept = None
     if screen is not None:
@@ -430,7 +418,7 @@ def fit_restarts(
     jobs, last = run(bulk, jobs, max_steps=max_steps)
     if coarse:
         jobs, last = run(model, _handed_over(jobs, kept), max_steps=max_steps)
-    runs = _finish(jobs, last, kept, x, weights, nans_are_debugged())
+    runs = _finish(jobs, last, kept, x, weights, checks.nans_are_debugged())
     if isinstance(max_steps, (int, np.integer)):
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)
@@ -439,7 +427,7 @@ def fit_restarts(
 
 def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | None, Callable | None, int]:
     """Stacked starts or a function that draws one, and how many restarts there are."""
-    if init is None and not hasattr(model, "init"):
+    if init is None and model.init is None:
         raise TypeError("this model has no init: pass init=..., a function (key, x, weights) or stacked params")
     if init is None or callable(init):
         if num_restarts is None:
@@ -475,9 +463,9 @@ def _work(
             parameters.shapes("init(key, x, weights)", model, params, x)
     else:
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), starts)
-    if hasattr(model, "floats_per_row"):
-        return rows * getattr(model, "floats_per_restart", model.floats_per_row)(params, x)
-    return tree.size(x) + rows + tree.size(params)
+    if model.floats_per_restart is None:
+        return tree.size(x) + rows + tree.size(params)
+    return rows * model.floats_per_restart(params, x)
 
 
 def _lanes(work: int) -> int:

@@ -14,8 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .protocols import Params
+from . import tree
+from .capabilities import complete
+from .protocols import Nature, Params, State
 from .record import record
+from .status import Status
 
 # Steps without visible progress after which an objective that has no moves to look at is at its resolution.
 PATIENCE = 4
@@ -80,6 +83,54 @@ class Watch:
     near: jax.Array
     scale: Any
     rounding: jax.Array
+
+
+@record
+class Progress:
+    """A fit under way: the algorithm's state, its objective, and what the stopping rule remembers."""
+
+    state: Any
+    objective: jax.Array
+    watch: Watch
+    num_steps: jax.Array
+    status: jax.Array
+    largest_decrease: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What a fit is judged by.
+
+    nature: what its algorithm is.
+    likelihood: whether its objective is one, a long sum with a unit of its own.
+    total: the weight of all rows.
+    tol, max_steps: its limits, as in `em_fit`.
+    """
+
+    nature: Nature
+    likelihood: bool
+    total: jax.Array
+    tol: jax.Array | float
+    max_steps: jax.Array | int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What one step did.
+
+    height, gain: what is to rise, the objective (where it is not known, the move), and by how much it rose.
+    resolution, allowed: what of a gain is rounding, and how much may be left to gain.
+    summed: whether the objective is a long sum, whose rounding hides what parameters still show.
+    fell, drop: whether it fell by more than rounding, where it never should, and by how much.
+    """
+
+    height: jax.Array
+    gain: jax.Array
+    resolution: jax.Array
+    allowed: jax.Array
+    summed: bool
+    fell: jax.Array | bool
+    drop: jax.Array
 
 
 def watch(value: jax.Array, params: Params) -> Watch:
@@ -227,6 +278,15 @@ def resumed(now: Watch) -> Watch:
     return dataclasses.replace(now, near=jnp.minimum(now.near, 1))
 
 
+def kept(before: Progress, after: Progress) -> Progress:
+    """A fit that was taken up again, after a step: the E-step at its start makes it forget nothing of what it saw."""
+    waiting = complete("state", before.state).waiting
+    if waiting is None:
+        return after
+    seen = dataclasses.replace(before.watch, record=after.objective)
+    return dataclasses.replace(after, watch=tree.where(waiting, seen, after.watch))
+
+
 def rests(now: Watch) -> jax.Array:
     """Whether neither the objective nor the moves tell of a fit that still goes on."""
     patience = jnp.maximum(_REST, 8 * jnp.where(jnp.isinf(now.pace), 0, now.pace))
@@ -236,3 +296,105 @@ def rests(now: Watch) -> jax.Array:
 def forget(now: Watch, value: jax.Array, params: Params, settled: jax.Array | bool) -> Watch:
     """The watch, or one that starts anew where the objective itself is still being changed."""
     return now if settled is True else jax.tree.map(lambda a, b: jnp.where(settled, a, b), now, watch(value, params))
+
+
+def judged(fit: Progress, state: State, value: jax.Array, terms: Terms) -> Progress:
+    """A fit after a step to `state`, where the objective is `value`; its status says whether that was the last.
+
+    It has converged when what is left to gain is estimated to be at most tol x total weight.
+    """
+    told, waiting = complete("state", state), complete("state", fit.state).waiting
+    # The E-step at the start is no step: its gain and its move are not known.
+    first = jnp.array(False) if waiting is None else waiting
+    num_steps = fit.num_steps + ~first
+    moving, move = moved(fit.watch, fit.state.params, state.params)
+    finite = jnp.isfinite(move)  # where all parameters are
+    move = jnp.where(first, jnp.inf, move)
+    step = _step(fit, state, value, terms, first)
+    if state.loglik is None:
+        moving = dataclasses.replace(moving, record=jnp.zeros_like(value))
+    else:
+        finite = finite & jnp.isfinite(value)
+    now = observe(moving, step.height, step.gain, move, step.resolution)
+    now, converged, stalled = _at_rest(moving, now, step, told, terms)
+    going_on = jnp.where(num_steps >= terms.max_steps, Status.MAX_STEPS, Status.RUNNING)
+    may_end = told.settled & (terms.tol >= 0)
+    bad = ~finite | step.fell
+    status = jnp.where(
+        bad,
+        jnp.where(finite, Status.DECREASED, Status.NONFINITE),
+        jnp.where(converged & may_end, Status.CONVERGED, jnp.where(stalled & may_end, Status.STALLED, going_on)),
+    ).astype(jnp.int32)
+    undone = bad & ~first
+    return Progress(
+        state=tree.where(undone, fit.state, state),
+        objective=jnp.where(undone, fit.objective, value),
+        watch=forget(now, step.height, state.params, told.settled),
+        num_steps=jnp.where(undone, fit.num_steps, num_steps),
+        status=status,
+        largest_decrease=jnp.where(finite, jnp.maximum(fit.largest_decrease, step.drop), fit.largest_decrease),
+    )
+
+
+def _step(fit: Progress, state: State, value: jax.Array, terms: Terms, first: jax.Array) -> _Step:
+    dtype = fit.objective.dtype
+    eps = jnp.finfo(dtype).eps
+    if state.loglik is None:
+        # Without an objective the parameters themselves are watched: their moves shrink like its gains.
+        gain = height = jnp.where(first, jnp.inf, _largest_move(fit.state.params, state.params, dtype))
+        resolution, allowed = jnp.asarray(4 * eps, dtype), jnp.asarray(terms.tol, dtype)
+        fell, drop = jnp.array(False), jnp.zeros((), dtype)
+    else:
+        # A log-likelihood is rounded in units of one nat a row; another objective has no unit of its own.
+        size = jnp.maximum(jnp.abs(value), terms.total if terms.likelihood else 0)
+        height, gain = value, value - fit.objective
+        resolution, allowed = 2 * eps * size, terms.tol * terms.total
+        fell = -gain > jnp.sqrt(eps) * size if terms.nature.monotone else jnp.array(False)
+        drop = jnp.maximum(-gain, 0)
+    if terms.nature.inexact:
+        # One poor M-step does not end a fit: gains count by their envelope, which may halve in a step.
+        gain = jnp.fmax(gain, jnp.where(jnp.isfinite(fit.watch.gain), 0.5 * fit.watch.gain, -jnp.inf))
+    return _Step(
+        height=height,
+        gain=gain,
+        resolution=resolution,
+        allowed=allowed,
+        summed=terms.likelihood and state.loglik is not None,
+        fell=fell,
+        drop=drop,
+    )
+
+
+def _at_rest(before: Watch, now: Watch, step: _Step, told: State, terms: Terms) -> tuple[Watch, jax.Array, jax.Array]:
+    """Whether a fit has converged, and whether it no longer moves."""
+    resolution = step.resolution
+    if told.left is not None:  # some algorithms know better
+        left, visible = told.left, jnp.array(True)
+    else:
+        left, credible = left_by_gains(before, now, resolution)
+        visible = step.gain > resolution
+        if step.summed:
+            left = jnp.where(credible, left, left_by_moves(before, now, resolution, terms.total))
+            visible = visible | ~credible
+    left = jnp.maximum(left, told.missed)
+    # Rounding errors of rows average out in all that parameters see of them.
+    floor = resolution / jnp.sqrt(jnp.maximum(terms.total, 1)) if step.summed else resolution
+    near = (left <= jnp.maximum(step.allowed, floor)) & visible
+    if terms.nature.stochastic:
+        # Gains are noise, and say nothing.
+        return now, near & (told.left is not None), jnp.array(False)
+    if step.summed:
+        now, confirmed = confirm(before, now, near)
+        stalled = rests(now)
+        # A fit that rests has come as far as its dtype lets it: tol is floored at the resolution of the objective.
+        return now, (confirmed if told.left is None else near) | (stalled & (left <= resolution)), stalled
+    patience = PATIENCE if terms.likelihood else PATIENCE // 2
+    return now, near | (now.stalled >= patience), jnp.array(False)
+
+
+def _largest_move(before: Params, after: Params, dtype: Any) -> jax.Array:
+    moves = [
+        jnp.max(jnp.abs(b - a) / (1 + jnp.abs(a))) if jnp.size(a) else 0.0
+        for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    ]
+    return jnp.max(jnp.stack([jnp.asarray(move, dtype) for move in moves]))

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tree
+from .capabilities import complete, states
 from .em import EM, Blocks
 from .fit import em_fit
-from .protocols import Data, Params
+from .protocols import Data, Model, Params
 
 LAWS: dict[str, Callable[["_Case"], None]] = {}
 
@@ -82,7 +83,7 @@ class _Case:
         @jax.jit
         def both(theta: Any, stats: Any) -> Any:
             def prior(theta: Any) -> jax.Array:
-                return jnp.asarray(self.model.log_prior(constrain(theta)) if self.has("log_prior") else 0.0)
+                return jnp.asarray(self.model.log_prior(constrain(theta)))
 
             of_q = jax.value_and_grad(lambda theta: self.model.q_function(constrain(theta), stats))(theta)
             return of_q, jax.value_and_grad(prior)(theta)
@@ -100,7 +101,7 @@ class _Case:
         return jax.jit(counted)
 
     def has(self, *names: str) -> bool:
-        return all(hasattr(self.model, name) for name in names)
+        return states(self.model, *names)
 
     def close(self, got: Any, expected: Any, what: str = "statistics", factor: float = 1.0) -> None:
         """Leaves equal, relative to the size of each leaf."""
@@ -113,7 +114,7 @@ class _Case:
 
 
 def check_model(
-    model: Any, params: Params, x: Data, *, key: jax.Array | None = None, skip: Iterable[str] = ()
+    model: Model | Any, params: Params, x: Data, *, key: jax.Array | None = None, skip: Iterable[str] = ()
 ) -> tuple[str, ...]:
     """Check every law that applies to this model at these parameters and data.
 
@@ -128,7 +129,7 @@ def check_model(
     x = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), x)
     double = tree.float_dtype(x) == jnp.float64
     seed = 0 if key is None else int(jax.random.bits(key))
-    case = _Case(model, params, x, seed, 1e-9 if double else 2e-3)
+    case = _Case(complete("model", model), params, x, seed, 1e-9 if double else 2e-3)
     checked = []
     for name, law in LAWS.items():
         if name in skip:
@@ -211,9 +212,7 @@ def _rebase(case: _Case) -> bool | None:
 
 
 def _coordinates(case: _Case, params: Params) -> tuple[Any, Callable[[Any], Params]]:
-    if case.has("unconstrain", "constrain"):
-        return case.unconstrain(params), case.constrain
-    return params, lambda theta: theta
+    return case.unconstrain(params), case.constrain
 
 
 @_law("bijection")

@@ -113,7 +113,7 @@ def _outcome(model, x, algorithm, to_the_end):
     np.testing.assert_array_equal(ends, fits.objective)
     assert np.all(np.isfinite(ends))
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(fits.params))
-    if algorithm.monotone:
+    if algorithm.nature(model).monotone:
         assert not np.any(np.diff(history, axis=1) < -1e-9 * abs(ends[:, None]))
     assert np.all(np.asarray(fits.status) <= 1)
     return "yes"

@@ -53,7 +53,7 @@ from jaxem import (
     stepwise_em,
     stochastic_em,
 )
-from jaxem.em import minibatch
+from jaxem.em import minibatch, pose
 from jaxem.testing import check_model
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -153,7 +153,7 @@ def test_draws_follow_the_schedule_and_blocks_have_their_own():
         used = min(draws, 8)
         assert abs(share * used - round(share * used)) < 1e-9
         # Back to the same parameters, so that shares stay inside (0, 1).
-        moved = algorithm.moved(MODEL, state, params, x)
+        moved = algorithm.moved(pose(MODEL, x, None), state, params)
         state = dataclasses.replace(moved, num_steps=state.num_steps + 1)
     # The same row in every block, one draw each: not all of them fall alike.
     many = np.zeros(64)
@@ -195,13 +195,14 @@ def test_one_batch_of_all_rows_is_batch_em(gather):
 def test_the_batches_of_a_pass_are_all_rows_once(shuffle):
     x, params = counts()
     weights = np.random.default_rng(0).integers(0, 3, 60).astype(float)
-    turn = minibatch.start_turn(12, shuffle, jnp.asarray(x), KEY)
+    problem = pose(MODEL, jnp.asarray(x), jnp.asarray(weights))
+    turn = minibatch.start_turn(12, shuffle, 60, KEY)
     orders = []
     for _ in range(3):
         total = None
         orders.append(np.asarray(turn.batches))
         for _ in range(5):
-            part = minibatch.batch_stats(MODEL, params, turn, 12, jnp.asarray(x), jnp.asarray(weights), Exact())
+            part = minibatch.batch_stats(problem, params, turn, 12, Exact())
             part = jax.tree.map(lambda leaf: leaf / 5, part)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
             turn = minibatch.next_batch(turn, 60)
@@ -221,9 +222,9 @@ def test_all_rows_take_part_in_the_long_run(shuffle):
         return minibatch.next_batch(turn, 10), seen
 
     def is_in(turn, weights):
-        return jnp.sum(minibatch.batch_stats(MODEL, params, turn, 4, x, weights, Exact()).counts) > 1
+        return jnp.sum(minibatch.batch_stats(pose(MODEL, x, weights), params, turn, 4, Exact()).counts) > 1
 
-    _, seen = jax.jit(lambda key: jax.lax.scan(step, minibatch.start_turn(4, shuffle, x, key), length=800))(KEY)
+    _, seen = jax.jit(lambda key: jax.lax.scan(step, minibatch.start_turn(4, shuffle, 10, key), length=800))(KEY)
     seen = np.asarray(seen)
     assert np.all(seen.sum(axis=1) == 4)
     assert np.all(seen.reshape(400, 2, 10).sum(axis=1) <= 1)
@@ -294,8 +295,8 @@ def test_incremental_em_climbs_the_free_energy_piece_by_piece(name, blocks):
 
     @jax.jit
     def part(state, index):
-        params, _ = algorithm.maximized(model, state)
-        return algorithm.moved(model, state, params, x, None, index)
+        params, _ = algorithm.maximized(pose(model, x, None), state)
+        return algorithm.moved(pose(model, x, None), state, params, index)
 
     prior = getattr(model, "log_prior", lambda _: 0.0)
     value = state.loglik + prior(state.params)

@@ -5,26 +5,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import numerics, tree
-from ..protocols import Data, Params
+from .. import numerics
+from ..capabilities import complete
+from ..protocols import Data, Model, Params
 
 
-def _deviance(model: Any, params: Params, x: Data, weights: jax.Array | None) -> jax.Array:
+def _deviance(model: Model | Any, params: Params, x: Data, weights: jax.Array | None) -> jax.Array:
     return -2 * numerics.weighted_sum(model.log_prob(params, x), weights)
 
 
-def aic(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
+def aic(model: Model | Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
     """-2 loglik + 2 p, p free parameters (Akaike 1974). Scalar."""
     return _deviance(model, params, x, weights) + 2 * model.num_parameters(params)
 
 
-def bic(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
+def bic(model: Model | Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
     """-2 loglik + p log n, n the total weight of the rows, or steps of sequences (Schwarz 1978). Scalar."""
-    size = getattr(model, "sample_size", tree.total_weight)(x, weights)
+    size = complete("model", model).sample_size(x, weights)
     return _deviance(model, params, x, weights) + model.num_parameters(params) * jnp.log(size)
 
 
-def icl(model: Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
+def icl(model: Model | Any, params: Params, x: Data, weights: jax.Array | None = None) -> jax.Array:
     """BIC - 2 sum_n log max_k p(k | x_n): BIC of the data completed by their likeliest components.
 
     Biernacki, Celeux & Govaert (2000), Assessing a mixture model for clustering with the

@@ -9,7 +9,7 @@ from .annealing import annealed as annealed
 from .averaging import averaged as averaged
 from .gather import Blocks as Blocks
 from .gather import Full as Full
-from .gather import units as units
+from .gather import pose as pose
 from .maximize import ClosedForm as ClosedForm
 from .maximize import Conditional as Conditional
 from .maximize import Gradient as Gradient

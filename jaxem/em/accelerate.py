@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from .. import checks, numerics, tree
-from ..protocols import Data, Params
+from ..capabilities import completed
+from ..protocols import Data, Model, Nature, Params, Problem
 from ..record import record, static
-from .maximize import Gradient, coordinates
+from .gather import pose
+from .maximize import surrogate
 from .step import EM, EMState, objective, of_inner
 
 # How fast the memory of a slow mode fades: the distance of its rate from 1 grows by this a step.
@@ -24,6 +26,7 @@ _SLOW = 0.999
 _SHRINK = 1.5
 
 
+@completed("state")
 @record
 class SquaremState:
     """inner: the EM state where the last cycle ended; longest: the cap on step lengths.
@@ -39,6 +42,7 @@ class SquaremState:
     params, stats, loglik, num_passes = map(of_inner, ("params", "stats", "loglik", "num_passes"))
 
 
+@completed("algorithm")
 @record
 class Squarem:
     """SQUAREM, scheme S3: squared extrapolation along three EM steps. A step is a cycle of three E-steps.
@@ -55,31 +59,37 @@ class Squarem:
     inner: EM
     growth: float = static(default=4.0)
 
-    stochastic = False
-    monotone = True
+    def nature(self, model: Model | Any) -> Nature:
+        return Nature()
 
     def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+        self,
+        model: Model | Any,
+        params: Params,
+        x: Data,
+        weights: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> SquaremState:
-        inner = _start(self.inner, model, params, x, weights, key)
+        inner = _start(self.inner, pose(model, x, weights), params, key)
         one = jnp.ones((), inner.num_passes.dtype)
         return SquaremState(inner=inner, longest=one, rate=_SLOW * one, left=jnp.inf * one)
 
-    def step(self, model: Any, state: SquaremState, x: Data, weights: jax.Array | None = None) -> SquaremState:
-        start = state
+    def step(self, model: Model | Any, state: SquaremState, x: Data, weights: jax.Array | None = None) -> SquaremState:
+        start, problem = state, pose(model, x, weights)
+        model = problem.model
 
         def turn(index: jax.Array, carry: tuple[SquaremState, Params, Params, jax.Array]) -> tuple:
             """Two EM steps, and a third that is extrapolated: one program for all, since E-steps are long ones."""
             state, first, second, gain = carry
             inner = state.inner
-            mapped, maximize = self.inner.maximized(model, inner)
+            mapped, remembering = self.inner.maximized(problem, inner)
             last = index == 2
             aim, state = jax.lax.cond(
                 last,
                 lambda: self._extrapolated(model, state, first, second, mapped, gain),
                 lambda: (mapped, state),
             )
-            after = _look(self.inner, model, dataclasses.replace(inner, maximize=maximize), aim, x, weights)
+            after = _look(self.inner, problem, remembering, aim)
             gain = objective(model, after) - objective(model, inner)
             taken = ~last | (gain >= 0)
             kept = dataclasses.replace(inner, num_passes=after.num_passes, key=after.key)
@@ -94,7 +104,7 @@ class Squarem:
         return jax.lax.fori_loop(0, 3, turn, (state, nowhere, nowhere, jnp.zeros_like(state.left)))[0]
 
     def _extrapolated(
-        self, model: Any, state: SquaremState, first: Params, second: Params, third: Params, gain: jax.Array
+        self, model: Model, state: SquaremState, first: Params, second: Params, third: Params, gain: jax.Array
     ) -> tuple[Params, SquaremState]:
         """The proposal from three points, and what they tell of the map."""
         along = _difference(second, first)
@@ -126,6 +136,7 @@ def squarem(algorithm: EM | None = None, *, growth: float = 4.0) -> Squarem:
     return Squarem(inner=_checked("squarem", algorithm), growth=growth)
 
 
+@completed("state")
 @record
 class AndersonState:
     """inner: the EM state; steps and residuals (memory, P): differences of parameters, and of EM's moves, so far.
@@ -151,6 +162,7 @@ class AndersonState:
     params, stats, loglik, num_passes = map(of_inner, ("params", "stats", "loglik", "num_passes"))
 
 
+@completed("algorithm")
 @record
 class Anderson:
     """Anderson acceleration, damped, restarted and gated. A step is one E-step.
@@ -168,13 +180,18 @@ class Anderson:
     inner: EM
     memory: int | None = static(default=None)
 
-    stochastic = False
-    monotone = True
+    def nature(self, model: Model | Any) -> Nature:
+        return Nature()
 
     def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+        self,
+        model: Model | Any,
+        params: Params,
+        x: Data,
+        weights: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> AndersonState:
-        inner = _start(self.inner, model, params, x, weights, key)
+        inner = _start(self.inner, pose(model, x, weights), params, key)
         point, _ = ravel_pytree(params)
         memory = self.memory or min(10, max(1, math.ceil(point.size / 2)))
         one = jnp.ones((), inner.num_passes.dtype)
@@ -192,9 +209,12 @@ class Anderson:
             left=jnp.inf * one,
         )
 
-    def step(self, model: Any, state: AndersonState, x: Data, weights: jax.Array | None = None) -> AndersonState:
-        inner = state.inner
-        mapped, maximize = self.inner.maximized(model, inner)
+    def step(
+        self, model: Model | Any, state: AndersonState, x: Data, weights: jax.Array | None = None
+    ) -> AndersonState:
+        problem, inner = pose(model, x, weights), state.inner
+        model = problem.model
+        mapped, remembering = self.inner.maximized(problem, inner)
         point, unravel = ravel_pytree(inner.params)
         move = ravel_pytree(mapped)[0] - point
 
@@ -214,7 +234,7 @@ class Anderson:
         plain = state.refused | (state.plain & (bend > 0))
 
         params = tree.where(plain, mapped, _into_domain(model, unravel(point + move - correction), mapped))
-        after = _look(self.inner, model, dataclasses.replace(inner, maximize=maximize), params, x, weights)
+        after = _look(self.inner, problem, remembering, params)
         sure = _sure_gain(model, inner, mapped)
         before, gain = objective(model, inner), objective(model, after) - objective(model, inner)
         slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
@@ -286,8 +306,8 @@ def _checked(name: str, inner: Any) -> EM:
     inner = EM() if inner is None else inner
     if not isinstance(inner, EM):
         raise TypeError(f"{name} accelerates an EM(...) itself, not a wrapper around one; got {inner!r}")
-    several = getattr(inner.maximize, "multicycle", False) or isinstance(inner.maximize, Gradient)
-    if not (inner.monotone and inner.complete) or several:
+    nature = Nature.of(slot.nature for slot in inner.slots)
+    if not (nature.monotone and nature.complete) or nature.inexact or inner.slots[2].multicycle:
         raise ValueError(
             f"{name} needs steps that are one deterministic E-step on all rows and one M-step; "
             f"got expect={inner.expect!r}, gather={inner.gather!r}, maximize={inner.maximize!r}"
@@ -295,12 +315,12 @@ def _checked(name: str, inner: Any) -> EM:
     return inner
 
 
-def _start(inner: EM, model: Any, params: Params, x: Data, weights: jax.Array | None, key: jax.Array | None) -> EMState:
-    if inner.inexact(model):
+def _start(inner: EM, problem: Problem, params: Params, key: jax.Array | None) -> EMState:
+    if inner.nature(problem.model).inexact:
         raise TypeError(
             "an accelerator needs a model with an m_step of its own: gradient steps are no map of parameters"
         )
-    state = inner.init(model, params, x, weights, key)
+    state = inner.started(problem, params, key)
     if state.loglik is None:
         raise TypeError(
             "an accelerator looks at the log-likelihood before it takes a step, and this model tells none: "
@@ -309,39 +329,33 @@ def _start(inner: EM, model: Any, params: Params, x: Data, weights: jax.Array | 
     return state
 
 
-def _look(inner: EM, model: Any, state: EMState, params: Params, x: Data, weights: jax.Array | None) -> EMState:
+def _look(inner: EM, problem: Problem, state: EMState, params: Params) -> EMState:
     """The state at proposed parameters."""
-    state = inner.moved(model, state, params, x, weights)
+    state = inner.moved(problem, state, params)
     return dataclasses.replace(state, num_steps=state.num_steps + 1, num_passes=state.num_passes + 1)
 
 
-def _into_domain(model: Any, aim: Params, safe: Params) -> Params:
+def _into_domain(model: Model, aim: Params, safe: Params) -> Params:
     """The parameters aimed at, with what is outside of the domain taken from others, that are inside.
 
     The bijection tells: coordinates of what is outside are NaN, and the way back puts what has drifted (a sum
     of probabilities, the length of a direction) on the domain again. Boundaries, a probability of 0, are inside.
     """
-    theta, constrain = coordinates(model, aim)
-    inside, _ = coordinates(model, safe)
-    back = constrain(jax.tree.map(lambda there, here: jnp.where(jnp.isnan(there), here, there), theta, inside))
+    theta, inside = model.unconstrain(aim), model.unconstrain(safe)
+    back = model.constrain(jax.tree.map(lambda there, here: jnp.where(jnp.isnan(there), here, there), theta, inside))
     return tree.where(tree.all_finite(back), back, safe)
 
 
-def _sure_gain(model: Any, state: EMState, mapped: Params) -> jax.Array | None:
+def _sure_gain(model: Model, state: EMState, mapped: Params) -> jax.Array | None:
     """What an EM step raises Q + log-prior by, and so the objective by at least; None for models without Q.
 
     Where that is hidden by the rounding of Q, half the slope along the move: Q is level at the step's end, and so, for
     short moves, the mean slope is half of the first.
     """
-    if not hasattr(model, "q_function"):
+    if model.q_function is None:
         return None
-
-    def surrogate(params: Params) -> jax.Array:
-        prior = model.log_prior(params) if hasattr(model, "log_prior") else 0
-        return model.q_function(params, state.stats) + prior
-
-    before, slope = jax.value_and_grad(surrogate)(state.params)
-    rise = surrogate(mapped) - before
+    before, slope = jax.value_and_grad(lambda params: surrogate(model, params, state.stats))(state.params)
+    rise = surrogate(model, mapped, state.stats) - before
     terms = jax.tree.map(lambda g, d: jnp.sum(jnp.where(d == 0, 0, g * d)), slope, _difference(mapped, state.params))
     half = 0.5 * sum(jax.tree.leaves(terms))
     rounding = jnp.finfo(before.dtype).eps * jnp.abs(before)

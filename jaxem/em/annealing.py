@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import tree
+from ..capabilities import complete, completed
 from ..latents import Exact
-from ..protocols import Data, Params
+from ..protocols import Data, Maximize, Model, Nature, Params, Problem, Stats
 from ..record import record, static
-from .maximize import coordinates
+from .gather import pose
 from .step import EM, EMState, of_inner
 
 # Steps at which a schedule is looked at before it is used; the last stands for the end.
@@ -22,27 +23,43 @@ _PROBED = (0, 1, 2, 5, 10, 100, 10**6)
 _DRAW = 0.1
 
 
+@completed("maximize")
 @record(kw_only=False)
 class _Drawn:
     """An M-step whose parameters are drawn towards a start while it is `hot`."""
 
-    inner: Any
+    inner: Maximize
     start: Any
     hot: jax.Array
 
-    def init(self, model: Any, params: Params, total: jax.Array) -> Any:
-        return self.inner.init(model, params, total)
+    @property
+    def nature(self) -> Nature:
+        return self.inner.nature
 
-    def parts(self, model: Any, params: Params) -> int:
-        return self.inner.parts(model, params) if hasattr(self.inner, "parts") else 1
+    def init(self, problem: Problem, params: Params) -> Any:
+        return self.inner.init(problem, params)
 
-    def step(self, model: Any, params: Params, stats: Any, state: Any, part: jax.Array | int) -> tuple[Params, Any]:
-        found, state = self.inner.step(model, params, stats, state, part)
-        theta, constrain = coordinates(model, found)
-        drawn = constrain(jax.tree.map(lambda here, there: here + _DRAW * (there - here), theta, self.start))
+    def parts(self, problem: Problem, params: Params) -> int:
+        return self.inner.parts(problem, params)
+
+    def step(
+        self,
+        problem: Problem,
+        params: Params,
+        stats: Stats,
+        state: Any,
+        part: jax.Array | int,
+        key: jax.Array | None,
+    ) -> tuple[Params, Any]:
+        found, state = self.inner.step(problem, params, stats, state, part, key)
+        theta = problem.model.unconstrain(found)
+        drawn = problem.model.constrain(
+            jax.tree.map(lambda here, there: here + _DRAW * (there - here), theta, self.start)
+        )
         return tree.where(self.hot, drawn, found), state
 
 
+@completed("state")
 @record
 class AnnealedState:
     """What annealing remembers.
@@ -59,6 +76,7 @@ class AnnealedState:
     missed = of_inner("missed")
 
 
+@completed("algorithm")
 @record
 class Annealed:
     """Deterministic annealing: step k works on the posterior tempered by schedule(k), which ends at 1.
@@ -75,12 +93,8 @@ class Annealed:
     inner: EM
     schedule: Any = static()
 
-    monotone = False
-    complete = False
-
-    @property
-    def stochastic(self) -> bool:
-        return self.inner.stochastic
+    def nature(self, model: Model | Any) -> Nature:
+        return Nature(stochastic=self.inner.nature(model).stochastic, monotone=False, complete=False)
 
     def temperature(self, step: jax.Array) -> jax.Array:
         """The temperature of a step, counted from 0, the start."""
@@ -89,22 +103,33 @@ class Annealed:
         return jnp.asarray((*self.schedule, 1.0))[jnp.minimum(step, len(self.schedule))]
 
     def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+        self,
+        model: Model | Any,
+        params: Params,
+        x: Data,
+        weights: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> AnnealedState:
-        inner = self._at(jnp.zeros((), jnp.int32)).init(model, params, x, weights, key)
-        return AnnealedState(inner=inner, start=coordinates(model, params)[0], settled=jnp.array(False))
+        problem = pose(model, x, weights)
+        inner = self._at(jnp.zeros((), jnp.int32)).started(problem, params, key)
+        return AnnealedState(inner=inner, start=problem.model.unconstrain(params), settled=jnp.array(False))
 
-    def step(self, model: Any, state: AnnealedState, x: Data, weights: jax.Array | None = None) -> AnnealedState:
+    def step(
+        self, model: Model | Any, state: AnnealedState, x: Data, weights: jax.Array | None = None
+    ) -> AnnealedState:
         before = state.inner.num_steps
         hot = self.temperature(before) > 1
-        parted = dataclasses.replace(self.inner, maximize=_Drawn(self.inner.maximize, state.start, hot))
-        inner = dataclasses.replace(self, inner=parted)._at(before + 1).step(model, state.inner, x, weights)
+        drawn = _Drawn(complete("maximize", self.inner.maximize), state.start, hot)
+        parted = dataclasses.replace(self, inner=dataclasses.replace(self.inner, maximize=drawn))
+        inner = parted._at(before + 1).stepped(pose(model, x, weights), state.inner)
         settled = (self.temperature(before) == 1) & (self.temperature(before + 1) == 1)
         return AnnealedState(inner=inner, start=state.start, settled=settled)
 
-    def evaluated(self, model: Any, state: AnnealedState, x: Data, weights: jax.Array | None = None) -> AnnealedState:
+    def evaluated(
+        self, model: Model | Any, state: AnnealedState, x: Data, weights: jax.Array | None = None
+    ) -> AnnealedState:
         """The state with the log-likelihood itself, of all rows."""
-        inner = dataclasses.replace(self.inner, expect=Exact()).exactly(model, state.inner, x, weights)
+        inner = dataclasses.replace(self.inner, expect=Exact()).exactly(pose(model, x, weights), state.inner)
         return dataclasses.replace(state, inner=inner)
 
     def _at(self, step: jax.Array) -> EM:

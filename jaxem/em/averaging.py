@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..protocols import Data, Params, Stats
+from ..capabilities import complete, completed
+from ..protocols import Data, Model, Nature, Params, Stats
 from ..record import record, static
+from .gather import pose
 from .maximize import ClosedForm
 from .minibatch import mix, rate_at
 from .step import EM, EMState, of_inner
@@ -16,6 +18,7 @@ from .step import EM, EMState, of_inner
 _FEWEST = 8
 
 
+@completed("state")
 @record
 class AveragedState:
     """inner: the EM state; mean: statistics averaged over the steps since `start`; params: their M-step.
@@ -36,6 +39,7 @@ class AveragedState:
     stats, loglik, num_passes = map(of_inner, ("stats", "loglik", "num_passes"))
 
 
+@completed("algorithm")
 @record
 class Averaged:
     """Polyak-Ruppert averaging: parameters from the mean of the statistics of all steps after the first `start`.
@@ -52,12 +56,16 @@ class Averaged:
     inner: EM
     start: int = static(default=0)
 
-    stochastic = True
-    monotone = False
-    complete = False
+    def nature(self, model: Model | Any) -> Nature:
+        return Nature(stochastic=True, monotone=False, complete=False)
 
     def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+        self,
+        model: Model | Any,
+        params: Params,
+        x: Data,
+        weights: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> AveragedState:
         inner = self.inner.init(model, params, x, weights, key)
         far = jnp.full((), jnp.inf, inner.num_passes.dtype)
@@ -71,16 +79,19 @@ class Averaged:
             left=far,
         )
 
-    def step(self, model: Any, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
-        inner = self.inner.step(model, state.inner, x, weights)
+    def step(
+        self, model: Model | Any, state: AveragedState, x: Data, weights: jax.Array | None = None
+    ) -> AveragedState:
+        problem = pose(model, x, weights)
+        model, inner = problem.model, self.inner.stepped(problem, state.inner)
         count = jnp.maximum(inner.num_steps - self.start, 1)
         mean = mix(model, inner.params, state.mean, inner.stats, 2 / (count + 1))
         params = model.m_step(mean)
-        rate = rate_at(getattr(self.inner.gather, "rate", 1.0), inner.num_steps)
+        rate = rate_at(complete("gather", self.inner.gather).rate, inner.num_steps)
         renewed = jnp.where(count > 1, state.renewed, 0) + jnp.asarray(rate, state.left.dtype)
         doubled = (count & (count - 1) == 0) & (count > 1)
         rise, left = state.rise, state.left
-        if hasattr(model, "q_function"):
+        if model.q_function is not None:
 
             def compared() -> tuple[jax.Array, jax.Array]:
                 rise = jnp.abs(model.q_function(params, mean) - model.q_function(state.anchor, mean))
@@ -96,10 +107,12 @@ class Averaged:
             inner=inner, mean=mean, params=params, anchor=anchor, rise=rise, renewed=renewed, left=left
         )
 
-    def evaluated(self, model: Any, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
+    def evaluated(
+        self, model: Model | Any, state: AveragedState, x: Data, weights: jax.Array | None = None
+    ) -> AveragedState:
         """The state with the log-likelihood of all rows at the averaged parameters."""
         whole = dataclasses.replace(state.inner, params=state.params)
-        inner = self.inner.exactly(model, whole, x, weights)
+        inner = self.inner.exactly(pose(model, x, weights), whole)
         return dataclasses.replace(state, inner=dataclasses.replace(inner, params=state.params))
 
 

@@ -11,7 +11,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from .. import checks, tree
-from ..protocols import Params, Stats
+from ..capabilities import complete, completed, original
+from ..protocols import Model, Nature, Params, Problem, Stats
 from ..record import record, static
 
 # Lengths at which a gradient step that would lower Q is tried again.
@@ -21,17 +22,26 @@ _SHORTER = tuple(2.0**-power for power in (0, 1, 2, 3, 5, 8, 12, 20))
 _CURVATURES = 10
 
 
+@completed("maximize")
 @record
 class ClosedForm:
     """The model's own M-step; for a model without one, `Gradient()`."""
 
-    def init(self, model: Any, params: Params, total: jax.Array) -> Any:
-        return None if hasattr(model, "m_step") else Gradient().init(model, params, total)
+    def init(self, problem: Problem, params: Params) -> Any:
+        return Gradient().init(problem, params) if problem.model.m_step is None else None
 
-    def step(self, model: Any, params: Params, stats: Stats, state: Any, part: jax.Array | int) -> tuple[Params, Any]:
-        if not hasattr(model, "m_step"):
-            return Gradient().step(model, params, stats, state, part)
-        return model.m_step(stats), None
+    def step(
+        self,
+        problem: Problem,
+        params: Params,
+        stats: Stats,
+        state: Any,
+        part: jax.Array | int,
+        key: jax.Array | None,
+    ) -> tuple[Params, Any]:
+        if problem.model.m_step is None:
+            return Gradient().step(problem, params, stats, state, part, key)
+        return problem.model.m_step(stats), None
 
 
 @record
@@ -50,6 +60,7 @@ class Ascent:
 _LBFGS = optax.lbfgs(memory_size=8)
 
 
+@completed("maximize")
 @record(kw_only=False)
 class Gradient:
     """Generalised EM: steps of an optax optimiser up Q + log-prior, per row, in unconstrained coordinates.
@@ -66,34 +77,40 @@ class Gradient:
     optimizer: Any = static(default=_LBFGS)
     num_steps: int = static(default=5)
 
-    inexact = True
+    nature = Nature(inexact=True)
 
     def __post_init__(self) -> None:
-        if not (callable(getattr(self.optimizer, "init", None)) and callable(getattr(self.optimizer, "update", None))):
+        optimizer = complete("optimizer", self.optimizer)
+        if not (callable(optimizer.init) and callable(optimizer.update)):
             raise TypeError(
                 "optimizer must be an optax GradientTransformation, as optax.adam(1e-2) or optax.lbfgs(); "
                 f"got {self.optimizer!r}"
             )
         checks.positive_integer("num_steps", self.num_steps)
 
-    def init(self, model: Any, params: Params, total: jax.Array) -> Ascent:
-        if not hasattr(model, "q_function"):
+    def init(self, problem: Problem, params: Params) -> Ascent:
+        if problem.model.q_function is None:
             raise TypeError(
                 "a gradient M-step climbs Q, and this model has no q_function(params, stats): give it one, or an m_step"
             )
-        theta, _ = coordinates(model, params)
+        theta, total = problem.model.unconstrain(params), problem.total
         return Ascent(optimizer=self.optimizer.init(theta), total=total, missed=jnp.full_like(total, jnp.inf))
 
     def step(
-        self, model: Any, params: Params, stats: Stats, state: Ascent, part: jax.Array | int
+        self,
+        problem: Problem,
+        params: Params,
+        stats: Stats,
+        state: Ascent,
+        part: jax.Array | int,
+        key: jax.Array | None,
     ) -> tuple[Params, Ascent]:
-        theta, constrain = coordinates(model, params)
+        model = problem.model
+        theta = model.unconstrain(params)
         self._check_state(theta, state)
 
         def descent(theta: Any) -> jax.Array:
-            at = constrain(theta)
-            prior = model.log_prior(at) if hasattr(model, "log_prior") else 0
-            return -(model.q_function(at, stats) + prior) / state.total
+            return -surrogate(model, model.constrain(theta), stats) / state.total
 
         update = optax.with_extra_args_support(self.optimizer).update
 
@@ -112,11 +129,11 @@ class Gradient:
         start = (theta, state.optimizer, *jax.value_and_grad(descent)(theta))
         theta, optimizer, _, slope = jax.lax.fori_loop(0, self.num_steps, one, start)
         missed = state.total * _decrement(descent, theta, slope)
-        return constrain(theta), dataclasses.replace(state, optimizer=optimizer, missed=missed)
+        return model.constrain(theta), dataclasses.replace(state, optimizer=optimizer, missed=missed)
 
     def _check_state(self, theta: Any, state: Any) -> None:
         expected = jax.eval_shape(self.optimizer.init, theta)
-        given = getattr(state, "optimizer", state)
+        given = state.optimizer if isinstance(state, Ascent) else state
         made: Any = jax.tree.structure(given)
         if made != jax.tree.structure(expected):
             raise TypeError(
@@ -124,6 +141,7 @@ class Gradient:
             )
 
 
+@completed("maximize")
 @record(kw_only=False)
 class Conditional:
     """ECM: Q is maximised over one block of parameters after the other, the rest held where they are.
@@ -147,14 +165,23 @@ class Conditional:
             raise ValueError(f"blocks must name a parameter once; got {twice[0]!r} more than once")
         object.__setattr__(self, "blocks", blocks)
 
-    def init(self, model: Any, params: Params, total: jax.Array) -> None:
-        self._blocks(model, params)
+    def init(self, problem: Problem, params: Params) -> None:
+        self._blocks(problem.model, params)
 
-    def parts(self, model: Any, params: Params) -> int:
+    def parts(self, problem: Problem, params: Params) -> int:
         """E-steps in one round."""
-        return len(self._blocks(model, params)) if self.multicycle else 1
+        return len(self._blocks(problem.model, params)) if self.multicycle else 1
 
-    def step(self, model: Any, params: Params, stats: Stats, state: None, part: jax.Array | int) -> tuple[Params, None]:
+    def step(
+        self,
+        problem: Problem,
+        params: Params,
+        stats: Stats,
+        state: None,
+        part: jax.Array | int,
+        key: jax.Array | None,
+    ) -> tuple[Params, None]:
+        model = problem.model
         rounds: list[Callable] = [
             functools.partial(model.m_step_for, stats=stats, names=block) for block in self._blocks(model, params)
         ]
@@ -164,15 +191,22 @@ class Conditional:
             params = maximize(params)
         return params, None
 
-    def _blocks(self, model: Any, params: Params) -> tuple[tuple[str, ...], ...]:
-        if not hasattr(model, "m_step_for"):
-            raise TypeError(f"{type(model).__name__} declares no blocks of parameters (blocks and m_step_for)")
+    def _blocks(self, model: Model, params: Params) -> tuple[tuple[str, ...], ...]:
+        if model.m_step_for is None:
+            raise TypeError(
+                f"{type(original(model)).__name__} declares no blocks of parameters (blocks and m_step_for)"
+            )
         declared = tuple(model.blocks(params))
         names = [name for block in self.blocks for name in block]
         unknown = [name for name in names if name not in declared]
         if unknown:
             raise ValueError(f"blocks must be among {', '.join(map(repr, declared))}; got {unknown[0]!r}")
         return self.blocks or tuple((name,) for name in declared)
+
+
+def surrogate(model: Model, params: Params, stats: Stats) -> jax.Array:
+    """What an M-step maximises: Q + log-prior."""
+    return model.q_function(params, stats) + model.log_prior(params)
 
 
 def _decrement(function: Callable[[Any], jax.Array], theta: Any, slope: Any) -> jax.Array:
@@ -201,13 +235,6 @@ def _decrement(function: Callable[[Any], jax.Array], theta: Any, slope: Any) -> 
     square = start @ start
     first = (start, start, square, jnp.zeros_like(square))
     return jax.lax.fori_loop(0, min(at.size, _CURVATURES), improve, first)[-1]
-
-
-def coordinates(model: Any, params: Params) -> tuple[Any, Callable[[Any], Params]]:
-    """Unconstrained coordinates of parameters and the way back; the parameters themselves where a model has none."""
-    if hasattr(model, "unconstrain") and hasattr(model, "constrain"):
-        return model.unconstrain(params), model.constrain
-    return params, lambda theta: theta
 
 
 def _along(theta: Any, move: Any, length: jax.Array) -> Any:

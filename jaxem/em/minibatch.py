@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, tree
-from ..protocols import Data, Params, Stats
+from ..capabilities import complete, completed, original
+from ..protocols import Expect, Model, Nature, Params, Problem, Stats
 from ..record import record, static
-from .gather import as_part, e_step_on_all
+from .gather import e_step_on_all, some_rows
 
 
 @record(kw_only=False)
@@ -53,6 +54,7 @@ class Turn:
     key: jax.Array | None
 
 
+@completed("gather")
 @record(kw_only=False)
 class Stepwise:
     """Stepwise EM: a batch of rows a step, its statistics mixed into a running average of the others'.
@@ -80,41 +82,27 @@ class Stepwise:
         check_rate(self.rate)
 
     @property
-    def complete(self) -> bool:
-        """Whether this is batch EM."""
-        return self.batch_size is None and self.rate == 1
+    def nature(self) -> Nature:
+        batch = self.batch_size is None and self.rate == 1  # this is batch EM
+        return Nature(stochastic=not batch, complete=batch)
 
-    @property
-    def stochastic(self) -> bool:
-        return not self.complete
-
-    def passes(self, x: Data) -> float:
+    def passes(self, problem: Problem) -> float:
         """Share of the rows that a step looks at."""
-        return self._size(x) / tree.num_rows(x)
+        return self._size(problem) / problem.rows
 
-    def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
-    ) -> tuple[Stats, Turn]:
-        turn = start_turn(self._size(x), self.shuffle, x, key)
-        return batch_stats(model, params, turn, self._size(x), x, weights, expect), next_batch(turn, tree.num_rows(x))
+    def init(self, problem: Problem, params: Params, expect: Expect, key: jax.Array | None) -> tuple[Stats, Turn]:
+        turn = start_turn(self._size(problem), self.shuffle, problem.rows, key)
+        return batch_stats(problem, params, turn, self._size(problem), expect), next_batch(turn, problem.rows)
 
     def step(
-        self,
-        model: Any,
-        params: Params,
-        stats: Stats,
-        state: Turn,
-        x: Data,
-        weights: jax.Array | None,
-        expect: Any,
-        part: jax.Array | int,
+        self, problem: Problem, params: Params, stats: Stats, state: Turn, expect: Expect, part: jax.Array | int
     ) -> tuple[Stats, Turn]:
-        fresh = batch_stats(model, params, state, self._size(x), x, weights, expect)
-        mixed = mix(model, params, stats, fresh, rate_at(self.rate, state.update))
-        return mixed, next_batch(state, tree.num_rows(x))
+        fresh = batch_stats(problem, params, state, self._size(problem), expect)
+        mixed = mix(problem.model, params, stats, fresh, rate_at(self.rate, state.update))
+        return mixed, next_batch(state, problem.rows)
 
-    def _size(self, x: Data) -> int:
-        return self.batch_size or tree.num_rows(x)
+    def _size(self, problem: Problem) -> int:
+        return self.batch_size or problem.rows
 
 
 @record
@@ -126,6 +114,7 @@ class Anchored:
     stats: Stats
 
 
+@completed("gather")
 @record(kw_only=False)
 class VarianceReduced:
     """Stepwise EM whose noise vanishes at the maximum: a constant rate, and linear convergence.
@@ -143,57 +132,49 @@ class VarianceReduced:
     rate: Callable | float = static(default=0.1)
     shuffle: bool = static(default=True)
 
-    monotone = False
+    nature = Nature(monotone=False)
 
     def __post_init__(self) -> None:
         checks.positive_integer("batch_size", self.batch_size)
         check_rate(self.rate)
 
-    def parts(self, x: Data) -> int:
+    def parts(self, problem: Problem) -> int:
         """The batches, and the full E-step at the end."""
-        return tree.num_rows(x) // self.batch_size + 1
+        return problem.rows // self.batch_size + 1
 
-    def passes(self, x: Data) -> float:
+    def passes(self, problem: Problem) -> float:
         """Passes over the rows that a step makes."""
-        return 1 + 2 * (self.parts(x) - 1) * self.batch_size / tree.num_rows(x)
+        return 1 + 2 * (self.parts(problem) - 1) * self.batch_size / problem.rows
 
-    def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
-    ) -> tuple[Stats, Anchored]:
-        turn = start_turn(self.batch_size, self.shuffle, x, key)
-        stats = e_step_on_all(model, params, x, weights, expect)
+    def init(self, problem: Problem, params: Params, expect: Expect, key: jax.Array | None) -> tuple[Stats, Anchored]:
+        turn = start_turn(self.batch_size, self.shuffle, problem.rows, key)
+        stats = e_step_on_all(problem, params, expect)
         return stats, Anchored(turn=turn, params=params, stats=stats)
 
     def step(
-        self,
-        model: Any,
-        params: Params,
-        stats: Stats,
-        state: Anchored,
-        x: Data,
-        weights: jax.Array | None,
-        expect: Any,
-        part: jax.Array | int,
+        self, problem: Problem, params: Params, stats: Stats, state: Anchored, expect: Expect, part: jax.Array | int
     ) -> tuple[Stats, Anchored]:
+        model = problem.model
+
         def batch(_: None) -> tuple[Stats, Anchored]:
             here, there = (
-                batch_stats(model, at, state.turn, self.batch_size, x, weights, expect) for at in (params, state.params)
+                batch_stats(problem, at, state.turn, self.batch_size, expect) for at in (params, state.params)
             )
             # Differences about one reference cancel in the small.
             corrected = jax.tree.map(
                 lambda all_, new, old: all_ + (new - old),
-                _rebase(model, state.stats, params),
+                model.rebase(state.stats, params),
                 here,
-                _rebase(model, there, params),
+                model.rebase(there, params),
             )
             mixed = mix(model, params, stats, corrected, rate_at(self.rate, state.turn.update + 1))
-            return mixed, dataclasses.replace(state, turn=next_batch(state.turn, tree.num_rows(x)))
+            return mixed, dataclasses.replace(state, turn=next_batch(state.turn, problem.rows))
 
         def everything(_: None) -> tuple[Stats, Anchored]:
-            all_ = e_step_on_all(model, params, x, weights, expect)
+            all_ = e_step_on_all(problem, params, expect)
             return all_, dataclasses.replace(state, params=params, stats=all_)
 
-        return jax.lax.cond(part == self.parts(x) - 1, everything, batch, None)
+        return jax.lax.cond(part == self.parts(problem) - 1, everything, batch, None)
 
 
 @record
@@ -204,6 +185,7 @@ class Pieces:
     slack: jax.Array
 
 
+@completed("gather")
 @record(kw_only=False)
 class Incremental:
     """Incremental EM: the E-step on one piece of the data at a time, an M-step after each.
@@ -217,45 +199,35 @@ class Incremental:
 
     num_blocks: int = static()
 
-    complete = False
+    nature = Nature(complete=False)
 
     def __post_init__(self) -> None:
         checks.positive_integer("num_blocks", self.num_blocks)
 
-    def parts(self, x: Data) -> int:
+    def parts(self, problem: Problem) -> int:
         return self.num_blocks
 
-    def init(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, key: jax.Array | None
-    ) -> tuple[Stats, Pieces]:
+    def init(self, problem: Problem, params: Params, expect: Expect, key: jax.Array | None) -> tuple[Stats, Pieces]:
         def piece(index: jax.Array) -> tuple[Stats, jax.Array]:
-            return self._piece(model, params, x, weights, expect, index)
+            return self._piece(problem, params, expect, index)
 
         stats, slack = jax.lax.map(piece, jnp.arange(self.num_blocks))
-        return self._together(model, params, stats, slack), Pieces(stats=stats, slack=slack)
+        return self._together(problem.model, params, stats, slack), Pieces(stats=stats, slack=slack)
 
     def step(
-        self,
-        model: Any,
-        params: Params,
-        stats: Stats,
-        state: Pieces,
-        x: Data,
-        weights: jax.Array | None,
-        expect: Any,
-        part: jax.Array | int,
+        self, problem: Problem, params: Params, stats: Stats, state: Pieces, expect: Expect, part: jax.Array | int
     ) -> tuple[Stats, Pieces]:
-        fresh, slack = self._piece(model, params, x, weights, expect, part)
-        every = jax.vmap(lambda old: _rebase(model, old, params))(state.stats)
+        fresh, slack = self._piece(problem, params, expect, part)
+        every = jax.vmap(lambda old: problem.model.rebase(old, params))(state.stats)
         every = jax.tree.map(lambda old, new: old.at[part].set(new), every, fresh)
         slacks = state.slack.at[part].set(slack)
-        return self._together(model, params, every, slacks), Pieces(stats=every, slack=slacks)
+        return self._together(problem.model, params, every, slacks), Pieces(stats=every, slack=slacks)
 
     def _piece(
-        self, model: Any, params: Params, x: Data, weights: jax.Array | None, expect: Any, index: jax.Array | int
+        self, problem: Problem, params: Params, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, jax.Array]:
         """Statistics of one piece, and what its free energy holds beside Q: the entropy of its posterior."""
-        rows = tree.num_rows(x)
+        model, x, weights, rows = problem.model, problem.x, problem.weights, problem.rows
         if self.num_blocks > rows:
             raise ValueError(f"num_blocks must be at most the number of rows, {rows}; got {self.num_blocks}")
         # Slices of one length; rows of a neighbour count nothing.
@@ -268,16 +240,17 @@ class Incremental:
             number = start + jnp.arange(size)
             inside = jnp.ones(size, tree.float_dtype(x)) if inside is None else inside
             inside = jnp.where((number >= first) & (number < last), inside, 0)
-        expect = expect.fold(index) if expect.stochastic else expect
-        stats = as_part(model).e_step(params, tree.rows_from(x, start, size), inside, expect)
-        if stats.loglik is None or not hasattr(model, "q_function"):
+        expect = complete("expect", expect)
+        now = expect.fold(index) if expect.nature.stochastic else original(expect)
+        stats = model.partial().e_step(params, tree.rows_from(x, start, size), inside, now)
+        if stats.loglik is None or model.q_function is None:
             return stats, jnp.full((), jnp.nan, tree.float_dtype(x))
         return stats, stats.loglik - model.q_function(params, stats)
 
-    def _together(self, model: Any, params: Params, stats: Stats, slack: jax.Array) -> Stats:
+    def _together(self, model: Model, params: Params, stats: Stats, slack: jax.Array) -> Stats:
         """The sum of the pieces, with the free energy in place of the log-likelihood."""
         total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
-        if total.loglik is None or not hasattr(model, "q_function"):
+        if total.loglik is None or model.q_function is None:
             return dataclasses.replace(total, loglik=None)
         return dataclasses.replace(total, loglik=model.q_function(params, total) + jnp.sum(slack))
 
@@ -308,7 +281,7 @@ def rate_at(rate: Callable | float, update: jax.Array) -> jax.Array | float:
     return rate(update) if callable(rate) else rate
 
 
-def mix(model: Any, params: Params, old: Stats, new: Stats, rate: jax.Array | float) -> Stats:
+def mix(model: Model, params: Params, old: Stats, new: Stats, rate: jax.Array | float) -> Stats:
     """(1 - rate) old + rate new, `old` first moved to the reference of the parameters that `new` is about."""
 
     def between(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -316,16 +289,11 @@ def mix(model: Any, params: Params, old: Stats, new: Stats, rate: jax.Array | fl
         # At a rate of 1 nothing of the old is left, not even its rounding.
         return jnp.where(share == 1, b, a + share * (b - a))
 
-    return jax.tree.map(between, _rebase(model, old, params), new)
+    return jax.tree.map(between, model.rebase(old, params), new)
 
 
-def _rebase(model: Any, stats: Stats, params: Params) -> Stats:
-    return model.rebase(stats, params) if hasattr(model, "rebase") else stats
-
-
-def start_turn(batch_size: int, shuffle: bool, x: Data, key: jax.Array | None) -> Turn:
+def start_turn(batch_size: int, shuffle: bool, rows: int, key: jax.Array | None) -> Turn:
     """The start of the first pass; ValueError where no batch can be filled, TypeError without a key to draw them."""
-    rows = tree.num_rows(x)
     if batch_size > rows:
         raise ValueError(
             f"batch_size must be at most the number of rows, {rows}; got {batch_size}. None takes all rows"
@@ -362,15 +330,13 @@ def next_batch(turn: Turn, rows: int) -> Turn:
     return dataclasses.replace(turn, update=update, first=first, batches=batches)
 
 
-def batch_stats(
-    model: Any, params: Params, turn: Turn, batch_size: int, x: Data, weights: jax.Array | None, expect: Any
-) -> Stats:
+def batch_stats(problem: Problem, params: Params, turn: Turn, batch_size: int, expect: Expect) -> Stats:
     """Statistics of the batch whose turn it is, scaled up to all rows."""
-    rows = tree.num_rows(x)
+    rows = problem.rows
     if batch_size == rows:
-        return e_step_on_all(model, params, x, weights, expect)
+        return e_step_on_all(problem, params, expect)
     place = turn.first + turn.batches[turn.update % turn.batches.shape[0]] * batch_size + jnp.arange(batch_size)
     place = place % rows
     chosen = place if turn.rows is None else turn.rows[place]
-    batch, inside = jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), (x, weights))
-    return tree.scale(rows / batch_size, e_step_on_all(as_part(model), params, batch, inside, expect))
+    batch = jax.tree.map(lambda leaf: jnp.take(leaf, chosen, axis=0), (problem.x, problem.weights))
+    return tree.scale(rows / batch_size, e_step_on_all(some_rows(problem, *batch), params, expect))

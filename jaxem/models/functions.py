@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..capabilities import complete
 from ..latents import Exact
 from ..protocols import Data, Params, Stats
 from ..record import record, static
@@ -43,14 +44,14 @@ class FunctionModel:
             )
         stats, loglik = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         if loglik is None:
-            loglik = stats.get("loglik") if isinstance(stats, dict) else getattr(stats, "loglik", None)
+            loglik = stats.get("loglik") if isinstance(stats, dict) else complete("statistics", stats).loglik
         if loglik is None and "log_prob" in dict(self.optional):
             each = self.log_prob(params, x)
             loglik = jnp.sum(each if weights is None else weights * each)
         return FunctionStats(stats=stats, loglik=loglik)
 
     def __getattr__(self, name: str) -> Any:
-        # What was not given is absent, so that `hasattr` tells the truth about a user's model.
+        # What was not given is absent: `capabilities` then knows what stands in its place.
         function = dict(self.__dict__.get("optional", ())).get(name)
         if function is None:
             raise AttributeError(f"this model has no {name}: pass {name}=... to from_functions")

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from .. import checks, numerics, parameters, seeding, tree
+from ..capabilities import completed
 from ..latents import Exact, Hard, ask
 from ..protocols import Data, Expect
-from ..record import fields, record, static
+from ..record import record, static
 
 INITS = ("k-means++", "greedy-k-means++", "k-means||", "random_rows")
 
@@ -65,6 +66,7 @@ class NearestCentre:
         return 2 * self.score - jnp.sum(jnp.square(self.points - self.anchor), axis=1)
 
 
+@completed("model")
 @record(kw_only=False)
 class KMeans:
     """Lloyd's algorithm: rows go to the nearest centre whole, centres go to the mean of their rows.
@@ -120,7 +122,7 @@ class KMeans:
 
     def infer(self, params: KMeansParams, x: Data, expect: Expect = Exact()) -> NearestCentre:
         """The nearest centre of every row; its `evidence` is minus the squared distance to it, (N,)."""
-        if not isinstance(expect, (Exact, Hard)) or fields(expect).get("temperature") is not None:
+        if not isinstance(expect, Hard) and not (isinstance(expect, Exact) and expect.temperature is None):
             raise TypeError(
                 f"expect must be Exact() or Hard() for k-means, whose only posterior is hard; got {expect!r}"
             )
@@ -224,7 +226,8 @@ class KMeans:
 
     def num_parameters(self, params: KMeansParams) -> int:
         """Free parameters: K D."""
-        parameters.count_of("params.centers", getattr(params, "centers", None), self.num_clusters)
+        centers = params.centers if isinstance(params, KMeansParams) else None
+        parameters.count_of("params.centers", centers, self.num_clusters)
         return int(jnp.size(params.centers))
 
     def unconstrain(self, params: KMeansParams) -> KMeansParams:
