@@ -16,11 +16,12 @@ FLOORS = [
     {"protocols"},
     {"capabilities"},
     {"parameters"},
-    {"sequences", "stopping"},
+    {"sequences", "stopping", "scheduler"},
     {"seeding", "parts", "latents"},
     {"families"},
     {"models", "em"},
     {"fit", "diagnostics"},
+    {"restart_jobs"},
     {"restarts"},
     {"testing"},
     {"__init__"},
@@ -81,10 +82,10 @@ def test_models_never_import_each_other():
             assert not {module for module in imports(path) if module[0] == "models"}
 
 
-def test_loops_over_steps_live_in_fit_and_restarts_only():
+def test_loops_over_steps_live_in_fit_and_scheduler_only():
     users = {str(path) for path in FILES if "while_loop" in (ROOT / path).read_text()}
     # Newton's method inside of one M-step is no loop over steps.
-    assert users <= {"fit.py", "restarts.py", "latents/stationary.py"}
+    assert users <= {"fit.py", "scheduler.py", "latents/stationary.py"}
 
 
 def test_the_package_never_touches_jax_configuration():

@@ -174,9 +174,9 @@ def test_restarts_under_jit_and_compiled_once(case, x64):
         return fit_restarts(model, key, x, num_restarts=R, block_size=4).best.objective
 
     np.testing.assert_allclose(best(jax.random.key(3), x), runs.best.objective, rtol=1e-10)
-    before = restarts_module._drive._cache_size(), restarts_module._prepare._cache_size()
+    before = restarts_module.drive._cache_size(), restarts_module.prepare._cache_size()
     fit_restarts(Mixture(Normal("diag"), 3), jax.random.key(4), x + 1, num_restarts=R, block_size=4, tol=1e-5)
-    assert before == (restarts_module._drive._cache_size(), restarts_module._prepare._cache_size())
+    assert before == (restarts_module.drive._cache_size(), restarts_module.prepare._cache_size())
 
 
 def test_max_steps_holds_for_every_restart(case, x64):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +10,17 @@ from .. import capabilities, checks, numerics, parameters
 from ..record import record, static
 from . import columns as columns_of
 from . import covariance as shapes
+from . import normal_moments
 from .normal_prior import NormalInverseWishart
-
-_FORMS = ("auto", "whitened", "expanded")
 
 
 @record
 class NormalParams:
-    """mean (K, D); covariance (K, D, D) full, (K, D) diag, (K,) spherical; tied: one, without the K."""
+    """Parameters of K normal components.
+
+    mean: (K, D).
+    covariance: (K, D, D) full, (K, D) diag, (K,) spherical; tied, one for all without the K.
+    """
 
     mean: jax.Array
     covariance: jax.Array
@@ -29,9 +30,12 @@ class NormalParams:
 class NormalStats:
     """Moments about the components' current means c, additive over rows.
 
-    count (K,) = sum r; observed (K, D) = sum r over observed entries, for covariances without
-    correlations (None for others, which take no missing values); reference (K, D) = observed c;
-    first (K, D) = sum r (x - c); second, stored as the covariance is, = sum r (x - c)(x - c)ᵀ.
+    count: (K,), sum r.
+    reference: (K, D), c times the rows behind each entry.
+    first: (K, D), sum r (x - c).
+    second: stored as the covariance is, sum r (x - c)(x - c)ᵀ.
+    observed: (K, D), sum r over observed entries, for covariances without correlations; None for others, which take
+        no missing values.
     """
 
     count: jax.Array
@@ -51,17 +55,15 @@ class NormalStats:
 class Normal:
     """Normal components: log p(x|k) = -(D log 2 pi + log det C_k + (x - m_k)ᵀ C_k⁻¹ (x - m_k)) / 2.
 
-    covariance: "full", "diag" or "spherical", one a component; "tied", "tied_diag" or
-    "tied_spherical", one for all; mclust's VVV, VVI, VII, EEE, EEI and EII are the same six.
+    covariance: "full", "diag" or "spherical", one a component; "tied", "tied_diag" or "tied_spherical", one for all;
+        mclust's VVV, VVI, VII, EEE, EEI and EII are the same six.
     prior: a NormalInverseWishart; the M-step is then the posterior mode.
-    form: how quadratic forms and second moments are computed. "whitened" uses deviations from each
-    component's own mean, exact however tight the clusters are; "expanded" uses moments about one
-    common point, two matrix products in all, which loses (spread / width)² units of rounding;
-    "auto" (default) takes the expanded form while that loss is small, judged at every step, and with
-    few columns, where there is less to win, the whitened one.
-    missing: whether to look for missing entries, NaN, which covariances without correlations
-    integrate out exactly ("full" and "tied" refuse them). Looking costs a compilation of both
-    cases; False says that there are none.
+    form: how quadratic forms and second moments are computed. "whitened" uses deviations from each component's own
+        mean, exact however tight the clusters are; "expanded" uses moments about one common point, two matrix products
+        in all, which loses (spread / width)² units of rounding; "auto" (default) takes the expanded form while that
+        loss is small, judged at every step, and with few columns, where there is less to win, the whitened one.
+    missing: whether to look for missing entries, NaN, which covariances without correlations integrate out exactly
+        ("full" and "tied" refuse them). Looking costs a compilation of both cases; False says that there are none.
 
     Data are (N, D), or (N,) for one column. Raises ValueError for an unknown covariance or form.
     Bishop, Pattern Recognition and Machine Learning, section 9.2.
@@ -77,7 +79,7 @@ class Normal:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covariance", shapes.canonical(self.covariance))
-        checks.choice("form", self.form, _FORMS)
+        checks.choice("form", self.form, normal_moments.FORMS)
 
     @property
     def shape(self) -> shapes.Shape:
@@ -126,35 +128,7 @@ class Normal:
     def log_prob(self, params: NormalParams, x: jax.Array) -> jax.Array:
         """Log-density of every row under every component: (N, D) -> (K, N)."""
         x, observed = self._rows(params, x)
-        columns = params.mean.shape[-1]
-        shape = self.shape
-        whitener, half_logdet = shape.whitener(self._each(params), columns)
-        constant = -half_logdet - 0.5 * columns * math.log(2 * math.pi)
-        centre, centred = _centre(x)
-        offset = params.mean - centre
-
-        def whitened() -> jax.Array:
-            return constant[:, None] - 0.5 * shape.square(whitener, _deviations(params.mean, x))
-
-        def expanded() -> jax.Array:
-            precision = shape.precision(whitener)
-            linear = shape.precision_times(precision, offset)
-            base = constant - 0.5 * jnp.sum(linear * offset, axis=-1)
-            natural = jnp.concatenate([base[:, None], linear, shape.to_features(precision)], axis=1)
-            return numerics.product(natural, self._features(centred), "kf,fn->kn")
-
-        def complete(_: jax.Array) -> jax.Array:
-            # In few columns the squares are written out, and fused with what follows: nothing is quicker.
-            if self.form == "auto" and columns <= shapes.UNROLLED_COLUMNS:
-                return whitened()
-            return self._choose(self._far(whitener, offset), expanded, whitened)
-
-        def masked(observed: jax.Array) -> jax.Array:
-            scales = shape.log_scales(self._each(params), columns) + 0.5 * math.log(2 * math.pi)
-            deviations = _deviations(params.mean, x) * observed
-            return -numerics.product(scales, observed, "kd,dn->kn") - 0.5 * shape.square(whitener, deviations)
-
-        return self._complete_or_not(observed, complete, masked)
+        return normal_moments.log_prob(self._components(params), x, observed, self.form)
 
     def stats(self, params: NormalParams, x: jax.Array, responsibilities: jax.Array) -> NormalStats:
         """Expected sufficient statistics: x (N, D), responsibilities (K, N), row weights included.
@@ -162,60 +136,16 @@ class Normal:
         A vanishing pseudo-count of the current parameters keeps a component without rows as it is.
         """
         x, observed = self._rows(params, x)
-        columns = x.shape[1]
-        shape = self.shape
-        each = self._each(params)
-        whitener, _ = shape.whitener(each, columns)
-        centre, centred = _centre(x)
-
-        def whitened(
-            mean: jax.Array, x: jax.Array, responsibilities: jax.Array, *_: jax.Array
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            deviations = _deviations(mean, x)
-            count = jnp.sum(responsibilities, axis=-1)
-            if columns > shapes.UNROLLED_COLUMNS:
-                first = numerics.product(responsibilities, deviations, "kn,kdn->kd")
-            else:
-                first = jnp.sum(responsibilities[:, None] * deviations, axis=-1)
-            return count, first, shape.moments(responsibilities, deviations)
-
-        def expanded(
-            mean: jax.Array, _: jax.Array, responsibilities: jax.Array, centre: jax.Array, centred: jax.Array
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            offset = mean - centre
-            sums = numerics.product(responsibilities, self._features(centred), "kn,fn->kf")
-            count, first = sums[:, 0], sums[:, 1 : 1 + columns]
-            second = shape.from_features(sums[:, 1 + columns :], columns)
-            moved = first - count[:, None] * offset
-            return count, moved, second - shape.cross(offset, first + moved)
-
-        def complete(_: jax.Array) -> tuple[jax.Array, ...]:
-            arguments = params.mean, x, responsibilities, centre, centred
-            far = self._far(whitener, params.mean - centre)
-            if self.form == "auto" and columns <= shapes.UNROLLED_COLUMNS:
-                # In few columns a product costs next to nothing: it is done in any case.
-                found = numerics.repaired(
-                    lambda far, *rest: (expanded(*rest), far), lambda _, *rest: whitened(*rest), far, *arguments
-                )
-            else:
-                found = self._choose(far, expanded, whitened, *arguments)
-            count, first, second = found
-            return count, jnp.broadcast_to(count[:, None], first.shape), first, second
-
-        def masked(observed: jax.Array) -> tuple[jax.Array, ...]:
-            deviations = _deviations(params.mean, x) * observed
-            first = numerics.product(responsibilities, deviations, "kn,kdn->kd")
-            entries = numerics.product(responsibilities, observed, "kn,dn->kd")
-            return jnp.sum(responsibilities, axis=-1), entries, first, shape.moments(responsibilities, deviations)
-
-        count, entries, first, second = self._complete_or_not(observed, complete, masked)
-        count, entries = count + columns_of.PSEUDO_COUNT, entries + columns_of.PSEUDO_COUNT
-        second = second + columns_of.PSEUDO_COUNT * shape.repeats(columns) * each
+        parts = self._components(params)
+        sums = normal_moments.moments(parts, x, observed, responsibilities, self.form)
+        pseudo = columns_of.PSEUDO_COUNT
+        entries = sums.entries + pseudo
+        second = sums.second + pseudo * self.shape.repeats(x.shape[1]) * parts.covariance
         return NormalStats(
-            count=count,
+            count=sums.count + pseudo,
             observed=entries if self._by_column else None,
             reference=entries * params.mean,
-            first=first,
+            first=sums.first,
             second=jnp.sum(second, axis=0) if self.tied else second,
         )
 
@@ -341,40 +271,23 @@ class Normal:
             return params.covariance
         return jnp.broadcast_to(params.covariance, (params.mean.shape[0], *params.covariance.shape))
 
-    def _rows(self, params: NormalParams, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows (N, D), something finite in place of missing entries; 1 where observed, 0 where not (D, N) or ()."""
+    def _components(self, params: NormalParams) -> normal_moments.Components:
+        return normal_moments.components(self.shape, params.mean, self._each(params))
+
+    def _rows(self, params: NormalParams, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Rows (N, D), something finite in place of missing entries, and which entries are observed.
+
+        These are (D, N), 1 where an entry is observed and 0 where it is missing; None where none is looked for.
+        """
         rows = checks.matrix("x", x)
         if rows.shape[1] != params.mean.shape[-1]:
             raise ValueError(
                 f"x must have {params.mean.shape[-1]} columns, as the parameters have; got shape {jnp.shape(x)}"
             )
         if not (self._by_column and self.missing):
-            return rows, jnp.ones((), rows.dtype)
+            return rows, None
         observed = ~jnp.isnan(rows)
         return jnp.where(observed, rows, jnp.mean(params.mean, axis=0)), observed.T.astype(rows.dtype)
-
-    def _complete_or_not(self, observed: jax.Array, complete: Callable, masked: Callable) -> Any:
-        """One of two forms: a real branch, since most data have no missing entries."""
-        if not (self._by_column and self.missing):
-            return complete(observed)
-        return jax.lax.cond(jnp.all(observed == 1), complete, masked, observed)
-
-    def _features(self, centred: jax.Array) -> jax.Array:
-        """1, y and the shape's monomials of y: (D, N) -> (F, N)."""
-        return jnp.concatenate([jnp.ones_like(centred[:1]), centred, self.shape.features(centred)])
-
-    def _choose(self, far: jax.Array, expanded: Callable, whitened: Callable, *arguments: jax.Array) -> Any:
-        """The form asked for; under "auto", expanded while the means are near the centre."""
-        if self.form == "auto":
-            # A branch, and not `repaired`: outside of one XLA keeps densities and moments to one layout of the
-            # features, and one large fit takes nearly twice as long.
-            return jax.lax.cond(far, whitened, expanded, *arguments)
-        return (whitened if self.form == "whitened" else expanded)(*arguments)
-
-    def _far(self, whitener: jax.Array, offset: jax.Array) -> jax.Array:
-        """Whether a mean is so far from the centre, in widths, that an expanded square would lose too much."""
-        widths = self.shape.whiten(whitener, offset[..., None])
-        return jnp.max(jnp.mean(jnp.square(widths), axis=1)) * jnp.finfo(offset.dtype).eps ** 0.25 > 1
 
 
 def _at_reference(stats: NormalStats) -> NormalStats:
@@ -391,14 +304,3 @@ def _lowest(mean_square: jax.Array, about: jax.Array) -> jax.Array:
     data = jnp.where(mean_square > 0, eps**2 * mean_square, eps**2)
     # A factor loses about D units of rounding a pivot: below this, less than two digits of one would be left.
     return jnp.maximum(data, 64 * mean_square.shape[-1] * eps * about)
-
-
-def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean row (D,), and the rows about it, column-major (D, N)."""
-    centre = jnp.mean(x, axis=0)
-    return centre, (x - centre).T
-
-
-def _deviations(mean: jax.Array, x: jax.Array) -> jax.Array:
-    """x - mean of every component: (K, D), (N, D) -> (K, D, N)."""
-    return x.T[None] - mean[:, :, None]

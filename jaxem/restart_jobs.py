@@ -1,0 +1,221 @@
+"""A restart as a job of the scheduler: how it is drawn, taken up, stepped, and written back."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import parameters, scheduler, stopping, tree
+from .fit import advance, begin, ended
+from .implicit import refuse_derivatives
+from .protocols import Data, Params
+from .record import record
+from .status import Status
+from .stopping import Progress
+
+
+@record
+class Fitting:
+    """What all restarts share: a model, its data, and the algorithm that fits one to the other."""
+
+    model: Any
+    algorithm: Any
+    x: Data
+    weights: jax.Array | None
+
+
+@record
+class Jobs:
+    """All restarts, as they wait or have ended: leading axis R.
+
+    key: what the algorithm draws from.
+    watch: what the stopping rule remembers.
+    history: (R, S + 1), the objectives of the S steps of a screen.
+    The other fields are those of a `Result`.
+    """
+
+    params: Params
+    key: Any
+    objective: jax.Array
+    loglik: jax.Array
+    status: jax.Array
+    num_steps: jax.Array
+    num_passes: jax.Array
+    largest_decrease: jax.Array
+    watch: Any
+    history: jax.Array
+
+
+@record
+class Leader:
+    """The whole history of one restart, the best of those that have ended in one drive.
+
+    number: which it is, R for none.
+    history: the objective after each step.
+    """
+
+    number: jax.Array
+    history: jax.Array
+
+
+@record
+class _Lane:
+    """A restart under way.
+
+    fit: how far it is.
+    history: the objective after each step so far.
+    """
+
+    fit: Progress
+    history: jax.Array
+
+
+def eligible(status: jax.Array) -> jax.Array:
+    """Whether restarts with this status may win."""
+    return (status == Status.CONVERGED) | (status == Status.MAX_STEPS) | (status == Status.STALLED)
+
+
+def best_of(numbers: jax.Array, objective: jax.Array, eligible: jax.Array) -> jax.Array:
+    """Which of some restarts is the best: of the eligible, if there is one, the highest; of equals the first."""
+    objective = jnp.where(jnp.isnan(objective), -jnp.inf, objective)
+    among = eligible | ~jnp.any(eligible)
+    top = among & (objective >= jnp.max(jnp.where(among, objective, -jnp.inf)))
+    return jnp.argmin(jnp.where(top, numbers, jnp.iinfo(numbers.dtype).max))
+
+
+@functools.partial(jax.jit, static_argnames="function", inline=True)
+def draw(model: Any, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
+    """A start; under jit for its trace to be remembered."""
+    return (model.init if function is None else function)(key, x, weights)
+
+
+@functools.partial(jax.jit, static_argnames=("num_restarts", "function", "lanes", "kept_steps"))
+def prepare(
+    fitting: Fitting,
+    key: jax.Array,
+    starts: Params | None,
+    num_restarts: int,
+    function: Callable | None,
+    lanes: int,
+    kept_steps: int,
+) -> Jobs:
+    """Every restart before its first step, from `starts` or as `function` draws them, `lanes` at a time.
+
+    Restart i draws from `fold_in(key, i)` alone. kept_steps: how long the histories of all are.
+    """
+
+    def prepared(fitting: Fitting, key: jax.Array, starts: Params | None) -> Jobs:
+        model, algorithm, x, weights = fitting.model, fitting.algorithm, fitting.x, fitting.weights
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_restarts))
+        if starts is None:
+            starts = jax.lax.map(
+                lambda key: draw(model, function, jax.random.fold_in(key, 0), x, weights), keys, batch_size=lanes
+            )
+        run_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        starts = jax.vmap(lambda params, key: parameters.as_steps_return(model, algorithm, params, x, weights, key))(
+            starts, run_keys
+        )
+        unknown = jnp.zeros(num_restarts, tree.float_dtype(x))
+        return Jobs(
+            params=starts,
+            key=run_keys,
+            objective=unknown,
+            loglik=unknown,
+            status=jnp.full(num_restarts, Status.RUNNING, jnp.int32),
+            num_steps=jnp.zeros(num_restarts, jnp.int32),
+            num_passes=jnp.zeros_like(unknown),
+            largest_decrease=jnp.zeros_like(unknown),
+            watch=jax.vmap(stopping.watch)(unknown, starts),
+            history=jnp.zeros((num_restarts, kept_steps + 1), unknown.dtype),
+        )
+
+    return refuse_derivatives(prepared)(fitting, key, starts)
+
+
+@functools.partial(jax.jit, static_argnames=("lanes", "capacity"))
+def drive(
+    fitting: Fitting,
+    jobs: Jobs,
+    tol: jax.Array | float,
+    max_steps: jax.Array | int,
+    lanes: int,
+    capacity: int,
+) -> tuple[Jobs, Leader]:
+    """Run every waiting restart to its end, `lanes` at a time; capacity: how many steps a history has room for."""
+
+    def driven(fitting: Fitting, jobs: Jobs, tol: jax.Array | float, max_steps: jax.Array | int) -> tuple[Jobs, Leader]:
+        none = Leader(number=jnp.asarray(jobs.status.shape[0]), history=jnp.zeros(capacity + 1, jobs.history.dtype))
+        iteration = _iteration(fitting, jobs, tol, max_steps, capacity)
+        return scheduler.run(iteration, (jobs, none), jobs.status == Status.RUNNING, lanes)
+
+    return refuse_derivatives(driven)(fitting, jobs, tol, max_steps)
+
+
+def _iteration(
+    fitting: Fitting, jobs: Jobs, tol: jax.Array | float, max_steps: jax.Array | int, capacity: int
+) -> scheduler.Iteration:
+    """EM as the scheduler sees it."""
+    model, algorithm, x, weights = fitting.model, fitting.algorithm, fitting.x, fitting.weights
+
+    def load(every: tuple[Jobs, Leader], slot: jax.Array) -> _Lane:
+        """A restart taken up where it was left, with its own count of steps."""
+        job = jax.tree.map(lambda leaf: leaf[slot], every[0])
+        fit = begin(model, algorithm, job.params, x, weights, job.key, max_steps - job.num_steps)
+        fit = dataclasses.replace(
+            fit,
+            num_steps=job.num_steps,
+            largest_decrease=job.largest_decrease,
+            watch=stopping.resumed(job.watch),
+        )
+        return _noted(fit, jnp.pad(job.history, (0, capacity + 1 - len(job.history))))
+
+    def step(lane: _Lane) -> _Lane:
+        fit = lane.fit
+        after = stopping.kept(fit, advance(model, algorithm, fit, x, weights, tol, max_steps))
+        return _noted(tree.where(fit.status == Status.RUNNING, after, fit), lane.history)
+
+    shape = jax.eval_shape(load, (jobs, None), jnp.zeros((), jnp.int32))
+    empty = tree.zeros_like(shape, jax.random.key_impl(jobs.key))
+    fit = dataclasses.replace(empty.fit, status=jnp.full((), Status.MAX_STEPS, jnp.int32))
+    return scheduler.Iteration(
+        empty=dataclasses.replace(empty, fit=fit),
+        load=load,
+        step=step,
+        is_running=lambda lane: lane.fit.status == Status.RUNNING,
+        store=functools.partial(_store, fitting),
+    )
+
+
+def _noted(fit: Progress, history: jax.Array) -> _Lane:
+    """A fit, and its history with the objective at hand."""
+    return _Lane(fit=fit, history=history.at[fit.num_steps].set(fit.objective, mode="drop"))
+
+
+def _store(fitting: Fitting, every: tuple[Jobs, Leader], slots: jax.Array, lanes: _Lane) -> tuple[Jobs, Leader]:
+    """Restarts written back, and the history of the best kept."""
+    jobs, leader = every
+    fits = jax.vmap(lambda fit: ended(fitting.model, fitting.algorithm, fit, fitting.x, fitting.weights))(lanes.fit)
+    histories = jax.vmap(_noted)(fits, lanes.history).history
+    endings = Jobs(
+        params=fits.state.params,
+        key=None,
+        objective=fits.objective,
+        loglik=fits.objective if fits.state.loglik is None else fits.state.loglik,
+        status=fits.status,
+        num_steps=fits.num_steps,
+        num_passes=jobs.num_passes.at[slots].get(mode="fill", fill_value=0) + fits.state.num_passes,
+        largest_decrease=fits.largest_decrease,
+        watch=fits.watch,
+        history=histories[:, : jobs.history.shape[1]],
+    )
+    before = dataclasses.replace(jobs, key=None)
+    after = jax.tree.map(lambda all_, some: all_.at[slots].set(some, mode="drop"), before, endings)
+    numbers = jnp.append(slots, leader.number)
+    objective = after.objective.at[numbers].get(mode="fill", fill_value=-jnp.inf)
+    may_win = eligible(after.status.at[numbers].get(mode="fill", fill_value=Status.NONFINITE))
+    place = best_of(numbers, objective, may_win)
+    kept = Leader(number=numbers[place], history=jnp.concatenate([histories, leader.history[None]])[place])
+    return dataclasses.replace(after, key=jobs.key), kept

@@ -1,0 +1,103 @@
+"""Many independent iterations in a fixed number of lanes, which take the next as soon as theirs has ended.
+
+Nothing here knows what is iterated. Letters: R jobs, each with a slot of its own; L lanes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import tree
+from .record import record
+
+# Temporaries of one step over all lanes, in numbers: what the second-level cache of a CPU core holds.
+_LANE_BUDGET = 1 << 21
+_LANE_BUDGET_ELSEWHERE = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration:
+    """What a lane does with a job. All jobs are one pytree, which holds those that wait and takes those that end.
+
+    empty: a lane without a job, which does not run.
+    load: (jobs, slot) -> lane, a job before its first step.
+    step: lane -> lane after one step; one that does not run stays as it is.
+    is_running: lane -> whether it has steps to do.
+    store: (jobs, slots, lanes) -> jobs with the lanes written to these slots (L,); slot R stands for none.
+    """
+
+    empty: Any
+    load: Callable[[Any, jax.Array], Any]
+    step: Callable[[Any], Any]
+    is_running: Callable[[Any], jax.Array]
+    store: Callable[[Any, jax.Array, Any], Any]
+
+
+@record
+class _Desk:
+    """Where all jobs stand.
+
+    jobs: as they wait or have ended.
+    slots: (L,), which job each lane holds, R for none.
+    lanes: their states, leading axis L.
+    head: how many jobs have been taken up.
+    """
+
+    jobs: Any
+    slots: jax.Array
+    lanes: Any
+    head: jax.Array
+
+
+def run(iteration: Iteration, jobs: Any, waiting: jax.Array, lanes: int) -> Any:
+    """All jobs after those that wait (R,) have run to their end, `lanes` at a time, in the order of their slots.
+
+    The inner loop steps all lanes until a quarter of them has ended; the outer one then writes those away and refills
+    them, so that no job waits for the slowest of its batch.
+    """
+    total, count = waiting.shape[0], jnp.sum(waiting)
+    order = jnp.argsort(~waiting, stable=True)
+    are_running = jax.vmap(iteration.is_running)
+
+    def most_run(desk: _Desk) -> jax.Array:
+        running = jnp.sum(are_running(desk.lanes))
+        return jnp.where(desk.head < count, running > lanes - max(1, lanes // 4), running > 0)
+
+    def step(desk: _Desk) -> _Desk:
+        return dataclasses.replace(desk, lanes=jax.vmap(iteration.step)(desk.lanes))
+
+    def refill(desk: _Desk) -> _Desk:
+        idle = ~are_running(desk.lanes)
+        jobs = iteration.store(desk.jobs, jnp.where(idle, desk.slots, total), desk.lanes)
+        ticket = desk.head + jnp.cumsum(idle) - 1
+        taken = idle & (ticket < count)
+        slots = jnp.where(taken, order[jnp.minimum(ticket, total - 1)], total)
+        fresh = jax.vmap(iteration.load, (None, 0))(jobs, jnp.minimum(slots, total - 1))
+        return _Desk(
+            jobs=jobs,
+            slots=jnp.where(idle, slots, desk.slots),
+            lanes=tree.where(taken, fresh, desk.lanes),
+            head=desk.head + jnp.sum(taken),
+        )
+
+    start = _Desk(
+        jobs=jobs,
+        slots=jnp.full(lanes, total),
+        lanes=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), iteration.empty),
+        head=jnp.zeros_like(count),
+    )
+    # The last refill only writes away.
+    return jax.lax.while_loop(
+        lambda desk: (desk.head < count) | jnp.any(desk.slots < total),
+        lambda desk: jax.lax.while_loop(most_run, step, refill(desk)),
+        start,
+    ).jobs
+
+
+def lanes_for(work: int) -> int:
+    """Jobs side by side whose temporaries, `work` numbers each, stay in fast memory: a power of two."""
+    budget = _LANE_BUDGET if jax.default_backend() == "cpu" else _LANE_BUDGET_ELSEWHERE
+    return 1 << min(12, max(0, (budget // max(1, work)).bit_length() - 1))
