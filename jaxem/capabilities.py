@@ -170,7 +170,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
 _PAIRS = {"unconstrain": "constrain", "constrain": "unconstrain", "blocks": "m_step_for", "m_step_for": "blocks"}
 
 # Methods that give another form of an object, which is as complete.
-_FORMS = ("coarse", "partial")
+_FORMS = ("coarse", "partial", "without_missing")
 
 
 class _Default(property):

@@ -27,7 +27,7 @@ def fields(record: Any) -> dict[str, Any]:
         return dict(record)
     if not dataclasses.is_dataclass(record):
         return {}
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return {field.name: vars(record)[field.name] for field in dataclasses.fields(record)}
 
 
 def replace(record: Any, **values: Any) -> Any:
@@ -93,8 +93,8 @@ def record(cls: Any = None, *, kw_only: bool = True) -> Any:
         # `jax.tree_util.register_dataclass` compares fields but not classes, so that two model classes could share an
         # entry of the jit cache. The class is therefore one of the static values.
         def flatten(record: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-            values = tuple(getattr(record, name) for name in data)
-            return values, (cls, *(getattr(record, name) for name in meta))
+            values = vars(record)
+            return tuple(values[name] for name in data), (cls, *(values[name] for name in meta))
 
         def flatten_with_keys(record: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
             values, statics = flatten(record)

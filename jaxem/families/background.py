@@ -110,7 +110,7 @@ class Background:
         self.family.check(x, name)
 
     def coarse(self) -> "Background":
-        family = self._inside.coarse()
+        family = capabilities.original(self._inside.coarse())
         return self if family is self.family else dataclasses.replace(self, family=family)
 
 

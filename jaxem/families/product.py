@@ -114,12 +114,12 @@ class Product:
 
     def coarse(self) -> "Product":
         """Every family in its cheapest arithmetic."""
-        forms = {name: family.coarse() for name, family in self.parts.items()}
+        forms = {name: capabilities.original(family.coarse()) for name, family in self.parts.items()}
         return self if all(forms[name] is family for name, family in self.families.items()) else Product(forms)
 
     def without_missing(self) -> "Product":
         """Every family in its form for rows without missing entries."""
-        forms = {name: family.without_missing() for name, family in self.parts.items()}
+        forms = {name: capabilities.original(family.without_missing()) for name, family in self.parts.items()}
         return self if all(forms[name] is family for name, family in self.families.items()) else Product(forms)
 
     def _parts(self, x: Data, name: str = "x") -> list[tuple[str, Family, Data]]:

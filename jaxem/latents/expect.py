@@ -6,14 +6,14 @@ of this file ask the model's own `infer`, and what they mean for a latent struct
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import checks
-from ..protocols import Data, Expect, Model, Params
+from ..protocols import Data, Expect, Model, Nature, Params
 from ..record import record, static
 
 
@@ -29,7 +29,7 @@ class Exact:
 
     temperature: jax.Array | float | None = None
 
-    stochastic = False
+    nature: ClassVar = Nature()
 
     def __post_init__(self) -> None:
         temperature = np.asarray(self.temperature) if checks.is_known(self.temperature) else None
@@ -40,6 +40,14 @@ class Exact:
         """The posterior of the model's latents, as the model infers it."""
         return model.infer(params, x, self)
 
+    def at(self, step: jax.Array, key: jax.Array | None) -> "Exact":
+        """The same in every step."""
+        return self
+
+    def fold(self, number: jax.Array | int) -> "Exact":
+        """The same for every part of the rows."""
+        return self
+
 
 @record
 class Hard:
@@ -49,11 +57,19 @@ class Hard:
     likely components the first is taken.
     """
 
-    stochastic = False
+    nature: ClassVar = Nature()
 
     def posterior(self, model: Model, params: Params, x: Data) -> Any:
         """The posterior of the model's latents, as the model infers it."""
         return model.infer(params, x, self)
+
+    def at(self, step: jax.Array, key: jax.Array | None) -> "Hard":
+        """The same in every step."""
+        return self
+
+    def fold(self, number: jax.Array | int) -> "Hard":
+        """The same for every part of the rows."""
+        return self
 
 
 @record(kw_only=False)
@@ -72,7 +88,7 @@ class Sample:
     key: jax.Array | None = dataclasses.field(default=None, kw_only=True)
     used: jax.Array | None = dataclasses.field(default=None, kw_only=True)
 
-    stochastic = True
+    nature: ClassVar = Nature(stochastic=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.num_samples, (int, np.integer)) and self.num_samples == 0:
@@ -87,7 +103,7 @@ class Sample:
         """The posterior of the model's latents, as the model infers it."""
         return model.infer(params, x, self)
 
-    def at(self, step: jax.Array, key: jax.Array) -> "Sample":
+    def at(self, step: jax.Array, key: jax.Array | None) -> "Sample":
         """These draws for one step of an algorithm: with its key, and as many as the schedule says."""
         used = None
         if self.schedule is not None:
@@ -107,7 +123,7 @@ class Sample:
         return checks.random_key(self.key)
 
 
-def ask(expect: Expect, model: Model, params: Params, x: Data) -> Any:
+def ask(expect: Expect, model: Any, params: Params, x: Data) -> Any:
     """The posterior that an `expect` gives; TypeError for what gives none."""
     try:
         posterior = expect.posterior

@@ -238,7 +238,7 @@ class Mixture:
 
     def coarse(self) -> "Mixture":
         """The same model in its cheapest arithmetic, for the bulk of many restarts; itself where there is none."""
-        family = self.parts["components"].coarse()
+        family = capabilities.original(self.parts["components"].coarse())
         return self if family is self.family else dataclasses.replace(self, family=family)
 
     @property

@@ -49,7 +49,7 @@ def _argument_names(name: str, found: Any) -> list[str]:
     if not inspect.isroutine(found) and not isinstance(found, functools.partial):
         return []
     for protocol in (Model, Family):
-        if name in protocol.__dict__:
+        if inspect.isfunction(protocol.__dict__.get(name)):
             return list(inspect.signature(protocol.__dict__[name]).parameters)[1:]
     return list(inspect.signature(found).parameters)
 
@@ -291,6 +291,7 @@ class Tied:
 
 def _about(statement: Any, form: Any) -> Any:
     """A statement about another form of what it is about; itself where there is none."""
+    form = capabilities.original(form)
     return statement if form is statement.inner else replace(statement, inner=form)
 
 
