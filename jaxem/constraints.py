@@ -20,7 +20,7 @@ from .record import record, static
 # Methods whose first argument is parameters: they see these as the statement has them.
 _AT_PARAMS = ("log_prior", "m_step_for", "q_function")
 # Those whose second argument is data.
-_AT_DATA = ("e_step", "log_prob", "posterior", "predict", "stats")
+_AT_DATA = ("e_step", "infer", "statistics", "log_prob", "posterior", "predict", "stats")
 # Methods that give another form of the model: the statement holds for that one too.
 _FORMS = ("coarse", "partial")
 
