@@ -156,9 +156,10 @@ class HMM:
 
         loglik is the sum of the posterior's evidence, and that of `params` where it has none.
         """
-        x = checks.present(self.units(x), weights)
-        params = tree.no_whole_numbers(params, x.values)
+        x = self.units(x)
         form, terms = posterior.along(x)
+        x = checks.present(x, weights)
+        params = tree.no_whole_numbers(params, x.values)
         terms = self._evidence(params, x) if terms is None else terms
         states = form.states.reshape(x.num_steps, self.num_states, x.num_rows)
         weights = None if weights is None else weights.astype(states.dtype)
