@@ -70,6 +70,7 @@ from .families import default_prior as default_prior
 from .families import pseudo_rows as pseudo_rows
 from .fit import Result as Result
 from .fit import em_fit as em_fit
+from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM
 from .models import HMMParams as HMMParams
 from .models import KMeans as KMeans

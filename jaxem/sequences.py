@@ -1,6 +1,7 @@
 """Sequences of different lengths as one array: padded, one a row, or packed, several a row."""
 
 import dataclasses
+import functools
 import heapq
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,57 @@ class Sequences:
             return jnp.broadcast_to(jnp.arange(self.num_steps) == 0, (self.num_rows, self.num_steps))
         before = jnp.concatenate([jnp.full_like(self.ids[:, :1], -1), self.ids[:, :-1]], axis=1)
         return (self.ids != before) & (self.ids >= 0)
+
+    def follows(self) -> jax.Array:
+        """Whether step t + 1 goes on from step t: (B, T - 1)."""
+        return self.inside()[:, 1:] & ~self.starts()[:, 1:]
+
+    def links(self, dtype: Any = jnp.bool_) -> jax.Array | None:
+        """The same, time first (T - 1, B); None where every step does."""
+        return None if self.lengths is None and self.ids is None else self.follows().T.astype(dtype)
+
+    def lanes(self, values: jax.Array) -> jax.Array:
+        """Values (..., B), or (...) where there is one row: without the axis recursions compile to tighter loops."""
+        return values if self.num_rows > 1 else values[..., 0]
+
+    def in_layout(self, values: jax.Array, padding: int, alone: bool) -> jax.Array:
+        """Values (T, ...[, B]) by time in the layout of the data: (B, T, ...), or (T, ...) of one sequence alone."""
+        values = jnp.moveaxis(values, -1, 0) if self.num_rows > 1 else values[None]
+        inside = self.inside().reshape(self.num_rows, self.num_steps, *(1,) * (values.ndim - 2))
+        values = jnp.where(inside, values, padding)
+        return values[0] if alone else values
+
+    def at_ends(self, values: jax.Array) -> jax.Array:
+        """Values (T, K, B) at the last step of every sequence: (B, K), or (num_sequences, K) where they are packed."""
+        if self.ids is None:
+            last = jnp.full(self.num_rows, self.num_steps) if self.lengths is None else self.lengths
+            return values[last - 1, :, jnp.arange(self.num_rows)]
+        ends, count = self.inside() & ~jnp.pad(self.follows(), ((0, 0), (0, 1))), int(self.num_sequences or 0)
+        places = jnp.where(ends, self.ids, count).T.ravel()
+        flat = jnp.moveaxis(values, 1, 2).reshape(-1, values.shape[1])
+        return jnp.zeros((count + 1, values.shape[1]), flat.dtype).at[places].set(flat)[:-1]
+
+    def rows(self) -> tuple[Any, jax.Array]:
+        """All steps as rows (T B, ...), time first, and which of them (T B,) are observed.
+
+        The others repeat one that is, so that what takes no missing entries never sees one.
+        """
+
+        def flat(leaf: jax.Array) -> jax.Array:
+            return jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])
+
+        rows = jax.tree.map(flat, self.values)
+        inside = self.inside().T.ravel()
+        seen = inside if self.complete else inside & ~missing(rows)
+        floats = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(rows))
+        if self.lengths is None and (self.complete or not floats):
+            return rows, seen
+        some = jnp.argmax(seen)
+
+        def stand_in(leaf: jax.Array) -> jax.Array:
+            return jnp.where(seen.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, leaf[some])
+
+        return jax.tree.map(stand_in, rows), seen
 
     def per_sequence(self, steps: jax.Array) -> jax.Array:
         """Sums over the steps (B, T) of every sequence: (B,), or (num_sequences,) where they are packed."""
@@ -156,6 +208,20 @@ def as_sequences(x: Any) -> Sequences:
             floats = [leaf for leaf in jax.tree.leaves(x.values) if jnp.issubdtype(leaf.dtype, jnp.floating)]
             x = dataclasses.replace(x, complete=not any(checks.has_nan(leaf) for leaf in floats))
     return x
+
+
+def missing(rows: Any, numpy: Any = jnp) -> Any:
+    """Which rows (N,) hold nothing but NaN; whole numbers are never missing as a row, only one by one.
+
+    numpy: the module that looks; NumPy itself where values are at hand, and nothing should be compiled.
+    """
+
+    def nothing(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return numpy.zeros(leaf.shape[:1], bool)
+        return numpy.all(numpy.isnan(leaf).reshape(leaf.shape[0], -1), axis=1)
+
+    return functools.reduce(numpy.logical_and, [nothing(leaf) for leaf in jax.tree.leaves(rows)])
 
 
 def is_one(x: Any) -> bool:

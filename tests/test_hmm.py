@@ -15,6 +15,7 @@ from jaxem import (
     Bernoulli,
     Categorical,
     CategoricalParams,
+    ChainPosterior,
     Dirichlet,
     Exact,
     Fixed,
@@ -37,6 +38,7 @@ from jaxem import (
     ecm,
     em_fit,
     fit_restarts,
+    free_energy,
     hard_em,
     monte_carlo_em,
     pack_sequences,
@@ -44,7 +46,7 @@ from jaxem import (
     squarem,
     stepwise_em,
 )
-from jaxem.latents import markov
+from jaxem.latents.markov import scaled
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -150,6 +152,116 @@ def test_drawn_paths():
     fit = em_fit(model, params, x, algorithm=monte_carlo_em(20), key=KEY, max_steps=5, tol=-1.0)
     assert np.all(np.isfinite(fit.history))
     assert fit.objective > fit.history[0]
+
+
+def random_chain(lengths, steps, count, seed=3):
+    """Markov chains with other transitions at every step: states (B, T, K), pairs (B, T - 1, K, K)."""
+    rng = np.random.default_rng(seed)
+    states, pairs = np.full((len(lengths), steps, count), np.nan), np.full((len(lengths), steps - 1, count, count), 7.0)
+    for number, length in enumerate(lengths):
+        states[number, 0] = rng.dirichlet(np.ones(count))
+        for t in range(length - 1):
+            pairs[number, t] = states[number, t, :, None] * rng.dirichlet(np.ones(count), count)
+            states[number, t + 1] = pairs[number, t].sum(axis=0)
+    return states, pairs
+
+
+def all_shares(paths, states, pairs):
+    """q of every path of one sequence, from its states and pairs."""
+    steps = np.arange(paths.shape[1] - 1)
+    moves = pairs[steps, paths[:, :-1], paths[:, 1:]] / states[steps, paths[:, :-1]]
+    return states[0, paths[:, 0]] * np.prod(moves, axis=1)
+
+
+@pytest.mark.parametrize("kind", ["batch", "weighted", "packed", "one"])
+def test_free_energy_of_any_chain_against_all_paths(kind):
+    """Bound and gap by their definitions, path by path; what stands in the padding does not matter."""
+    model, params, x = counts()
+    lengths = [6, 4, 5, 6, 3]
+    states, pairs = random_chain(lengths, 6, 3)
+    bounds, gaps = [], []
+    for row, length, of_states, of_pairs in zip(x, lengths, states, pairs, strict=True):
+        paths, joint = brute(model, params, row[:length])
+        share = all_shares(paths, of_states, of_pairs)
+        bounds.append(np.sum(share * (joint - np.log(share))))
+        gaps.append(np.sum(share * (np.log(share) - joint + logsumexp(joint))))
+    weights, data, q = np.ones(5), Sequences(x, jnp.asarray(lengths)), ChainPosterior(states, pairs)
+    given = None
+    if kind == "weighted":
+        weights = given = np.array([2.0, 0.0, 1.0, 0.5, 3.0])
+    if kind == "one":
+        weights, data, q = np.eye(5)[0], x[0], ChainPosterior(states[0], pairs[0])
+    if kind == "packed":
+        data = pack_sequences([row[:length] for row, length in zip(x, lengths, strict=True)], 2)
+        ids = np.asarray(data.ids)
+        wide = np.full((*ids.shape, 3), np.nan), np.full((2, ids.shape[1] - 1, 3, 3), 9.0)
+        for number, length in enumerate(lengths):
+            row, start = np.argwhere(ids == number)[0]
+            wide[0][row, start : start + length] = states[number, :length]
+            wide[1][row, start : start + length - 1] = pairs[number, : length - 1]
+        q = ChainPosterior(*wide)
+    for function in (free_energy, jax.jit(free_energy)):
+        bound, gap = function(model, params, data, q, given)
+        np.testing.assert_allclose(bound, np.sum(weights * bounds), rtol=1e-10)
+        np.testing.assert_allclose(gap, np.sum(weights * gaps), rtol=1e-10)
+    stats = model.statistics(params, data, q, given)
+    np.testing.assert_allclose(stats.loglik, model.e_step(params, data, given).loglik, rtol=1e-11)
+    moves = sum(w * p[: n - 1].sum(axis=0) for w, p, n in zip(weights, pairs, lengths, strict=True))
+    np.testing.assert_allclose(stats.transitions, moves, rtol=1e-10)
+
+
+@pytest.mark.parametrize("options", [*FORMS, dict()])
+def test_the_posterior_is_what_all_paths_say(options):
+    """Its states, pairs and evidence; given back in full it is the same; its bound and gap at other parameters."""
+    model, params, x = counts()
+    model = dataclasses.replace(model, **options)
+    lengths, weights = [6, 4, 5, 6, 3], np.array([2.0, 1.0, 1.0, 0.5, 3.0])
+    data = Sequences(x, jnp.asarray(lengths))
+    posterior, stats = model.infer(params, data), model.e_step(params, data, weights)
+    for number, length in enumerate(lengths):
+        paths, joint = brute(model, params, x[number, :length])
+        np.testing.assert_allclose(posterior.evidence[number], logsumexp(joint), rtol=1e-11)
+        share, one = np.exp(joint - logsumexp(joint)), np.eye(3)[paths]
+        pairs = np.einsum("p,pti,ptj->tij", share, one[:, :-1], one[:, 1:])
+        np.testing.assert_allclose(posterior.pairs[number, : length - 1], pairs, atol=1e-11)
+        assert np.all(posterior.pairs[number, length - 1 :] == 0)
+    again = model.statistics(params, data, ChainPosterior(posterior.states, posterior.pairs), weights)
+    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(stats), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-11)
+    bound, gap = free_energy(model, params, data, posterior, weights)
+    np.testing.assert_allclose(gap, 0, atol=1e-10)
+    np.testing.assert_allclose(bound, stats.loglik, rtol=1e-11)
+    other = model.infer(model.m_step(stats), data)
+    ours = free_energy(model, params, data, other, weights)
+    in_full = free_energy(model, params, data, ChainPosterior(other.states, other.pairs), weights)
+    np.testing.assert_allclose(ours, in_full, rtol=1e-9)
+    np.testing.assert_allclose(sum(ours), stats.loglik, rtol=1e-11)
+    for expect in (Hard(), Sample(3, key=KEY), Exact(2.5)):
+        q = model.infer(params, data, expect)
+        ours = free_energy(model, params, data, q, weights)
+        np.testing.assert_allclose(sum(ours), stats.loglik, rtol=1e-10)
+        assert ours.gap > 1e-3
+        np.testing.assert_allclose(ours, free_energy(model, params, data, ChainPosterior(q.states, q.pairs), weights))
+
+
+def test_a_chain_that_cannot_be_and_one_that_is_none():
+    model, params, x = counts()
+    states, pairs = random_chain([6] * 5, 6, 3)
+    dead = dataclasses.replace(params, transition=jnp.array([[1.0, 0, 0], [0.2, 0.4, 0.4], [0.3, 0.3, 0.4]]))
+    bound, gap = free_energy(model, dead, x, ChainPosterior(states, pairs))
+    assert (bound, gap) == (-np.inf, np.inf)
+    for q, message in (
+        (ChainPosterior(states[:2], pairs[:2]), r"q.states must have shape \(5, 6, 3\); got \(2, 6, 3\)"),
+        (ChainPosterior(states, pairs[:, 1:]), r"q.pairs must have shape \(5, 5, 3, 3\); got \(5, 4, 3, 3\)"),
+        (ChainPosterior(2 * states, pairs), "q.states must sum to 1; row 0 sums to 2"),
+        (ChainPosterior(states, pairs.swapaxes(2, 3)), "q.pairs must be at least 0 and sum to q.states over j"),
+        (ChainPosterior(states[..., :2] / states[..., :2].sum(axis=-1, keepdims=True), None), "pairs"),
+        (model.infer(params, x[:2]), "a posterior of 2 sequences of 6 steps was given with 5 of 6"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            free_energy(model, params, x, q)
+    with pytest.raises(TypeError, match="HMM has no stats"):
+        free_energy(model, params, x, states)
 
 
 def test_earthquakes():
@@ -334,6 +446,35 @@ def test_float32_does_not_lose_a_path_that_only_the_end_reveals():
     ), rtol=1e-5)  # fmt: skip
 
 
+def test_where_scaled_probabilities_fail_moves_are_counted_in_logarithms():
+    """Beside a chain that loses a path, one that does not; both as in float64, and so are slopes of the moves."""
+    params = HMMParams(
+        initial=jnp.array([0.5, 0.5]),
+        transition=jnp.array([[[1 - 1e-37, 1e-37], [0.5, 0.5]], [[0.6, 0.4], [0.5, 0.5]]]),
+        emissions=NormalParams(mean=jnp.array([[0.0], [17.0]]), covariance=jnp.ones((2, 1))),
+    )
+    x, axes = jnp.array([[0.0], [60.0], [1.0]]), (HMMParams(initial=None, transition=0, emissions=None), None, None)
+    model = HMM(Normal("diag"), 2)
+
+    def moved(params, x, weights):
+        return model.e_step(params, x, weights).transitions
+
+    def slope(params, x, weights):
+        def at(share):
+            table = params.transition * (1 + share * jnp.array([1, -2], share.dtype))
+            return moved(dataclasses.replace(params, transition=table), x, weights)
+
+        return jax.jacfwd(at)(jnp.zeros((), x.dtype))
+
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, x, jnp.array([2.0])))
+    in_logs = jax.vmap(lambda params, x: model.infer(params, x).form.in_logs, axes[:2])(*single[:2])
+    np.testing.assert_array_equal(in_logs, [1, 0])
+    for function in (moved, slope):
+        got = jax.jit(jax.vmap(function, axes))(*single)
+        want = jax.jit(jax.vmap(function, axes))(params, x, jnp.array([2.0]))
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-4)
+
+
 def test_what_does_not_matter():
     """The order of sequences, more padding and what is in it, packing, and how a batch is split."""
     model, params, x = counts()
@@ -386,8 +527,8 @@ def test_data_known_to_be_complete_give_the_same_statistics(shape):
 @pytest.mark.parametrize("kind", ["plain", "weighted", "packed", "hard zeros", "wide", "many states"])
 def test_many_chains_side_by_side_are_each_what_they_are_alone(kind, monkeypatch):
     """vmap makes lanes of them: over parameters, over data too, twice, and of slopes."""
-    monkeypatch.setattr(markov, "_WIDE", 0 if kind == "wide" else markov._WIDE)
-    monkeypatch.setattr(markov, "_FEW", 2 if kind == "many states" else markov._FEW)
+    monkeypatch.setattr(scaled, "_WIDE", 0 if kind == "wide" else scaled._WIDE)
+    monkeypatch.setattr(scaled, "_FEW", 2 if kind == "many states" else scaled._FEW)
     support = np.tril(np.ones((3, 3)))[::-1, ::-1] if kind == "hard zeros" else None
     model = HMM(Poisson(), 3, transition_support=support)
     x = jnp.asarray(RNG.poisson(6.0, size=(4, 30)).astype(float))

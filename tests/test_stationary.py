@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 
 from jaxem import HMM, Categorical, Status, em_fit, pad_sequences
-from jaxem.latents.stationary import stationary_distribution, stationary_maximum
+from jaxem.latents.markov.stationary import stationary_distribution, stationary_maximum
 
 
 def exact(transition):

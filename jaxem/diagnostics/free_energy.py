@@ -1,5 +1,6 @@
 """The lower bound that all of EM climbs, and how far it is below the log-likelihood."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -18,19 +19,38 @@ class FreeEnergy(NamedTuple):
     gap: jax.Array
 
 
-def free_energy(model: Any, params: Params, x: Data, q: jax.Array, weights: jax.Array | None = None) -> FreeEnergy:
-    """log p(x) = bound + gap for any posterior q (N, K) of the latents; both in nats, summed over rows x weights (N,).
+def free_energy(model: Any, params: Params, x: Data, q: Any, weights: jax.Array | None = None) -> FreeEnergy:
+    """log p(x) = bound + gap for any distribution q of the latents; both in nats, summed over rows x weights (N,).
+
+    q: an array (N, K) of responsibilities for one latent a row; for chains along sequences a `ChainPosterior`; or
+    what the model's `infer` returned, at other parameters or under another `expect`.
 
     The E-step makes the gap 0 by q = posterior(params, x), the M-step raises the bound over params: so EM
     climbs one function of two arguments. The gap is infinite where q gives room to latents that are impossible.
     Labelled rows keep their label, whatever q says. Neal & Hinton (1998), section 2.
     Raises TypeError for a model without a discrete posterior, ValueError for a q that is no distribution.
     """
-    for name in ("posterior", "stats", "q_function"):
+    if not dataclasses.is_dataclass(q):
+        return _of_rows(model, params, x, q, weights)
+    _needs(model, ("infer", "statistics", "q_function"))
+    posterior = model.infer(params, x)
+    q = posterior.given(q)
+    expected = model.q_function(params, model.statistics(params, x, q, weights))
+    return FreeEnergy(bound=expected + q.entropy(weights), gap=posterior.kl(q, weights))
+
+
+def _needs(model: Any, names: tuple[str, ...]) -> None:
+    """Raise TypeError for a model that lacks one of these methods."""
+    for name in names:
         if not hasattr(model, name):
             raise TypeError(
                 f"free_energy needs a model with a discrete posterior; {type(model).__name__} has no {name}"
             )
+
+
+def _of_rows(model: Any, params: Params, x: Data, q: jax.Array, weights: jax.Array | None) -> FreeEnergy:
+    """The same for responsibilities (N, K) of one latent a row."""
+    _needs(model, ("posterior", "stats", "q_function"))
     rows = tree.num_rows(x)
     q = checks.array("q", q)
     if q.ndim != 2 or q.shape[0] != rows:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import numerics
+from ... import numerics
 
 # Newton steps at most, and the longest one, in logarithms of probabilities.
 _STEPS, _LONGEST = 100, 4.0

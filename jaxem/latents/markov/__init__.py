@@ -1,0 +1,23 @@
+"""Markov chains of discrete states: what is known of the states, given what is observed of them.
+
+Arrays are time-major, states before lanes: (T, K, L) for L sequences side by side, or (T, K) for one. One
+sequence without the axis compiles to a far tighter loop. `Posterior` and `ChainPosterior` show users the layout of
+their data instead, sequences first and states last.
+
+Two arithmetics. Scaled probabilities: a step is one matrix product, but what underflows beside a likelier state is
+lost, which only matters where no transition leads back to it. Logarithms: nothing is lost, at K² exponentials a step.
+"""
+
+from .chain import Chain as Chain
+from .infer import FORMS as FORMS
+from .infer import ask as ask
+from .infer import infer as infer
+from .infer import log_filter as log_filter
+from .paths import ahead as ahead
+from .paths import decode as decode
+from .paths import walk as walk
+from .posterior import ChainPosterior as ChainPosterior
+from .posterior import Posterior as Posterior
+from .probabilities import Probabilities as Probabilities
+from .stationary import stationary_distribution as stationary_distribution
+from .stationary import stationary_maximum as stationary_maximum

@@ -1,0 +1,66 @@
+"""Observations along sequences, by a family that knows nothing of them: it sees rows."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ... import checks, sequences, tree
+from ...protocols import Data, Family, Params, Stats
+from ...sequences import Sequences
+
+# Bytes of temporaries beyond which observations are looked at in blocks.
+_LARGE = 1 << 26
+
+
+def log_likelihood(family: Family, emissions: Params, x: Sequences, num_states: int) -> jax.Array:
+    """log p(x_t | z_t = k) (T, K[, B]), 0 where nothing is observed."""
+    rows, seen = x.rows()
+    # Not by `_knowing`: the branch on missing entries keeps XLA from computing densities anew for each use.
+    size = _rows_at_a_time(family, emissions, rows, num_states)
+    scores = tree.map_over_blocks(lambda rows: family.log_prob(emissions, rows).T, rows, size)
+    scores = jnp.where(seen, scores.T, 0)
+    return scores.T if x.num_rows == 1 else jnp.moveaxis(scores.reshape(-1, x.num_steps, x.num_rows), 0, 1)
+
+
+def statistics(family: Family, emissions: Params, x: Sequences, states: jax.Array) -> Stats:
+    """The family's statistics, every observed step counted by its states (T, K, B)."""
+    rows, seen = x.rows()
+    num_states = states.shape[1]
+    responsibilities = jnp.moveaxis(states, 1, 0).reshape(num_states, -1) * seen
+    family = _knowing(family) if x.complete else family
+    size = _rows_at_a_time(family, emissions, rows, num_states)
+    if size >= tree.num_rows(rows):
+        return family.stats(emissions, rows, responsibilities)
+    return tree.sum_over_blocks(
+        lambda rows, _: family.stats(emissions, rows[0], rows[1].T), (rows, responsibilities.T), None, size
+    )
+
+
+def check(family: Family, x: Sequences, num_states: int) -> None:
+    """Raise for observed steps of concrete data that the family refuses, or for fewer of them than states."""
+    inside = np.asarray(x.inside())
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[inside], x.values)
+    missing = sequences.missing(rows, np)
+    if np.all(missing):
+        checks.some_observed("x must have an observed step; all are missing")
+        return
+    family.check(jax.tree.map(lambda leaf: leaf[~missing], rows) if np.any(missing) else rows)
+    checks.enough_rows(int(np.sum(~missing)), None, num_states, "states")
+
+
+def _rows_at_a_time(family: Family, emissions: Params, rows: Data, num_states: int) -> int:
+    """All, or as many as fit fast memory once the temporaries of all would be large."""
+    floats = 2 * num_states + family.floats_per_row(emissions)
+    count, dtype = tree.num_rows(rows), tree.float_dtype(rows)
+    large = count * floats * jnp.dtype(dtype).itemsize > _LARGE
+    return tree.rows_per_block(floats, dtype) if large else count
+
+
+def _knowing(family: Any) -> Any:
+    """A family, or a statement about one, told that no entry is missing."""
+    if hasattr(family, "inner"):
+        return dataclasses.replace(family, inner=_knowing(family.inner))
+    return dataclasses.replace(family, missing=False) if getattr(family, "missing", False) else family

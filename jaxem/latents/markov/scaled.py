@@ -1,0 +1,180 @@
+"""The recursions in scaled probabilities. What underflows beside a likelier state is lost; where that may matter, the
+chain is said to be lossy.
+
+Rabiner (1989), A tutorial on hidden Markov models, Proc. IEEE 77.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ... import numerics, tree
+from .chain import Chain
+
+# States up to which a product with one vector is a sum: no call of a matrix library at every step.
+_WRITTEN_OUT = 12
+
+# States up to which chains side by side are lanes, and numbers in their transitions from which on sums over states are
+# written out: XLA sums so many on a CPU by a library call a step, up to ten times slower.
+_FEW, _WIDE = 6, 4000
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+# states (T, K[, L]), come and arrive (T - 1, K[, L]) as in `Smoothed`, and the evidence (T[, L]) of every step.
+Found = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def filtered(chain: Chain) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """log p(z_t = k | x_1..t) (T, K[, L]), and the evidence (T[, L]) of every step; and whether the chain is lossy."""
+    joint, peak, lossy = _forward(chain, *_relative(chain.log_likelihood))
+    total = jnp.sum(joint, axis=1, keepdims=True)
+    logs = numerics.safe_log(numerics.safe_divide(joint, total))
+    return (logs, jnp.squeeze(numerics.safe_log(total) + peak, 1)), lossy
+
+
+def smoothed(chain: Chain) -> tuple[Found, jax.Array]:
+    """The posterior's parts, and whether the chain is lossy."""
+    return _smoothed(chain) if chain.log_likelihood.ndim > 2 else _smoothed_alone(chain)
+
+
+def summed_pairs(before: jax.Array, after: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """sum over steps, and over lanes x weights ([L]), of before_i after_j: (T, K[, L]) twice -> (K, K)."""
+    if before.ndim == 2:
+        return weighted(jnp.dot(before.T, after, precision=_HIGHEST), weights)
+
+    # As one product it would transpose both first.
+    def add(total: jax.Array, both: Any) -> tuple[jax.Array, None]:
+        # What a lane of weight 0 holds may be NaN.
+        before, after = (weighted(both[0], weights), both[1] if weights is None else jnp.where(weights > 0, both[1], 0))
+        return total + jnp.dot(before, after.T, precision=_HIGHEST), None
+
+    count = before.shape[1]
+    start = tree.varying(jnp.zeros((count, count), before.dtype), before, after)
+    return jax.lax.scan(add, start, (before, after))[0]
+
+
+def weighted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Values ([..., L]) x weights ([L]), 0 where those are 0."""
+    return values if weights is None else jnp.where(weights > 0, weights * values, 0)
+
+
+def _smoothed(chain: Chain) -> tuple[Found, jax.Array]:
+    likelihood, peak = _relative(chain.log_likelihood)
+    joint, peak, lossy = _forward(chain, likelihood, peak)
+    after = _backward(chain, likelihood)
+    evidence = jnp.sum(joint, axis=1, keepdims=True)
+    filtered = numerics.safe_divide(joint, evidence)
+    both = filtered * after
+    scale = jnp.sum(both, axis=1, keepdims=True)
+    come = numerics.safe_divide(filtered[:-1], scale[:-1])
+    if chain.linked is not None:
+        come = jnp.where(chain.linked[:, None], come, 0)
+    arrive = after[1:] * likelihood[1:]
+    arrive = numerics.safe_divide(arrive, jnp.sum(arrive, axis=1, keepdims=True))
+    states = numerics.safe_divide(both, scale)
+    return (states, come, arrive, jnp.squeeze(numerics.safe_log(evidence) + peak, 1)), lossy
+
+
+def _relative(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(scores - peak) (T, K[, L]), and the largest score of every step, peak (T, 1[, L])."""
+    peak = jax.lax.stop_gradient(jnp.max(scores, axis=1, keepdims=True))
+    peak = jnp.where(jnp.isneginf(peak), 0, peak)
+    return jnp.exp(scores - peak), peak
+
+
+def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """p(z_t = k, x_t | x_1..t-1) (T, K[, L]) relative to peaks (T, 1[, L]), and whether a path may have been lost.
+
+    What underflows beside a likelier state is lost, and counts for nothing as long as every state stays in reach
+    of the likelier ones: none is predicted with a probability near the least number, or 0.
+    """
+    onto, scores, linked = jnp.swapaxes(chain.transition, 0, 1), chain.log_likelihood, chain.linked
+    # Where a sequence starts, likelihoods count relative to those of states that it can start in.
+    begun, height = _relative(chain.log_initial + (scores[:1] if linked is None else scores))
+    if linked is None:
+        peak = jnp.concatenate([height, peak[1:]])
+    else:
+        peak = jnp.concatenate([height[:1], jnp.where(linked[:, None], peak[1:], height[1:])])
+
+    def step(joint: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        likelihood, begin = inputs
+        predicted = _moved(onto, joint)
+        joint = predicted * likelihood
+        return (joint if begin is None else jnp.where(begin[0], joint, begin[1])), predicted
+
+    begin = None if linked is None else (linked, begun[1:])
+    _, predicted = jax.lax.scan(step, begun[0], (likelihood[1:], begin))
+    joint = predicted * likelihood[1:]
+    if linked is not None:
+        joint = jnp.where(linked[:, None], joint, begun[1:])
+        predicted = jnp.where(linked[:, None], predicted, 1)
+    limits = jnp.finfo(likelihood.dtype)
+    lossy = jnp.min(predicted, axis=(0, 1) if onto.ndim > 2 else None, initial=1) < limits.tiny / limits.eps
+    return jnp.concatenate([begun[:1], joint]), peak, lossy
+
+
+def _backward(chain: Chain, likelihood: jax.Array) -> jax.Array:
+    """p(x_t+1.. | z_t = k) (T, K[, L]), up to a factor for every step."""
+
+    def step(after: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        likelihood, linked = inputs
+        before = _moved(chain.transition, after * likelihood)
+        before = before if linked is None else jnp.where(linked, before, 1)
+        return before, before
+
+    last = jnp.ones_like(likelihood[0])
+    _, before = jax.lax.scan(step, last, (likelihood[1:], chain.linked), reverse=True)
+    return jnp.concatenate([before, last[None]])
+
+
+def _moved(matrix: jax.Array, mass: jax.Array) -> jax.Array:
+    """matrix (K, K[, L]) times the distribution of mass (K[, L]): the sum is found beside the product, not before."""
+    total = jnp.sum(mass, axis=0)
+    if matrix.ndim > 2 and matrix.size > _WIDE:
+        moved = functools.reduce(jnp.add, [matrix[:, i] * mass[i] for i in range(len(mass))])
+        total = functools.reduce(jnp.add, list(mass))
+    elif matrix.ndim > 2 or (mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT):
+        moved = jnp.sum(matrix * mass, axis=1)
+    else:
+        moved = jnp.dot(matrix, mass, precision=_HIGHEST)
+    # A barrier: what is carried on and what is stored would each be computed.
+    return jax.lax.optimization_barrier(numerics.safe_divide(moved, total))
+
+
+@jax.custom_jvp
+def _smoothed_alone(chain: Chain) -> tuple[Found, jax.Array]:
+    """`_smoothed` of one sequence."""
+    return _one_or_many(chain)
+
+
+@_smoothed_alone.defjvp
+def _slope(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    return jax.jvp(_smoothed, primals, tangents)  # a vmap of one's own has no reverse mode
+
+
+@jax.custom_batching.custom_vmap
+def _one_or_many(chain: Chain) -> tuple[Found, jax.Array]:
+    return _smoothed(chain)
+
+
+@_one_or_many.def_vmap
+def _many(size: int, batched: Any, chain: Chain) -> tuple[Any, Any]:
+    """Chains of few states side by side as lanes, the last axis: `vmap` would put them first, and the states last."""
+    (is_batched,) = batched
+    if chain.log_likelihood.shape[-1] > _FEW or not is_batched.transition:
+        leaves, structure = jax.tree.flatten(chain)
+        axes = [0 if of_leaf else None for of_leaf in jax.tree.leaves(is_batched)]
+        found = jax.vmap(lambda leaves: _smoothed(jax.tree.unflatten(structure, leaves)), (axes,))(leaves)
+        return found, jax.tree.map(lambda _: True, found)
+
+    def lanes(leaf: jax.Array, of_leaf: bool) -> jax.Array:
+        return jnp.moveaxis(leaf, 0, -1) if of_leaf else leaf[..., None]
+
+    chain = jax.tree.map(lanes, chain, is_batched)
+    steps, states, _ = chain.log_likelihood.shape
+    whole = jnp.broadcast_to(chain.log_likelihood, (steps, states, size))
+    found = _smoothed(dataclasses.replace(chain, log_likelihood=whole))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), found), jax.tree.map(lambda _: True, found)
