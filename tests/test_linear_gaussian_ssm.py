@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from jaxem import Exact, Fixed, Hard, Sample, Status, datasets, em_fit
-from jaxem.latents import steady as steady_recursion
+from jaxem.latents.linear_gaussian import affine, shared
 from jaxem.models import LinearGaussianSSM, LinearGaussianSSMParams
 from jaxem.sequences import Sequences, pack_sequences, pad_sequences
 from jaxem.testing import check_model
@@ -309,7 +309,7 @@ def test_recursions_of_means_in_pieces(steps, lanes, reverse, backend, x64, monk
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     matrix = np.array([[0.9, 0.2, 0.0], [-0.1, 0.8, 0.3], [0.0, -0.4, 1.0]])
     inputs, mean = RNG.normal(size=(steps, 3, lanes)), RNG.normal(size=(3, lanes))
-    found = steady_recursion.affine_scan(*map(jnp.asarray, (matrix, inputs, mean)), reverse=reverse)
+    found = affine.affine_scan(*map(jnp.asarray, (matrix, inputs, mean)), reverse=reverse)
     for t in reversed(range(steps)) if reverse else range(steps):
         mean = matrix @ mean + inputs[t]
         np.testing.assert_allclose(found[t], mean, rtol=1e-9, atol=1e-9)
@@ -319,7 +319,7 @@ def test_recursions_of_means_in_pieces(steps, lanes, reverse, backend, x64, monk
 @pytest.mark.parametrize("height", [3, 9])
 def test_one_matrix_for_all_steps_and_lanes(steps, lanes, height, x64):
     matrix, vectors = RNG.normal(size=(height, 10)), RNG.normal(size=(steps, 10, lanes))
-    found = steady_recursion.apply(jnp.asarray(matrix), jnp.asarray(vectors))
+    found = affine.apply(jnp.asarray(matrix), jnp.asarray(vectors))
     np.testing.assert_allclose(found, np.einsum("ij,tjb->tib", matrix, vectors), rtol=1e-12, atol=1e-12)
 
 
@@ -344,7 +344,7 @@ def test_every_road_leads_to_the_same_statistics(x64, monkeypatch):
         close(unsure(params, x), apart)
         close(unsure(params, hole), getattr(careful, name)(params, hole))
     slope = jax.jit(jax.grad(lambda params: statistics(params, x)[1]))(params)
-    monkeypatch.setattr(steady_recursion, "_head", lambda steps: None)
+    monkeypatch.setattr(shared, "_head", lambda steps: None)
     close(jax.jit(lambda params, x: statistics(params, x))(params, x), steady)
     fisher = jax.jit(jax.grad(lambda params: model.q_function(params, steady[0])))(params)
     # Of a symmetric matrix' slope only the sum of both triangles means anything.

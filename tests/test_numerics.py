@@ -195,14 +195,14 @@ def test_steps_as_lanes_are_the_steps(steps, lanes, shared):
     at_a_time, lanewise._AT_A_TIME = lanewise._AT_A_TIME, 7
     try:
         found, total = lanewise.over_steps(
-            lambda at: (lanewise.times(lanewise.transposed(at[0]), at[1]), at[1].sum()), (a, b)
+            lambda at: (lanewise.times(lanewise.transposed(at[0]), at[1]), at[1]), (a, b)
         )
     finally:
         lanewise._AT_A_TIME = at_a_time
     np.testing.assert_allclose(
         found, np.einsum("tijb,tib->tjb", np.broadcast_to(a, (steps, 3, 2, lanes)), b), atol=1e-5
     )
-    np.testing.assert_allclose(total, np.sum(b), atol=1e-4)
+    np.testing.assert_allclose(total, np.sum(b, axis=0), atol=1e-4)
 
 
 def test_rows_must_agree():

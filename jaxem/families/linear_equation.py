@@ -1,30 +1,56 @@
-"""One linear equation with Gaussian noise, its responses and features expected: statistics, score and estimate.
+"""A linear equation with Gaussian noise, its responses and features expected: a part of linear-Gaussian models.
 
-A linear dynamical system is three of these. `shape`: of the noise covariance, as in `covariance.py`.
+A linear dynamical system is three of these. Letters: O responses, F features, in groups of F_g; arrays may have more
+axes in front, a component's say.
 """
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .. import numerics
-from ..record import record
+from ..record import record, static
 from . import columns, design
+from .covariance import Diagonal, Full
 
 # Sequences side by side from which on a product for every step is quicker than one for every sequence.
 _MANY_LANES = 32
 
+# Coefficients (O, F_g) of each group of features; None where a group is not there, or not held.
+Groups = Sequence[jax.Array | None]
+
+
+@record
+class EquationParams:
+    """response = sum over groups of coefficients · features + noise.
+
+    coefficients   (O, F_g) of each group of features, None for a group that is not there
+    covariance     (O, O) of the noise, or (O,) where it is diagonal
+    """
+
+    coefficients: tuple[jax.Array | None, ...]
+    covariance: jax.Array
+
+    @property
+    def line(self) -> jax.Array:
+        """The coefficients of all features, side by side: (O, F)."""
+        return jnp.concatenate([part for part in self.coefficients if part is not None], axis=-1)
+
 
 @record
 class EquationStats:
-    """Expected normal equations of one linear equation, response = line features + noise, about the current line.
+    """Expected normal equations about the current line; e = response - current line · features. All add.
 
-    O responses, F features, e = response - current line features: count (); reference (O, F) = count · line;
-    gram (F, F) = sum E ffᵀ; cross (F, O) = sum E f eᵀ; square (O, O), or (O,) of a diagonal noise, = sum E eeᵀ.
+    count       ()
+    reference   count · line   (O, F)
+    gram        sum E ffᵀ      (F, F)
+    cross       sum E f eᵀ     (F, O)
+    square      sum E eeᵀ      (O, O), or (O,) where noise is diagonal
     """
 
     count: jax.Array
@@ -33,100 +59,215 @@ class EquationStats:
     cross: jax.Array
     square: jax.Array
 
-
-def collect(
-    shape: Any,
-    count: jax.Array,
-    line: jax.Array,
-    noise: jax.Array,
-    moments: jax.Array,
-    root: jax.Array | None,
-    spread: jax.Array,
-    before: jax.Array | None,
-    across: jax.Array | None,
-) -> EquationStats:
-    """Statistics from moments (F + O, F + O) of features and noise at the means, the noise in the coordinates of its
-    root where there is one, and the covariances' sums. An equation that nothing is seen of keeps what it had."""
-    size = line.shape[1]
-    gram, cross, square = moments[:size, :size], moments[:size, size:], moments[size:, size:]
-    if root is not None:
-        cross = numerics.product(cross, root, "fk,ko->fo")
-        square = numerics.product(numerics.product(square, root, "kl,lo->ko"), root, "ko,kp->po")
-    if before is not None and across is not None:
-        states = before.shape[0]
-        gram = gram.at[:states, :states].add(before)
-        cross = cross.at[:states].add(across)
-    count = count + columns.PSEUDO_COUNT
-    return EquationStats(
-        count=count,
-        reference=count * line,
-        gram=gram + columns.PSEUDO_COUNT * jnp.eye(size, dtype=gram.dtype),
-        cross=cross,
-        square=shape.from_matrix(square) + spread + columns.PSEUDO_COUNT * noise,
-    )
+    @property
+    def line(self) -> jax.Array:
+        """The line (O, F) that they are about."""
+        return self.reference / self.count[..., None, None]
 
 
-def moments(a: jax.Array, b: jax.Array) -> jax.Array:
-    """sum a bᵀ: (T, I, B), (T, J, B) -> (I, J); in parts first, which is quicker, and rounds less."""
-    parts = "tib,tjb->bij" if a.shape[2] < _MANY_LANES else "tib,tjb->tij"
-    return jnp.sum(numerics.product(a, b, parts), axis=0)
+class ExpectedNoise(Protocol):
+    """The noise of an equation under a posterior, as `latents.linear_gaussian.posterior.Noise` explains it."""
+
+    @property
+    def means(self) -> jax.Array: ...
+    @property
+    def root(self) -> jax.Array | None: ...
+    @property
+    def counted(self) -> jax.Array | None: ...
+    @property
+    def covariance(self) -> jax.Array: ...
+    @property
+    def state_covariance(self) -> jax.Array | None: ...
+    @property
+    def cross_covariance(self) -> jax.Array | None: ...
 
 
-def about(stats: EquationStats, line: jax.Array) -> EquationStats:
-    """The same statistics about another line, exactly."""
-    delta = line - stats.reference / stats.count
-    moved = numerics.product(stats.gram, delta, "fg,ig->fi")
-    twice = stats.cross - 0.5 * moved
-    if stats.square.ndim == 2:
-        half = numerics.product(delta, twice, "if,fj->ij")
-        change = half + half.T
-    else:
-        change = 2 * jnp.sum(delta.T * twice, axis=0)
-    return dataclasses.replace(
-        stats, reference=stats.count * line, cross=stats.cross - moved, square=stats.square - change
-    )
+@record
+class LinearEquation:
+    """response = line · features + noise.
 
-
-def score(shape: Any, line: jax.Array, noise: jax.Array, stats: EquationStats) -> jax.Array:
-    """Expected log-density of the responses of one equation."""
-    rows = line.shape[0]
-    whitener, half_logdet = shape.whitener(noise, rows)
-    square = about(stats, line).square
-    normaliser = rows * math.log(2 * math.pi) + 2 * half_logdet
-    return -0.5 * (stats.count * normaliser + shape.trace(shape.precision(whitener), square))
-
-
-def estimate(
-    shape: Any, stats: EquationStats, groups: list[tuple[int, jax.Array | None]], prior: EquationStats | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The line (O, F) and the covariance of the noise, by least squares, and whether that needed its floor; prior:
-    pseudo-statistics.
-
-    groups: of features, how many, and their line (O, ·) where it is held.
+    noise: the shape of its covariance; widths: of every group of features how many they are, None for the rest; prior:
+    pseudo-statistics, as `pseudo_stats` makes them.
     """
-    line = stats.reference / stats.count
-    if prior is not None:
-        stats = jax.tree.map(jnp.add, stats, about(prior, line))
-    free = np.concatenate([np.full(width, value is None) for width, value in groups])
-    if not np.all(free):
-        start, pieces = 0, []
-        for width, value in groups:
-            pieces.append(line[:, start : start + width] if value is None else value)
-            start += width
-        stats = about(stats, line := jnp.concatenate(pieces, axis=1))
-    index = np.flatnonzero(free)
-    rows = line.shape[0]
-    if len(index):
-        gram = jnp.broadcast_to(stats.gram[index][:, index], (rows, len(index), len(index)))
-        delta = jnp.zeros_like(line).at[:, index].set(design.solve(gram, stats.cross[index].T))
-        line = line + delta
-        best = about(stats, line)
-    else:
+
+    noise: Full | Diagonal = static()
+    widths: tuple[int | None, ...] = static()
+    prior: EquationStats | None = None
+
+    def m_step(self, stats: EquationStats, held: Groups | None = None) -> EquationParams:
+        """Least squares, and the mean outer product of what is left; held: coefficients that stay at these values."""
+        return self._estimate(stats, held)[0]
+
+    def degenerate(self, stats: EquationStats, held: Groups | None = None) -> jax.Array:
+        """Whether the noise collapsed: some combination of responses is predicted without error."""
+        return self._estimate(stats, held)[1]
+
+    def q_function(self, params: EquationParams, stats: EquationStats) -> jax.Array:
+        """Expected log-density of the responses."""
+        rows = params.line.shape[-2]
+        whitener, half_logdet = self.noise.whitener(params.covariance, rows)
+        normaliser = rows * math.log(2 * math.pi) + 2 * half_logdet
+        square = self.noise.trace(self.noise.precision(whitener), _about(stats, params.line).square)
+        return -0.5 * jnp.sum(stats.count * normaliser + square)
+
+    def log_prior(self, params: EquationParams) -> jax.Array:
+        """Q of the pseudo-statistics, up to a constant; 0 without any."""
+        return jnp.zeros((), params.covariance.dtype) if self.prior is None else self.q_function(params, self.prior)
+
+    def rebase(self, stats: EquationStats, params: EquationParams) -> EquationStats:
+        """The same statistics about the line of `params`, exactly."""
+        return _about(stats, params.line)
+
+    def unconstrain(self, params: EquationParams) -> EquationParams:
+        """The covariance in coordinates that may be any numbers."""
+        return dataclasses.replace(params, covariance=self.noise.unconstrain(params.covariance))
+
+    def constrain(self, theta: EquationParams) -> EquationParams:
+        """Inverse of `unconstrain`."""
+        return dataclasses.replace(theta, covariance=self.noise.constrain(theta.covariance, theta.line.shape[-2]))
+
+    def pseudo_stats(self, params: EquationParams, gram: jax.Array, count: jax.Array) -> EquationStats:
+        """Pseudo-statistics with the maximum at `params`, and features whose mean square is `gram` (F, F)."""
+        line = params.line
+        return EquationStats(
+            count=count,
+            reference=count * line,
+            gram=count * gram,
+            cross=jnp.zeros_like(line.T),
+            square=count * params.covariance,
+        )
+
+    def features(self, groups: Groups) -> jax.Array:
+        """Groups of features (T, F_g, B) side by side, those that the equation has."""
+        parts = zip(groups, self.widths, strict=True)
+        return jnp.concatenate([group for group, width in parts if group is not None and width != 0], axis=1)
+
+    def stats(
+        self,
+        params: EquationParams,
+        features: jax.Array,
+        noise: ExpectedNoise,
+        weights: jax.Array | None,
+    ) -> tuple[EquationStats, jax.Array]:
+        """Statistics from expected features (T, F, B) and noise, about `params`, of sequences of weights (B,); and the
+        weighted sum of squares of the expected noise.
+
+        States are the first features. An equation that nothing is seen of keeps what it had.
+        """
+        count, moments = _moments(jnp.concatenate([features, noise.means], axis=1), noise.counted, weights)
+        size, lanes = features.shape[1:]
+        gram, cross, square = moments[:size, :size], moments[:size, size:], moments[size:, size:]
+        squares = jnp.trace(square)
+        if noise.root is not None:
+            cross = numerics.product(cross, noise.root, "fk,ko->fo")
+            square = numerics.product(numerics.product(square, noise.root, "kl,lo->ko"), noise.root, "ko,kp->po")
+        if noise.state_covariance is not None and noise.cross_covariance is not None:
+            states = len(noise.state_covariance)
+            gram = gram.at[:states, :states].add(_over_lanes(noise.state_covariance, weights, lanes))
+            cross = cross.at[:states].add(_over_lanes(noise.cross_covariance, weights, lanes))
+        covariance = _over_lanes(noise.covariance, weights, lanes)
+        count = count + columns.PSEUDO_COUNT
+        return EquationStats(
+            count=count,
+            reference=count * params.line,
+            gram=gram + columns.PSEUDO_COUNT * jnp.eye(size, dtype=gram.dtype),
+            cross=cross,
+            square=self.noise.from_matrix(square) + covariance + columns.PSEUDO_COUNT * params.covariance,
+        ), squares
+
+    def _sizes(self, features: int) -> list[int]:
+        """How many features each group has, of so many in all."""
+        rest = features - sum(width for width in self.widths if width is not None)
+        return [rest if width is None else width for width in self.widths]
+
+    def coefficients(self, line: jax.Array) -> tuple[jax.Array | None, ...]:
+        """A line (O, F) as the coefficients of each group."""
+        sizes = self._sizes(line.shape[-1])
+        ends = np.cumsum(sizes)
+        return tuple(
+            line[..., end - size : end] if size else None for size, end in zip(sizes, ends.tolist(), strict=True)
+        )
+
+    def _estimate(self, stats: EquationStats, held: Groups | None) -> tuple[EquationParams, jax.Array]:
+        """The M-step, and whether the covariance needed its floor."""
+        line = stats.line
+        if self.prior is not None:
+            stats = jax.tree.map(jnp.add, stats, _about(self.prior, line))
+        held = [None] * len(self.widths) if held is None else held
+        current = self.coefficients(line)
+        free = np.concatenate(
+            [np.full(size, value is None) for size, value in zip(self._sizes(line.shape[-1]), held, strict=True)]
+        )
+        if not np.all(free):
+            pieces = [
+                part if value is None else jnp.broadcast_to(jnp.asarray(value, part.dtype), part.shape)
+                for part, value in zip(current, held, strict=True)
+                if part is not None
+            ]
+            line = jnp.concatenate(pieces, axis=-1)
+            stats = _about(stats, line)
         best = stats
-    noise = best.square / stats.count
-    eps = jnp.finfo(noise.dtype).eps
-    deep = shape.columns_of(stats.square, rows) / stats.count
-    energy = deep + jnp.sum(line * numerics.product(line, best.gram, "if,fg->ig"), axis=1) / stats.count
-    # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
-    lowest = jnp.maximum(jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * line.shape[1] * eps * deep)
-    return line, *shape.floor(noise, lowest)
+        if np.any(free):
+            line = line + _correction(stats, np.flatnonzero(free))
+            best = _about(stats, line)
+        rows = line.shape[-2]
+        count = stats.count[..., None]
+        covariance = best.square / (count[..., None] if self.noise.trailing == 2 else count)
+        eps = jnp.finfo(covariance.dtype).eps
+        deep = self.noise.columns_of(stats.square, rows) / count
+        energy = deep + jnp.sum(line * numerics.product(line, best.gram, "...if,...fg->...ig"), axis=-1) / count
+        # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
+        lowest = jnp.maximum(jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * line.shape[-1] * eps * deep)
+        covariance, lifted = self.noise.floor(covariance, lowest)
+        return EquationParams(coefficients=self.coefficients(line), covariance=covariance), lifted
+
+
+def _correction(stats: EquationStats, free: np.ndarray) -> jax.Array:
+    """What least squares adds to the line (O, F), in its free columns."""
+    lead = stats.reference.shape[:-1]
+    gram = stats.gram[..., free, :][..., free]
+    gram = jnp.broadcast_to(gram[..., None, :, :], (*lead, len(free), len(free)))
+    cross = jnp.swapaxes(stats.cross[..., free, :], -1, -2)
+    flat = design.solve(gram.reshape(-1, len(free), len(free)), cross.reshape(-1, len(free)))
+    return jnp.zeros_like(stats.reference).at[..., free].set(flat.reshape(cross.shape))
+
+
+def _about(stats: EquationStats, line: jax.Array) -> EquationStats:
+    """The same statistics about another line, exactly."""
+    delta = line - stats.line
+    moved = numerics.product(stats.gram, delta, "...fg,...ig->...fi")
+    twice = stats.cross - 0.5 * moved
+    if stats.square.ndim == stats.gram.ndim:
+        half = numerics.product(delta, twice, "...if,...fj->...ij")
+        change = half + jnp.swapaxes(half, -1, -2)
+    else:
+        change = 2 * jnp.sum(jnp.swapaxes(delta, -1, -2) * twice, axis=-2)
+    return dataclasses.replace(
+        stats,
+        reference=stats.count[..., None, None] * line,
+        cross=stats.cross - moved,
+        square=stats.square - change,
+    )
+
+
+def _moments(values: jax.Array, counted: jax.Array | None, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The weight of all steps that count, and the weighted sum over these of v vᵀ (I, I); values (T, I, B)."""
+    steps, _, lanes = values.shape
+    # In parts first, which is quicker, and rounds less.
+    parts = "tib,tjb->bij" if lanes < _MANY_LANES else "tib,tjb->tij"
+    each = None
+    if counted is not None:
+        each = counted.astype(values.dtype) if weights is None else counted * weights
+    elif weights is not None:
+        each = jnp.broadcast_to(weights, (steps, lanes))
+    count = jnp.asarray(steps * lanes, values.dtype) if each is None else jnp.sum(each)
+    weighted = values if each is None else each[:, None] * values
+    return count, jnp.sum(numerics.product(weighted, values, parts), axis=0)
+
+
+def _over_lanes(sums: jax.Array, weights: jax.Array | None, lanes: int) -> jax.Array:
+    """The weighted sum over lanes of what each has, (..., B), or of what all have, (..., 1)."""
+    if sums.shape[-1] == 1:
+        total = jnp.asarray(lanes, sums.dtype) if weights is None else jnp.sum(weights)
+        return total * sums[..., 0]
+    return numerics.weighted_sum(sums, weights)

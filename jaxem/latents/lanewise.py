@@ -136,8 +136,8 @@ def sum_steps(x: jax.Array) -> jax.Array:
 
 def over_steps(function: Callable, arrays: Any) -> tuple[Any, Any]:
     """`function` of the steps of arrays (T, ..., B), for what needs no recursion: it takes arrays (..., lanes) and
-    returns what it finds for every lane, (..., lanes), and sums over its lanes. Returned are the first as
-    (T, ..., B), and the sums over all.
+    returns what it finds, and what is to be summed over the steps, both (..., lanes). Returned are the first as
+    (T, ..., B), and the sums (..., B).
 
     Steps count as lanes, some hundred matrices at a time, so that they stay in fast memory. What pads them is 0.
     Arrays of one lane are for all, if all are; None stays None.
@@ -158,5 +158,22 @@ def over_steps(function: Callable, arrays: Any) -> tuple[Any, Any]:
         x = jnp.moveaxis(x.reshape(*x.shape[:-1], group, width), -2, 1)
         return x.reshape(count * group, *x.shape[2:])[:steps]
 
-    found, sums = jax.lax.map(function, jax.tree.map(split, arrays))
-    return jax.tree.map(join, found), jax.tree.map(sum_steps, sums)
+    def add(sums: tuple, at: Any) -> tuple[tuple, Any]:
+        found, new = function(at)
+        new = jax.tree.map(lambda x: jnp.sum(x.reshape(*x.shape[:-1], group, width), axis=-2), new)
+        return _compensated(sums, new), found
+
+    pieces = jax.tree.map(split, arrays)
+    piece = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pieces)
+    new = jax.eval_shape(lambda at: function(at)[1], piece)
+    zero = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], width), x.dtype), new)
+    (sums, _), found = jax.lax.scan(add, (zero, zero), pieces)
+    return jax.tree.map(join, found), sums
+
+
+def _compensated(sums: tuple, new: Any) -> tuple:
+    """Sums with the rounding error that is still to be taken off them, and one more term (Kahan 1965)."""
+    total, error = sums
+    new = jax.tree.map(jnp.subtract, new, error)
+    after = jax.tree.map(jnp.add, total, new)
+    return after, jax.tree.map(lambda after, total, new: (after - total) - new, after, total, new)

@@ -1,34 +1,25 @@
-"""What is observed of linear-Gaussian latents, in coordinates in which its noise is white."""
+"""What is observed of linear-Gaussian states, in coordinates in which its noise is white."""
 
 import jax
 import jax.numpy as jnp
 
-from .. import numerics
-from ..record import record
-from . import lanewise
-from .linear_gaussian import Evidence
-from .steady import apply
-
-
-@record
-class Seen:
-    """Evidence of steps that may lack entries, and what these entries are worth given the state and the others.
-
-    Expected noise at a state z is filled - loadings z: filled (T, D, B), loadings (T, D, S, B), rows of the data and of
-    the emission where an entry is seen; extra (D, D), or (D,): the noise that is left besides, summed over the steps.
-    """
-
-    evidence: Evidence
-    filled: jax.Array
-    loadings: jax.Array
-    extra: jax.Array
+from ... import numerics
+from ...record import record
+from .. import lanewise
+from .affine import apply
+from .elements import Evidence
 
 
 @record
 class Whitened:
-    """Observations that are all there, in coordinates in which their noise is white: emission (D, S), values (T, D, B),
-    and the normaliser, the constant of the log-density of a step. Of these the state can explain `directions` (D, P)
-    alone, P = min(D, S): it sees `matrix` (P, S), so that no step meets anything of the observations' size."""
+    """Observations that are all there, in coordinates in which their noise is white: y_t = C z_t + N(0, I).
+
+    emission    C   (D, S)
+    values      y   (T, D, B)
+    normaliser      (), the constant of the log-density of a step
+    directions      (D, P), P = min(D, S), of the observations those that the state can explain; None where it is all
+    matrix          (P, S), what it sees of them, so that no step meets anything of the observations' size
+    """
 
     emission: jax.Array
     values: jax.Array
@@ -71,41 +62,52 @@ def whiten(emission: jax.Array, covariance: jax.Array, residuals: jax.Array) -> 
     return Whitened(emission=white, values=values, normaliser=normaliser, directions=directions, matrix=matrix)
 
 
-def compress_seen(
-    emission: jax.Array, covariance: jax.Array, residuals: jax.Array, seen: jax.Array, weights: jax.Array
-) -> Seen:
+@record
+class Completed:
+    """The observations' noise where entries are missing: they are latent, and at a state z expected with the others.
+
+    filled      (T, D, B)             the noise is filled - loadings z
+    loadings    (T, D, S, B)          rows of the emission where an entry is seen
+    covariance  (D, D, B), or (D, B)  of the noise given the state, summed over the steps that are observed
+    """
+
+    filled: jax.Array
+    loadings: jax.Array
+    covariance: jax.Array
+
+
+def compress(
+    emission: jax.Array, covariance: jax.Array, residuals: jax.Array, seen: jax.Array
+) -> tuple[Evidence, Completed]:
     """The same for observations of which only the entries `seen` (T, D, B) are there; residuals (T, D, B) are 0
-    elsewhere, and steps count by weights (T, B)."""
+    elsewhere."""
     columns, states = emission.shape
     dtype = residuals.dtype
 
-    def step(at: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        residual, known, weight = at
+    def step(at: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        residual, known = at
         there = known.astype(dtype)
         if covariance.ndim == 1:
             scale = there * jax.lax.rsqrt(covariance)[:, None]
             white, values = scale[:, None] * emission[:, :, None], scale * residual
             half_logdet = 0.5 * jnp.sum(there * jnp.log(covariance)[:, None], axis=0)
             filled, loadings = residual, there[:, None] * emission[:, :, None]
-            extra = (1 - there) * covariance[:, None]
+            left = (1 - there) * covariance[:, None]
         else:
             white, values, across, half_logdet = _eliminate(emission, covariance, residual, there)
             filled = jnp.where(known, residual, lanewise.times(lanewise.transposed(across), values))
             loadings = jnp.where(known[:, None], emission[:, :, None], lanewise.cross(across, white))
-            left = covariance[:, :, None] - lanewise.square(across)
-            extra = (1 - there)[:, None] * (1 - there) * left
+            left = (1 - there)[:, None] * (1 - there) * (covariance[:, :, None] - lanewise.square(across))
         constant = -half_logdet - 0.5 * jnp.sum(there, axis=0) * jnp.log(jnp.asarray(2 * jnp.pi, dtype))
         if columns > states:
             _, white, along, rest = lanewise.orthogonalize(white, values[:, None])
             values, constant = along[:, 0], constant - 0.5 * jnp.sum(jnp.square(rest[:, 0]), axis=0)
-        return (white, values, constant, filled, loadings), jnp.sum(weight * extra, axis=-1)
+        return (white, values, constant, filled, loadings), jnp.any(known, axis=0) * left
 
-    found, extra = lanewise.over_steps(step, (residuals, seen, weights))
+    found, left = lanewise.over_steps(step, (residuals, seen))
     white, values, constant, filled, loadings = found
-    return Seen(
-        evidence=Evidence(matrix=white, values=values, constant=constant),
-        filled=filled, loadings=loadings, extra=extra,
-    )  # fmt: skip
+    evidence = Evidence(matrix=white, values=values, constant=constant)
+    return evidence, Completed(filled=filled, loadings=loadings, covariance=left)
 
 
 def _eliminate(
@@ -132,7 +134,7 @@ def _eliminate(
             row = lanewise.once(rest[0] * jax.lax.rsqrt(rest[0, 0]))
             rest = lanewise.once(rest[1:, 1:] - row[1 : columns - j, None] * row[1:])
             rows.append(row[columns - j :])
-        every, log_pivots = jnp.stack(rows), jnp.log(jnp.stack(pivots))
+        eliminated, log_pivots = jnp.stack(rows), jnp.log(jnp.stack(pivots))
     else:
         index = jnp.arange(columns)[:, None]
 
@@ -143,7 +145,7 @@ def _eliminate(
             row = lanewise.once(at * inverse)
             return rest - (jnp.where(index > j, column, 0) * inverse)[:, None] * row, (row, pivot)
 
-        _, (every, diagonal) = jax.lax.scan(body, whole, jnp.arange(columns))
-        every, log_pivots = every[:, columns:], jnp.log(diagonal)
+        _, (eliminated, diagonal) = jax.lax.scan(body, whole, jnp.arange(columns))
+        eliminated, log_pivots = eliminated[:, columns:], jnp.log(diagonal)
     half_logdet = 0.5 * jnp.sum(log_pivots, axis=0)
-    return every[:, :states], every[:, states], every[:, states + 1 :], half_logdet
+    return eliminated[:, :states], eliminated[:, states], eliminated[:, states + 1 :], half_logdet

@@ -1,0 +1,183 @@
+"""The three equations of linear-Gaussian state space models: of first states, of the dynamics, of observations."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import numerics
+from ..families.linear_equation import EquationParams, Groups, LinearEquation
+from ..latents import linear_gaussian
+from ..latents.linear_gaussian import System
+from ..sequences import Sequences
+from .linear_gaussian_params import SHAPES, Layout, LinearGaussianSSMParams, LinearGaussianSSMStats, Terms
+
+Equations = tuple[LinearEquation, LinearEquation, LinearEquation]
+
+
+def equations_of(layout: Layout, prior: LinearGaussianSSMStats | None) -> Equations:
+    """Their one feature is 1; z_(t-1), 1 and u_t; and z_t, 1 and u_t."""
+
+    def widths(terms: Terms) -> tuple[int | None, ...]:
+        return layout.states, int(terms.bias), None if terms.inputs else 0
+
+    found = (
+        LinearEquation(noise=SHAPES["full"], widths=(1,)),
+        LinearEquation(noise=SHAPES["full"], widths=widths(layout.dynamics)),
+        LinearEquation(noise=layout.noise, widths=widths(layout.emission)),
+    )
+    if prior is None:
+        return found
+    first, second, third = (
+        dataclasses.replace(equation, prior=pseudo) for equation, pseudo in zip(found, prior.equations, strict=True)
+    )
+    return first, second, third
+
+
+def groups(
+    *,
+    initial_mean: Any = None,
+    dynamics: Any = None,
+    dynamics_bias: Any = None,
+    dynamics_inputs: Any = None,
+    emission: Any = None,
+    emission_bias: Any = None,
+    emission_inputs: Any = None,
+) -> tuple[Groups, Groups, Groups]:
+    """The coefficients of the three equations by groups of features, what is not given as None."""
+    return (
+        (_column(initial_mean),),
+        (dynamics, _column(dynamics_bias), dynamics_inputs),
+        (emission, _column(emission_bias), emission_inputs),
+    )
+
+
+def _column(vector: Any) -> Any:
+    """The coefficients (O, 1) of the feature 1; a number stands for all of them."""
+    return vector if vector is None or np.ndim(vector) == 0 else vector[..., None]
+
+
+def split(params: LinearGaussianSSMParams) -> tuple[EquationParams, EquationParams, EquationParams]:
+    """The parameters of the three equations."""
+    initial, dynamics, emission = groups(
+        initial_mean=params.initial_mean,
+        dynamics=params.dynamics,
+        dynamics_bias=params.dynamics_bias,
+        dynamics_inputs=params.dynamics_inputs,
+        emission=params.emission,
+        emission_bias=params.emission_bias,
+        emission_inputs=params.emission_inputs,
+    )
+    return (
+        EquationParams(coefficients=tuple(initial), covariance=params.initial_covariance),
+        EquationParams(coefficients=tuple(dynamics), covariance=params.dynamics_covariance),
+        EquationParams(coefficients=tuple(emission), covariance=params.emission_covariance),
+    )
+
+
+def join(initial: EquationParams, dynamics: EquationParams, emission: EquationParams) -> LinearGaussianSSMParams:
+    """Inverse of `split`."""
+
+    def vector(column: Any) -> Any:
+        return None if column is None else column[..., 0]
+
+    mean: Any
+    matrix: Any
+    loadings: Any
+    (mean,) = initial.coefficients
+    (matrix, bias, inputs), (loadings, offset, direct) = dynamics.coefficients, emission.coefficients
+    return LinearGaussianSSMParams(
+        initial_mean=vector(mean),
+        initial_covariance=initial.covariance,
+        dynamics=matrix,
+        dynamics_covariance=dynamics.covariance,
+        emission=loadings,
+        emission_covariance=emission.covariance,
+        dynamics_bias=vector(bias),
+        emission_bias=vector(offset),
+        dynamics_inputs=inputs,
+        emission_inputs=direct,
+    )
+
+
+def system(params: LinearGaussianSSMParams, inputs: jax.Array | None, steps: int) -> System:
+    """The system over so many steps, with these inputs (B or 1, T, U)."""
+
+    def shift(bias: jax.Array | None, weights: jax.Array | None, like: jax.Array) -> jax.Array:
+        total = jnp.zeros((1, steps, len(like)), like.dtype)
+        if bias is not None:
+            total = total + bias
+        if weights is not None and inputs is not None:
+            total = total + numerics.product(inputs, weights, "btu,iu->bti")
+        return total
+
+    plain = params.emission_bias is None and params.emission_inputs is None
+    return System(
+        initial_mean=params.initial_mean,
+        initial_covariance=params.initial_covariance,
+        dynamics=params.dynamics,
+        dynamics_covariance=params.dynamics_covariance,
+        dynamics_shift=shift(params.dynamics_bias, params.dynamics_inputs, params.dynamics),
+        emission=params.emission,
+        emission_covariance=params.emission_covariance,
+        emission_shift=None if plain else shift(params.emission_bias, params.emission_inputs, params.emission),
+    )
+
+
+def expected_stats(
+    equations: Equations,
+    x: Sequences,
+    inputs: jax.Array | None,
+    posterior: linear_gaussian.Posterior,
+    weights: jax.Array | None,
+) -> LinearGaussianSSMStats:
+    """Expected statistics, about the parameters that the posterior was inferred at."""
+    states = posterior.states
+    ones = jnp.ones_like(states[:, :1])
+    inputs = None if inputs is None else jnp.moveaxis(inputs, 0, -1)
+    noises = (posterior.initial, posterior.dynamics, posterior.emission)
+    features: tuple[Groups, ...] = (
+        (ones[: len(posterior.initial.means)],),
+        (states[:-1], ones[1:], None if inputs is None else inputs[1:]),
+        (states, ones, inputs),
+    )
+    found = [
+        equation.stats(at, equation.features(groups), noise, weights)
+        for equation, at, groups, noise in zip(equations, split(posterior.params), features, noises, strict=True)
+    ]
+    if posterior.at_rest is None:
+        if weights is not None:  # of rows; a sequence has that of the row where it starts
+            weights = x.per_sequence(jnp.where(x.starts(), weights[:, None], 0))
+        loglik = numerics.weighted_sum(posterior.evidence, weights)
+    else:
+        total = x.num_rows if weights is None else jnp.sum(weights)
+        squares = [square for _, square in found]
+        loglik = total * posterior.at_rest - 0.5 * sum(squares[1:], squares[0])
+    (initial, _), (dynamics, _), (emission, _) = found
+    return LinearGaussianSSMStats(initial=initial, dynamics=dynamics, emission=emission, loglik=loglik)
+
+
+def pseudo_stats(
+    equations: Equations, params: LinearGaussianSSMParams, num_steps: Any, num_sequences: Any
+) -> LinearGaussianSSMStats:
+    """Pseudo-statistics of so many steps and sequences, with the maximum at `params`."""
+    mean, states = params.initial_mean, len(params.initial_mean)
+
+    def gram(equation: LinearEquation, line: jax.Array) -> jax.Array:
+        found = jnp.eye(line.shape[1], dtype=mean.dtype)
+        found = found.at[:states, :states].set(params.initial_covariance + mean[:, None] * mean)
+        if equation.widths[1]:
+            found = found.at[states, :states].set(mean).at[:states, states].set(mean)
+        return found
+
+    (first, start), *others = zip(equations, split(params), strict=True)
+    steps, begins = (jnp.asarray(count, mean.dtype) for count in (num_steps, num_sequences))
+    dynamics, emission = (equation.pseudo_stats(at, gram(equation, at.line), steps) for equation, at in others)
+    return LinearGaussianSSMStats(
+        initial=first.pseudo_stats(start, jnp.ones((1, 1), mean.dtype), begins),
+        dynamics=dynamics,
+        emission=emission,
+        loglik=jnp.zeros((), mean.dtype),
+    )
