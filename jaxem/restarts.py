@@ -12,14 +12,12 @@ import numpy as np
 from . import checks, parameters, stopping, tree
 from .em import EM, units
 from .fit import Result, check_limits, history_capacity, nans_are_debugged
+from .numerics import tuning
 from .protocols import Data, Params
 from .record import record, static
 from .restart_jobs import Jobs, Leader, Problem, best_of, draw, drive, eligible, prepare
 from .scheduler import lanes_for
 from .status import EMError, Status
-
-# Restarts x rows x temporaries from which a coarse bulk repays its compilation.
-_COARSE_WORK = 1 << 23
 
 
 @record(kw_only=False)
@@ -229,7 +227,7 @@ def _all_phases(
             f"got {algorithm!r}. Leave screen out"
         )
     # Where every restart takes all its steps, a bulk before them saves none.
-    large = work >= _COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
+    large = work >= tuning.COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
     bulk = model.coarse() if resumable and large and hasattr(model, "coarse") else model
     coarse = bulk is not model  # a model without a cheaper form gives itself
     run = functools.partial(drive, tol=tol, lanes=lanes, capacity=capacity)

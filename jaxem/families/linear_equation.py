@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import numerics
+from ..numerics import tuning
 from ..record import record
 from . import columns, design
-
-# Sequences side by side from which on a product for every step is quicker than one for every sequence.
-_MANY_LANES = 32
 
 
 @record
@@ -68,7 +66,7 @@ def collect(
 
 def moments(a: jax.Array, b: jax.Array) -> jax.Array:
     """sum a bᵀ: (T, I, B), (T, J, B) -> (I, J); in parts first, which is quicker, and rounds less."""
-    parts = "tib,tjb->bij" if a.shape[2] < _MANY_LANES else "tib,tjb->tij"
+    parts = "tib,tjb->bij" if a.shape[2] < tuning.MANY_SEQUENCES else "tib,tjb->tij"
     return jnp.sum(numerics.product(a, b, parts), axis=0)
 
 
