@@ -13,14 +13,12 @@ from . import checks, parameters, stopping, tree
 from .capabilities import fitted_model, fitting_algorithm
 from .em import EM, pose
 from .fit import Result, history_capacity
+from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
 from .restart_jobs import Fitting, Jobs, Leader, best_of, draw, drive, eligible, prepare
 from .scheduler import lanes_for
 from .status import EMError, Status
-
-# Restarts x rows x temporaries from which a coarse bulk repays its compilation.
-_COARSE_WORK = 1 << 23
 
 
 @record(kw_only=False)
@@ -228,7 +226,7 @@ def _all_phases(
             f"got {algorithm!r}. Leave screen out"
         )
     # Where every restart takes all its steps, a bulk before them saves none.
-    large = work >= _COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
+    large = work >= tuning.COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
     bulk = model.coarse() if resumable and large else model
     coarse = bulk is not model  # a model without a cheaper form gives itself
     run = functools.partial(drive, tol=tol, lanes=lanes, capacity=capacity)

@@ -11,11 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from . import tree
+from .numerics import tuning
 from .record import record
-
-# Temporaries of one step over all lanes, in numbers: what the second-level cache of a CPU core holds.
-_LANE_BUDGET = 1 << 21
-_LANE_BUDGET_ELSEWHERE = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ class _Desk:
 def run(iteration: Iteration, jobs: Any, waiting: jax.Array, lanes: int) -> Any:
     """All jobs after those that wait (R,) have run to their end, `lanes` at a time, in the order of their slots.
 
-    The inner loop steps all lanes until a quarter of them has ended; the outer one then writes those away and refills
+    The inner loop steps all lanes until enough of them have ended; the outer one then writes those away and refills
     them, so that no job waits for the slowest of its batch.
     """
     total, count = waiting.shape[0], jnp.sum(waiting)
@@ -64,7 +61,7 @@ def run(iteration: Iteration, jobs: Any, waiting: jax.Array, lanes: int) -> Any:
 
     def most_run(desk: _Desk) -> jax.Array:
         running = jnp.sum(are_running(desk.lanes))
-        return jnp.where(desk.head < count, running > lanes - max(1, lanes // 4), running > 0)
+        return jnp.where(desk.head < count, running > lanes - max(1, lanes // tuning.LANES_PER_IDLE_LANE), running > 0)
 
     def step(desk: _Desk) -> _Desk:
         return dataclasses.replace(desk, lanes=jax.vmap(iteration.step)(desk.lanes))
@@ -99,5 +96,5 @@ def run(iteration: Iteration, jobs: Any, waiting: jax.Array, lanes: int) -> Any:
 
 def lanes_for(work: int) -> int:
     """Jobs side by side whose temporaries, `work` numbers each, stay in fast memory: a power of two."""
-    budget = _LANE_BUDGET if jax.default_backend() == "cpu" else _LANE_BUDGET_ELSEWHERE
-    return 1 << min(12, max(0, (budget // max(1, work)).bit_length() - 1))
+    budget = tuning.LANE_NUMBERS if jax.default_backend() == "cpu" else tuning.LANE_NUMBERS_ON_ACCELERATORS
+    return min(tuning.MOST_LANES, 1 << max(0, (budget // max(1, work)).bit_length() - 1))

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .numerics import tuning
+
 Tree = Any
 
 
@@ -216,11 +218,7 @@ def map_over_blocks(function: Callable[[Tree], Tree], x: Tree, block_size: int) 
 
 
 def rows_per_block(floats_per_row: int, dtype: Any) -> int:
-    """Rows whose E-step temporaries fit the fast memory of the default backend.
-
-    A power of two. On a CPU the temporaries should stay in the second-level cache, on an
-    accelerator they should only be small against its memory.
-    """
-    budget = 8 << 20 if jax.default_backend() == "cpu" else 1 << 29
+    """Rows whose E-step temporaries fit the fast memory of the default backend: a power of two."""
+    budget = tuning.BLOCK_BYTES if jax.default_backend() == "cpu" else tuning.BLOCK_BYTES_ON_ACCELERATORS
     rows = budget // max(1, floats_per_row * jnp.dtype(dtype).itemsize)
-    return 1 << min(20, max(8, rows.bit_length() - 1))
+    return min(tuning.MOST_BLOCK_ROWS, max(tuning.FEWEST_BLOCK_ROWS, 1 << max(0, rows.bit_length() - 1)))

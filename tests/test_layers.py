@@ -1,6 +1,7 @@
 """The rooms: imports point downward only."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,15 @@ def test_nobody_asks_what_an_object_has():
             found[str(path)] = asked
     more = {path: asked for path, asked in found.items() if asked > SNIFFED.get(path, 0)}
     assert not more, f"let `capabilities.py` say what may be left out, and what stands in its place: {more}"
+
+
+def test_every_constant_of_machines_says_what_shows_its_worth():
+    """A benchmark that exists, or by hand with a shape to try."""
+    lines, said = (ROOT / "numerics" / "tuning.py").read_text().splitlines(), []
+    for line in lines:
+        if re.match(r"[A-Z_]+ = ", line):
+            text = " ".join(said)
+            scripts = re.findall(r"([a-z_]+) [a-e]\b", text.partition("Benchmark: ")[2])
+            assert scripts or re.search(r"By hand[^:]*: .*\d", text), line
+            assert all((ROOT.parent / "benchmarks" / f"{script}.py").exists() for script in scripts), line
+        said = [*said, line.removeprefix("# ")] if line.startswith("#") else []

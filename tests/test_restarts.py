@@ -22,6 +22,7 @@ from jaxem import (
     fit_restarts,
 )
 from jaxem import restarts as restarts_module
+from jaxem.numerics import tuning
 
 R = 12
 
@@ -129,7 +130,7 @@ def test_a_screen_keeps_the_promising_share(case, x64):
 
 def test_the_coarse_bulk_ends_where_the_model_does(case, x64, monkeypatch):
     model, x, runs = case
-    monkeypatch.setattr(restarts_module, "_COARSE_WORK", 0)
+    monkeypatch.setattr(tuning, "COARSE_WORK", 0)
     assert model.coarse() != model
     bulk = fit_restarts(model, jax.random.key(3), x, num_restarts=R, block_size=4)
     # A few steps more, never fewer: a restart on a plateau may be carried over its edge, not below it.
@@ -146,7 +147,7 @@ def test_coarse_arithmetic_that_fails_is_mended_by_the_model(monkeypatch):
     rng = np.random.default_rng(0)
     x = jnp.asarray(np.repeat([[0.0], [1e4]], 50, axis=0) + rng.normal(size=(100, 1)), jnp.float32)
     model = Mixture(Normal(), 2)
-    monkeypatch.setattr(restarts_module, "_COARSE_WORK", 0)
+    monkeypatch.setattr(tuning, "COARSE_WORK", 0)
     runs = fit_restarts(model, jax.random.key(0), x, num_restarts=8)
     assert runs.best.status == Status.CONVERGED
     exact = np.sort([np.var(np.asarray(x[:50], float)), np.var(np.asarray(x[50:], float))])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxem import EM, HMM, Mixture, Normal, Poisson, em_fit, fit_restarts
-from jaxem import restarts as restarts_module
+from jaxem.numerics import tuning
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(np.concatenate([RNG.normal(-3, 1, (30, 1)), RNG.normal(3, 1, (30, 1))]), jnp.float32)
@@ -83,7 +83,7 @@ def test_missing_values_are_no_nans_to_debug():
 def test_a_coarse_bulk_is_not_what_is_reported(monkeypatch):
     """Tight clusters far apart: in float32 moments about one point are useless, and such steps fall by far."""
     x = jnp.asarray(np.repeat([[0.0], [1e4]], 50, axis=0) + RNG.normal(size=(100, 1)), jnp.float32)
-    monkeypatch.setattr(restarts_module, "_COARSE_WORK", 0)
+    monkeypatch.setattr(tuning, "COARSE_WORK", 0)
     runs = fit_restarts(MODEL, jax.random.key(0), x, num_restarts=8)
     good = ~np.asarray(runs.failed)
     assert np.all(np.asarray(runs.largest_decrease)[good] <= 1e-4 * len(x))

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters
+from ..numerics import tuning
 from ..record import record
-
-# Up to here the columns of a quadratic form are written out, so that it fuses with what follows.
-UNROLLED_COLUMNS = 4
 
 
 @record
@@ -52,7 +50,7 @@ class Full:
         """sum_n r ddᵀ: (K, N), (K, D, N) -> (K, D, D)."""
         weighted = responsibilities[:, None] * deviations
         columns = deviations.shape[1]
-        if columns > UNROLLED_COLUMNS:
+        if columns > tuning.UNROLLED_MOMENTS:
             return numerics.product(weighted, deviations, "kin,kjn->kij")
         entries = {
             (i, j): jnp.sum(weighted[:, i] * deviations[:, j], axis=-1) for i in range(columns) for j in range(i + 1)
@@ -73,7 +71,7 @@ class Full:
     def square(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
         """dᵀ P d: (K, D, D), (K, D, N) -> (K, N)."""
         columns = deviations.shape[1]
-        if columns > UNROLLED_COLUMNS:
+        if columns > tuning.UNROLLED_MOMENTS:
             return jnp.sum(jnp.square(self.whiten(whitener, deviations)), axis=1)
         total = jnp.zeros_like(deviations[:, 0])
         for i in range(columns):
@@ -102,7 +100,7 @@ class Full:
 
     def precision(self, whitener: jax.Array) -> jax.Array:
         """P = WᵀW."""
-        if whitener.shape[-1] > UNROLLED_COLUMNS:
+        if whitener.shape[-1] > tuning.UNROLLED_MOMENTS:
             return numerics.product(whitener, whitener, "...ki,...kj->...ij")
         return jnp.sum(whitener[..., :, :, None] * whitener[..., :, None, :], axis=-3)
 
@@ -220,7 +218,7 @@ class Diagonal:
 
     def square(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
         columns = deviations.shape[1]
-        if columns > UNROLLED_COLUMNS:
+        if columns > tuning.UNROLLED_MOMENTS:
             return jnp.sum(jnp.square(self.whiten(whitener, deviations)), axis=1)
         # Column by column the sum fuses with what comes before; as a reduction it runs many times slower.
         squares = [jnp.square(whitener[:, d, None] * deviations[:, d]) for d in range(columns)]

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import numerics
+from ..numerics import tuning
 from ..record import record, static
 from . import columns, design
 from .covariance import Diagonal, Full
-
-# Sequences side by side from which on a product for every step is quicker than one for every sequence.
-_MANY_LANES = 32
 
 # Coefficients (O, F_g) of each group of features; None where a group is not there, or not held.
 Groups = Sequence[jax.Array | None]
@@ -254,7 +252,7 @@ def _moments(values: jax.Array, counted: jax.Array | None, weights: jax.Array | 
     """The weight of all steps that count, and the weighted sum over these of v vᵀ (I, I); values (T, I, B)."""
     steps, _, lanes = values.shape
     # In parts first, which is quicker, and rounds less.
-    parts = "tib,tjb->bij" if lanes < _MANY_LANES else "tib,tjb->tij"
+    parts = "tib,tjb->bij" if lanes < tuning.MANY_SEQUENCES else "tib,tjb->tij"
     each = None
     if counted is not None:
         each = counted.astype(values.dtype) if weights is None else counted * weights

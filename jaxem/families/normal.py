@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import capabilities, checks, numerics, parameters
+from ..numerics import tuning
 from ..record import record, static
 from . import columns as columns_of
 from . import covariance as shapes
@@ -209,7 +210,7 @@ class Normal:
     def floats_per_row(self, params: NormalParams) -> int:
         """Temporaries of an E-step, in numbers a row."""
         count, columns = params.mean.shape
-        if self.shape.name == "full" and columns > shapes.UNROLLED_COLUMNS:
+        if self.shape.name == "full" and columns > tuning.UNROLLED_MOMENTS:
             return count * columns + self.shape.degrees(columns)
         return 4 * count + columns
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import numerics
+from ..numerics import tuning
 from ..record import record
 from . import covariance as shapes
 
@@ -90,7 +91,7 @@ def log_prob(parts: Components, x: jax.Array, observed: jax.Array | None, form: 
 
     def complete() -> jax.Array:
         # In few columns the squares are written out, and fused with what follows: nothing is quicker.
-        if form == "auto" and x.shape[1] <= shapes.UNROLLED_COLUMNS:
+        if form == "auto" and x.shape[1] <= tuning.UNROLLED_MOMENTS:
             return _whitened_log_prob(parts, rows)
         return _choose(form, _is_far(parts, rows), _expanded_log_prob, _whitened_log_prob, parts, rows)
 
@@ -105,7 +106,7 @@ def moments(parts: Components, x: jax.Array, observed: jax.Array | None, r: jax.
         whitened = functools.partial(_whitened_moments, parts.shape)
         expanded = functools.partial(_expanded_moments, parts.shape)
         far, arguments = _is_far(parts, rows), (parts.mean, rows, r)
-        if form == "auto" and x.shape[1] <= shapes.UNROLLED_COLUMNS:
+        if form == "auto" and x.shape[1] <= tuning.UNROLLED_MOMENTS:
             # In few columns a product costs next to nothing: it is done in any case.
             found = numerics.repaired(
                 lambda far, *rest: (expanded(*rest), far), lambda _, *rest: whitened(*rest), far, *arguments
@@ -128,7 +129,7 @@ def _whitened_moments(
     """count, first and second of `Sums`."""
     deviations = _deviations(mean, rows.values)
     count = jnp.sum(r, axis=-1)
-    if mean.shape[-1] > shapes.UNROLLED_COLUMNS:
+    if mean.shape[-1] > tuning.UNROLLED_MOMENTS:
         first = numerics.product(r, deviations, "kn,kdn->kd")
     else:
         first = jnp.sum(r[:, None] * deviations, axis=-1)

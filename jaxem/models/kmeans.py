@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .. import checks, numerics, parameters, seeding, tree
 from ..capabilities import completed
 from ..latents import Exact, Hard, ask
+from ..numerics import tuning
 from ..protocols import Data, Expect
 from ..record import record, static
 
@@ -16,9 +17,6 @@ INITS = ("k-means++", "greedy-k-means++", "k-means||", "random_rows")
 
 # A power of two, so that an empty cluster keeps its centre to the last bit.
 _PSEUDO_COUNT = 2.0**-60
-
-# Rows that the anchor of expanded distances is taken from.
-_ANCHOR_ROWS = 1024
 
 # Rounds of k-means||, each drawing twice as many candidates as there are clusters.
 _ROUNDS = 5
@@ -261,7 +259,7 @@ def _block_size(centers: jax.Array, rows: jax.Array) -> int:
     At least two blocks, since what leaves a loop is in memory: otherwise XLA would find the nearest
     centre again for every column that needs it.
     """
-    largest = tree.rows_per_block(32 * max(64, centers.shape[0]), rows.dtype)
+    largest = tree.rows_per_block(tuning.SCORES_PER_BLOCK * max(tuning.FEWEST_CENTRES, centers.shape[0]), rows.dtype)
     return -(-rows.shape[0] // max(2, -(-rows.shape[0] // largest)))
 
 
@@ -272,7 +270,7 @@ def _anchor(rows: jax.Array) -> jax.Array:
     that are short in binary stay exact, and ties stay ties. (Of all rows it would take a good part of a
     step, and of the centres every restart would have its own.)
     """
-    some = rows[:: max(1, rows.shape[0] // _ANCHOR_ROWS)]
+    some = rows[:: max(1, rows.shape[0] // tuning.ANCHOR_ROWS)]
     mean, variance = jnp.mean(some, axis=0), jnp.var(some, axis=0)
     grid = jnp.exp2(jnp.floor(0.5 * jnp.log2(jnp.where(variance > 0, variance, 1))))
     return jnp.where(variance > 0, jnp.round(mean / grid) * grid, mean)
@@ -318,7 +316,7 @@ def _refill(
     Candidates are the farthest rows of some K classes of row numbers: found without sorting.
     """
     count, eps = len(centers), jnp.finfo(rows.dtype).eps
-    classes = 32 * -(-count // 32)
+    classes = tuning.CLASSES_MULTIPLE * -(-count // tuning.CLASSES_MULTIPLE)
     usable = distance if weights is None else jnp.where(weights > 0, distance, -jnp.inf)
     padded = jnp.pad(usable, (0, -len(rows) % classes), constant_values=-jnp.inf).reshape(-1, classes)
     top, lap = numerics.first_argmax(padded)

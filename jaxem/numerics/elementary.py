@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import tuning
+
 # A logit beyond which probabilities are 0 and 1 in every precision.
 _FAR_OUT = 1e4
 
@@ -57,7 +59,7 @@ def first_argmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     scores = jax.lax.optimization_barrier(scores)
     index, sorted_ = jnp.broadcast_to(jnp.arange(len(scores), dtype=jnp.int32)[:, None], scores.shape), True
     while len(scores) > 1:
-        width = -(-len(scores) // 4) if len(scores) > 8 else 1
+        width = -(-len(scores) // tuning.TOURNAMENT_SLICES) if len(scores) > tuning.TOURNAMENT_ROWS else 1
         best, winner = scores[:width], index[:width]
         # The last slice may overlap the one before: no harm to a maximum.
         for start in (min(first, len(scores) - width) for first in range(width, len(scores), width)):

@@ -14,11 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import tuning
 from .elementary import product, repaired
-
-# Columns up to which matrices are factored in straight-line code, all of a stack at once, and the widest diagonal
-# blocks that a triangular inverse starts from: such code grows with the square of their number.
-_UNROLLED_COLUMNS = 8
 
 
 def _one_at_a_time(function: Callable) -> Callable:
@@ -48,7 +45,7 @@ _lapack_svd = _one_at_a_time(lambda matrix: tuple(jnp.linalg.svd(matrix, full_ma
 @jax.custom_jvp
 def cholesky(matrix: jax.Array) -> jax.Array:
     """Lower Cholesky factor (..., D, D) of symmetric matrices; NaN where one is not positive definite."""
-    if matrix.shape[-1] <= _UNROLLED_COLUMNS:
+    if matrix.shape[-1] <= tuning.UNROLLED_FACTOR:
         return _eliminated(matrix, None)[0]
     return _over_stack(_lapack_cholesky, matrix)
 
@@ -73,7 +70,7 @@ def floored_cholesky(matrix: jax.Array, floor: jax.Array) -> tuple[jax.Array, ja
     A pivot that needs no lift gets exactly 0, so a well-conditioned matrix is not changed by a bit.
     (A modified Cholesky factorisation; Gill, Murray & Wright, Practical Optimization, section 4.4.)
     """
-    if matrix.shape[-1] <= _UNROLLED_COLUMNS:
+    if matrix.shape[-1] <= tuning.UNROLLED_FACTOR:
         return _eliminated(matrix, floor)
 
     def attempt(matrix: jax.Array, floor: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -98,7 +95,7 @@ def _eliminated(matrix: jax.Array, floor: jax.Array | None) -> tuple[jax.Array, 
         below = jnp.where(index > j, at / root[..., None], jnp.where(index == j, root[..., None], 0))
         return rest - below[..., :, None] * below[..., None, :], below, lift
 
-    if columns <= _UNROLLED_COLUMNS:
+    if columns <= tuning.UNROLLED_FACTOR:
         rest, factor, lifts = matrix, [], []
         for j in range(columns):
             lowest = None if floor is None else floor[..., j]
@@ -128,7 +125,7 @@ def inverse_lower(factor: jax.Array) -> jax.Array:
     Algorithms, section 14.2, on such block methods.) D³ / 3 multiplications, nearly all of them in matrix products.
     """
     columns = factor.shape[-1]
-    levels = max(0, (columns - 1) // _UNROLLED_COLUMNS).bit_length()
+    levels = max(0, (columns - 1) // tuning.UNROLLED_FACTOR).bit_length()
     width = -(-columns >> levels)
     size = width << levels
     # Padded by a diagonal of ones. Barriers, since levels that are fused are computed again inside of one another.
