@@ -192,11 +192,11 @@ def at_rows(method: Callable) -> Any:
     """A method `(params, x, ...)` of a model, whose arguments are looked at before anything is traced."""
 
     @functools.wraps(method)
-    def looked_at(self: Any, params: Any, x: Any, *rest: Any, **options: Any) -> Any:
+    def checked(self: Any, params: Any, x: Any, *rest: Any, **options: Any) -> Any:
         x = checks.native(x)
         with checks.without_estimation():
             self.check(x)
         check("params", self, params, x)
         return method(self, checks.native(params), x, *rest, **options)
 
-    return looked_at
+    return checked

@@ -89,7 +89,7 @@ class Squarem:
                 lambda: self._extrapolated(model, state, first, second, mapped, gain),
                 lambda: (mapped, state),
             )
-            after = _look(self.inner, problem, remembering, aim)
+            after = _proposed(self.inner, problem, remembering, aim)
             gain = objective(model, after) - objective(model, inner)
             taken = ~last | (gain >= 0)
             kept = dataclasses.replace(inner, num_passes=after.num_passes, key=after.key)
@@ -234,7 +234,7 @@ class Anderson:
         plain = state.refused | (state.plain & (bend > 0))
 
         params = tree.where(plain, mapped, _into_domain(model, unravel(point + move - correction), mapped))
-        after = _look(self.inner, problem, remembering, params)
+        after = _proposed(self.inner, problem, remembering, params)
         sure = _sure_gain(model, inner, mapped)
         before, gain = objective(model, inner), objective(model, after) - objective(model, inner)
         slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
@@ -329,7 +329,7 @@ def _start(inner: EM, problem: Problem, params: Params, key: jax.Array | None) -
     return state
 
 
-def _look(inner: EM, problem: Problem, state: EMState, params: Params) -> EMState:
+def _proposed(inner: EM, problem: Problem, state: EMState, params: Params) -> EMState:
     """The state at proposed parameters."""
     state = inner.moved(problem, state, params)
     return dataclasses.replace(state, num_steps=state.num_steps + 1, num_passes=state.num_passes + 1)

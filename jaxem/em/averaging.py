@@ -67,7 +67,10 @@ class Averaged:
         weights: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> AveragedState:
-        inner = self.inner.init(model, params, x, weights, key)
+        problem = pose(model, x, weights)
+        if problem.model.m_step is None:
+            raise TypeError("averaged needs a model with an m_step of its own, for the mean of its statistics")
+        inner = self.inner.started(problem, params, key)
         far = jnp.full((), jnp.inf, inner.num_passes.dtype)
         return AveragedState(
             inner=inner,
