@@ -28,7 +28,7 @@ def split(x: Any) -> tuple[Any, jax.Array | None]:
 
 def allowed(labels: jax.Array, count: int) -> jax.Array:
     """Components that rows with these labels (N,) may come from: (K, N)."""
-    return (labels < 0) | (labels == jnp.arange(count)[:, None])
+    return (labels[None] < 0) | (labels[None] == jnp.arange(count)[:, None])
 
 
 def as_labelled(responsibilities: jax.Array, x: Any) -> jax.Array:
@@ -36,5 +36,5 @@ def as_labelled(responsibilities: jax.Array, x: Any) -> jax.Array:
     labels = split(x)[1]
     if labels is None:
         return responsibilities
-    own = labels == jnp.arange(responsibilities.shape[0])[:, None]
-    return jnp.where(labels < 0, responsibilities, own.astype(responsibilities.dtype))
+    own = labels[None] == jnp.arange(responsibilities.shape[0])[:, None]
+    return jnp.where(labels[None] < 0, responsibilities, own.astype(responsibilities.dtype))

@@ -98,7 +98,7 @@ def statistics(
     def of_block(values: dict[str, Params], rows: tuple[Data, jax.Array], inside: jax.Array | None) -> dict[str, Stats]:
         x, share = rows
         given = responsibilities(share, count, smoothing, dtype)
-        given = given if inside is None else given * inside.astype(dtype)
+        given = given if inside is None else given * inside.astype(dtype)[None]
         return {name: part.stats(values[name], x, given) for name, part in parts.items()}
 
     def at(values: dict[str, Params]) -> dict[str, Stats]:
@@ -120,8 +120,9 @@ def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Columns (N, F) scaled to unit (weighted) variance, so that seeds do not depend on units."""
     total = tree.total_weight(points, weights)
     mean = numerics.weighted_sum(points.T, weights) / total
-    variance = numerics.weighted_sum(jnp.square(points - mean).T, weights) / total
-    return (points - mean) * jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
+    variance = numerics.weighted_sum(jnp.square(points - mean[None]).T, weights) / total
+    scale = jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1)), 0)
+    return (points - mean[None]) * scale[None]
 
 
 def _draw(key: jax.Array, mass: jax.Array) -> jax.Array:
@@ -158,14 +159,14 @@ def kmeans_plusplus(
         # Once every row coincides with a seed there is no distance left to draw by.
         mass = jnp.where(jnp.sum(mass) > 0, mass, each)
         seed = _draw(jax.random.fold_in(key, k), mass)
-        to_seed = jnp.sum(jnp.square(points - points[seed]), axis=-1)
+        to_seed = jnp.sum(jnp.square(points - points[seed][None]), axis=-1)
         closer = to_seed < distance
         return jnp.minimum(distance, to_seed), jnp.where(closer, k, nearest), seeds.at[k].set(seed)
 
     rows = points.shape[0]
     first = _first(jax.random.fold_in(key, 0), weights, points)
     start = (
-        jnp.sum(jnp.square(points - points[first]), axis=-1),
+        jnp.sum(jnp.square(points - points[first][None]), axis=-1),
         jnp.zeros(rows, jnp.int32),
         jnp.zeros(num_seeds, jnp.int32).at[0].set(first.astype(jnp.int32)),
     )
@@ -191,15 +192,15 @@ def greedy_kmeans_plusplus(
         mass = jnp.where(jnp.sum(mass) > 0, mass, each)
         keys = jax.random.split(jax.random.fold_in(key, k), candidates)
         drawn = jax.vmap(_draw, in_axes=(0, None))(keys, mass)
-        to_drawn = jax.vmap(lambda seed: jnp.sum(jnp.square(points - points[seed]), axis=-1))(drawn)
-        best = jnp.argmin(jnp.sum(each * jnp.minimum(to_drawn, distance), axis=1))
+        to_drawn = jax.vmap(lambda seed: jnp.sum(jnp.square(points - points[seed][None]), axis=-1))(drawn)
+        best = jnp.argmin(numerics.weighted_sum(jnp.minimum(to_drawn, distance[None]), weights))
         closer = to_drawn[best] < distance
         distance = jnp.minimum(distance, to_drawn[best])
         return distance, jnp.where(closer, k, nearest), seeds.at[k].set(drawn[best].astype(jnp.int32))
 
     first = _first(jax.random.fold_in(key, 0), weights, points)
     start = (
-        jnp.sum(jnp.square(points - points[first]), axis=-1),
+        jnp.sum(jnp.square(points - points[first][None]), axis=-1),
         jnp.zeros(points.shape[0], jnp.int32),
         jnp.zeros(num_seeds, jnp.int32).at[0].set(first.astype(jnp.int32)),
     )
@@ -218,7 +219,7 @@ def random_rows(
 
     def body(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         distance, nearest = carry
-        to_seed = jnp.sum(jnp.square(points - points[seeds[k]]), axis=-1)
+        to_seed = jnp.sum(jnp.square(points - points[seeds[k]][None]), axis=-1)
         return jnp.minimum(distance, to_seed), jnp.where(to_seed < distance, k, nearest)
 
     rows = points.shape[0]
@@ -249,10 +250,10 @@ def nearest_known(
 
     points (N, F), labels (N,) with -1 for unknown, seeds (K,) for components without labelled rows.
     """
-    own = labels == jnp.arange(seeds.shape[0])[:, None]
+    own = labels[None] == jnp.arange(seeds.shape[0])[:, None]
     scores = jax.random.gumbel(jax.random.fold_in(key, 2**31), own.shape, points.dtype)
-    scores = jnp.where(own if weights is None else own & (weights > 0), scores, -jnp.inf)
+    scores = jnp.where(own if weights is None else own & (weights > 0)[None], scores, -jnp.inf)
     known = jnp.max(scores, axis=1) > -jnp.inf
     centres = points[jnp.where(known, jnp.argmax(scores, axis=1), seeds)]
     cross = numerics.product(points, centres, "nf,kf->nk")
-    return jnp.argmin(jnp.sum(jnp.square(centres), axis=1) - 2 * cross, axis=1)
+    return jnp.argmin(jnp.sum(jnp.square(centres), axis=1)[None] - 2 * cross, axis=1)

@@ -46,7 +46,7 @@ class Sequences:
         shape = (self.num_rows, self.num_steps)
         if self.lengths is None:
             return jnp.ones(shape, bool)
-        return jnp.arange(shape[1]) < self.lengths[:, None]
+        return jnp.arange(shape[1])[None] < self.lengths[:, None]
 
     def starts(self) -> jax.Array:
         """Which steps (B, T) are the first of a sequence."""

@@ -179,7 +179,7 @@ class Binomial:
     def log_prob(self, params: BernoulliParams, x: Data) -> jax.Array:
         """Log-probability of every row under every component: (N, D) -> (K, N)."""
         outcomes, base = self._outcomes(x, params.probability.dtype)
-        return columns.score(_natural(params), outcomes) + base
+        return columns.score(_natural(params), outcomes) + base[None]
 
     def stats(self, params: BernoulliParams, x: Data, responsibilities: jax.Array) -> BernoulliStats:
         """Expected successes and failures: x (N, D), responsibilities (K, N)."""

@@ -185,7 +185,7 @@ class Multinomial:
     def log_prob(self, params: MultinomialParams, x: jax.Array) -> jax.Array:
         """Log-probability of every row under every component: (N, V) -> (K, N)."""
         values, base = self._read(x, params.probability.dtype)
-        return columns.score(numerics.safe_log(params.probability), values) + base
+        return columns.score(numerics.safe_log(params.probability), values) + base[None]
 
     def stats(self, params: MultinomialParams, x: jax.Array, responsibilities: jax.Array) -> MultinomialStats:
         """Expected numbers of every value: x (N, V), responsibilities (K, N)."""

@@ -96,7 +96,7 @@ class Full:
     def to_features(self, precision: jax.Array) -> jax.Array:
         """Coefficients (K, F) of the features in -yᵀPy / 2."""
         i, j = np.tril_indices(precision.shape[-1])
-        return jnp.asarray(np.where(i == j, -0.5, -1.0), precision.dtype) * precision[:, i, j]
+        return jnp.asarray(np.where(i == j, -0.5, -1.0), precision.dtype)[None] * precision[:, i, j]
 
     def precision(self, whitener: jax.Array) -> jax.Array:
         """P = WᵀW."""
@@ -110,7 +110,7 @@ class Full:
 
     def trace(self, precision: jax.Array, moments: jax.Array) -> jax.Array:
         """tr(P S): (...)."""
-        return jnp.sum(precision * moments, axis=(-1, -2))
+        return jnp.sum(numerics.to_rank(precision, moments.ndim) * moments, axis=(-1, -2))
 
     def columns_of(self, moments: jax.Array, columns: int) -> jax.Array:
         """Second moment of each column: (..., D)."""
@@ -134,7 +134,7 @@ class Full:
         covariance = _mean_of_triangles(covariance)  # fused multiply-adds round its triangles apart
         _, lift = numerics.floored_cholesky(covariance, lowest)
         eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
-        return covariance + lift[..., :, None] * eye, jnp.any(lift > 0, axis=-1)
+        return covariance + lift[..., :, None] * numerics.to_rank(eye, covariance.ndim), jnp.any(lift > 0, axis=-1)
 
     def log_prior(self, covariance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
         """Inverse-Wishart log-density, normalised (Gelman et al., Bayesian Data Analysis, appendix A)."""
@@ -181,7 +181,7 @@ def _log_inverse_gamma(variance: jax.Array, degrees_of_freedom: jax.Array, scale
     """Inverse-gamma(nu/2, scale/2) log-density of a variance, normalised, elementwise."""
     shape = degrees_of_freedom / 2
     normaliser = shape * jnp.log(scale / 2) - jax.lax.lgamma(jnp.asarray(shape, variance.dtype))
-    return normaliser - (shape + 1) * jnp.log(variance) - scale / (2 * variance)
+    return normaliser - (shape + 1) * jnp.log(variance) - numerics.to_rank(scale, variance.ndim) / (2 * variance)
 
 
 @record
@@ -343,7 +343,9 @@ class Spherical:
         return jnp.sqrt(covariance)[..., None] * noise
 
     def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
-        return covariance[..., None, None] * jnp.eye(columns, dtype=covariance.dtype)
+        return covariance[..., None, None] * numerics.to_rank(
+            jnp.eye(columns, dtype=covariance.dtype), covariance.ndim + 2
+        )
 
     def log_scales(self, covariance: jax.Array, columns: int) -> jax.Array:
         return jnp.broadcast_to(0.5 * jnp.log(covariance)[..., None], (*covariance.shape, columns))

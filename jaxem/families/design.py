@@ -99,7 +99,7 @@ def gram(weights: jax.Array, design: jax.Array) -> jax.Array:
     entries = np.zeros((design.shape[0],) * 2, int)
     entries[i, j] = entries[j, i] = np.arange(len(i))
     sums = columns.sums(weights, design[i] * design[j])[:, entries]
-    return sums + columns.PSEUDO_COUNT * jnp.eye(design.shape[0], dtype=design.dtype)
+    return sums + columns.PSEUDO_COUNT * jnp.eye(design.shape[0], dtype=design.dtype)[None]
 
 
 def times(gram: jax.Array, delta: jax.Array) -> jax.Array:

@@ -65,15 +65,15 @@ def _pooled(family: "_Regression", x: Data, weights: jax.Array | None, num_compo
 def _log_prob(family: "_Regression", params: RegressionParams, x: Data) -> jax.Array:
     """Log-probability of every response under every component: (K, N)."""
     matrix, response = design.read(x)
-    return family._log_density(design.predict(params, matrix), response)
+    return family._log_density(design.predict(params, matrix), response[None])
 
 
 def _stats(family: "_Regression", params: RegressionParams, x: Data, responsibilities: jax.Array) -> RegressionStats:
     """Score and curvature: responsibilities (K, N)."""
     matrix, response = design.read(x)
     eta = design.predict(params, matrix)
-    score, curvature = family._surrogate(eta, response)
-    logs = family._log_density(eta, response)
+    score, curvature = family._surrogate(eta, response[None])
+    logs = family._log_density(eta, response[None])
     count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT
     return RegressionStats(
         count=count,
@@ -89,12 +89,12 @@ def _m_step(family: "_Regression", stats: RegressionStats) -> RegressionParams:
     """The maximum of the bound, gram⁻¹ cross from the current line; where it is local, no eta moved by more than 1."""
     line = design.current(stats)
     penalty = _penalty(family, line)
-    gram = stats.gram + jnp.eye(line.shape[1], dtype=line.dtype) * penalty
-    delta = design.solve(gram, stats.cross - penalty * line)
+    gram = stats.gram + (jnp.eye(line.shape[1], dtype=line.dtype) * penalty[None])[None]
+    delta = design.solve(gram, stats.cross - penalty[None] * line)
     if stats.reach is not None:
         # The eighth root of a sum of eighth powers is at least the largest.
         reach = _UNIT * jnp.maximum(stats.reach, jnp.finfo(delta.dtype).tiny) ** (1 / 8)
-        move = jnp.sum(jnp.abs(delta) * reach, axis=-1, keepdims=True)
+        move = jnp.sum(jnp.abs(delta) * reach[None], axis=-1, keepdims=True)
         delta = delta / jnp.maximum(move, 1)
     line = line + delta
     return RegressionParams(coefficients=line[:, 1:], intercept=line[:, 0])
@@ -109,7 +109,7 @@ def _q_function(family: "_Regression", params: RegressionParams, stats: Regressi
 def _log_prior(family: "_Regression", params: RegressionParams) -> jax.Array:
     """-ridge |coefficients|² / 2; up to a constant."""
     line = design.line(params)
-    return -0.5 * jnp.sum(_penalty(family, line) * jnp.square(line))
+    return -0.5 * jnp.sum(_penalty(family, line)[None] * jnp.square(line))
 
 
 def _penalty(family: "_Regression", line: jax.Array) -> jax.Array:

@@ -69,14 +69,14 @@ class LinearRegression:
     def log_prob(self, params: LinearRegressionParams, x: Data) -> jax.Array:
         """Log-density of every response under every component: (K, N)."""
         matrix, response = design.read(x)
-        residual = response - design.predict(params, matrix)
+        residual = response[None] - design.predict(params, matrix)
         variance = params.variance[:, None]
         return -0.5 * (jnp.log(2 * math.pi * variance) + jnp.square(residual) / variance)
 
     def stats(self, params: LinearRegressionParams, x: Data, responsibilities: jax.Array) -> LinearRegressionStats:
         """Weighted normal equations: responsibilities (K, N)."""
         matrix, response = design.read(x)
-        residual = response - design.predict(params, matrix)
+        residual = response[None] - design.predict(params, matrix)
         count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT
         weighted = responsibilities * residual
         return LinearRegressionStats(

@@ -79,7 +79,7 @@ class NegativeBinomial:
         mean, concentration = params.mean, params.concentration
         values, observed = self._read(x, mean.dtype)
         base, repeats = _complete(concentration, values)
-        terms = jnp.stack([values - repeats, repeats, base + repeats * jnp.log(concentration)[..., None]])
+        terms = jnp.stack([values[None] - repeats, repeats, base + repeats * jnp.log(concentration)[..., None]])
         clusters, repeats, base = numerics.product(responsibilities, terms, "kn,tkdn->tkd")
         # A vanishing pseudo-observation, its moments those of the current parameters, keeps a component without rows.
         scale = columns.PSEUDO_COUNT * concentration
@@ -157,7 +157,7 @@ def _complete(concentration: jax.Array, values: jax.Array) -> tuple[jax.Array, j
 
     Both differences are taken by Stirling's series, so that neither cancels for a large c.
     """
-    c = concentration[..., None]
+    c, values = concentration[..., None], values[None]
     share, more = values / c, values + c
     log_share, gap = jnp.log1p(share), c * special.log1p_gap(share)
     rest = special.stirling_error(more) - special.stirling_error(c)

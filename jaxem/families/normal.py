@@ -108,11 +108,11 @@ class Normal:
             share = weights[:, None] * observed
             total = jnp.sum(share, axis=0)
             mean = jnp.sum(share * values, axis=0) / total
-            matrix = jnp.diag(jnp.sum(share * jnp.square(values - mean), axis=0) / total)
+            matrix = jnp.diag(jnp.sum(share * jnp.square(values - mean[None]), axis=0) / total)
         else:
             total = jnp.sum(weights)
             mean = numerics.product(weights, x, "n,nd->d") / total
-            deviations = x - mean
+            deviations = x - mean[None]
             matrix = numerics.product(weights[:, None] * deviations, deviations, "ni,nj->ij") / total
         pooled = self.shape.from_matrix(matrix) / self.shape.repeats(x.shape[1])
         variances = jnp.diagonal(matrix)
@@ -253,11 +253,11 @@ class Normal:
             scatter = stats.second - pool(shape.cross(shift, stats.first))
             rows = pool(shape.entries(stats.rows))
         else:
-            towards = prior.mean - centre
+            towards = numerics.to_rank(prior.mean, centre.ndim) - centre
             pulled = stats.first + prior.shrinkage * towards
             shift = pulled / (stats.rows + prior.shrinkage) if moves else jnp.zeros_like(pulled)
             pull = prior.shrinkage * shape.cross(towards, towards) - shape.cross(shift, pulled)
-            scatter = stats.second + pool(pull) + prior.scale
+            scatter = stats.second + pool(pull) + numerics.to_rank(prior.scale, stats.second.ndim)
             rows = pool(shape.entries(stats.rows + 1)) + shape.prior_exponent(prior.degrees_of_freedom, columns)
         estimate = scatter / rows
         second = stats.second if self.tied else jnp.sum(stats.second, axis=0)
@@ -304,4 +304,4 @@ def _lowest(mean_square: jax.Array, about: jax.Array) -> jax.Array:
     eps = jnp.finfo(mean_square.dtype).eps
     data = jnp.where(mean_square > 0, eps**2 * mean_square, eps**2)
     # A factor loses about D units of rounding a pivot: below this, less than two digits of one would be left.
-    return jnp.maximum(data, 64 * mean_square.shape[-1] * eps * about)
+    return jnp.maximum(numerics.to_rank(data, about.ndim), 64 * mean_square.shape[-1] * eps * about)

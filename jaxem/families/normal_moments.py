@@ -149,7 +149,7 @@ def _expanded_moments(
     shape: shapes.Shape, mean: jax.Array, rows: Rows, r: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """count, first and second of `Sums`."""
-    columns, offset = mean.shape[-1], mean - rows.centre
+    columns, offset = mean.shape[-1], mean - rows.centre[None]
     sums = numerics.product(r, _features(shape, rows.centred), "kn,fn->kf")
     count, first = sums[:, 0], sums[:, 1 : 1 + columns]
     second = shape.from_features(sums[:, 1 + columns :], columns)
@@ -164,19 +164,19 @@ def _features(shape: shapes.Shape, centred: jax.Array) -> jax.Array:
 
 def _is_far(parts: Components, rows: Rows) -> jax.Array:
     """Whether a mean is so far from the centre, in widths, that an expanded square would lose too much."""
-    offset = parts.mean - rows.centre
+    offset = parts.mean - rows.centre[None]
     widths = parts.shape.whiten(parts.whitener, offset[..., None])
     return jnp.max(jnp.mean(jnp.square(widths), axis=1)) * jnp.finfo(offset.dtype).eps ** 0.25 > 1
 
 
 def _masked_log_prob(parts: Components, x: jax.Array, observed: jax.Array) -> jax.Array:
     scales = parts.shape.log_scales(parts.covariance, x.shape[1]) + 0.5 * math.log(2 * math.pi)
-    square = parts.shape.square(parts.whitener, _deviations(parts.mean, x) * observed)
+    square = parts.shape.square(parts.whitener, _deviations(parts.mean, x) * observed[None])
     return -numerics.product(scales, observed, "kd,dn->kn") - 0.5 * square
 
 
 def _masked_moments(parts: Components, x: jax.Array, r: jax.Array, observed: jax.Array) -> Sums:
-    deviations = _deviations(parts.mean, x) * observed
+    deviations = _deviations(parts.mean, x) * observed[None]
     return Sums(
         count=jnp.sum(r, axis=-1),
         entries=numerics.product(r, observed, "kn,dn->kd"),
@@ -203,7 +203,7 @@ def _complete_or_not(observed: jax.Array | None, complete: Callable, masked: Cal
 
 def _about_their_mean(x: jax.Array) -> Rows:
     centre = jnp.mean(x, axis=0)
-    return Rows(values=x, centre=centre, centred=(x - centre).T)
+    return Rows(values=x, centre=centre, centred=(x - centre[None]).T)
 
 
 def _deviations(mean: jax.Array, x: jax.Array) -> jax.Array:

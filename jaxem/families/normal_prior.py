@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from .. import checks
+from .. import checks, numerics
 from ..record import record
 from . import covariance as shapes
 
@@ -33,7 +33,7 @@ class NormalInverseWishart:
         """Log-density, summed over K components: mean (K, D), covariance in the shape's storage."""
         columns = mean.shape[-1]
         whitener, half_logdet = shape.whitener(covariance, columns)
-        deviation = mean - self.mean
+        deviation = mean - numerics.to_rank(self.mean, mean.ndim)
         square = shape.trace(shape.precision(whitener), shape.cross(deviation, deviation))
         kappa = jnp.asarray(self.shrinkage, mean.dtype)
         # A shrinkage of 0 is the flat prior on the means: improper, so it has no normaliser.
@@ -58,7 +58,7 @@ def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -
     rows = checks.matrix("x", x)
     columns = rows.shape[1]
     mean = jnp.mean(rows, axis=0)
-    deviations = rows - mean
+    deviations = rows - mean[None]
     total = jnp.einsum("ni,nj->ij", deviations, deviations, precision=jax.lax.Precision.HIGHEST) / (rows.shape[0] - 1)
     scale = total / num_components ** (2 / columns)
     if covariance.endswith("diag"):

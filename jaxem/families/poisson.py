@@ -115,7 +115,7 @@ class Poisson:
     def log_prob(self, params: RateParams, x: Data) -> jax.Array:
         """Log-probability of every row under every component: (N, D) -> (K, N)."""
         features, base = self._read(x, params.rate.dtype)
-        return columns.score(_natural(params), features) + base
+        return columns.score(_natural(params), features) + base[None]
 
     def stats(self, params: RateParams, x: Data, responsibilities: jax.Array) -> RateStats:
         """Expected events and exposure: x (N, D), responsibilities (K, N)."""

@@ -197,7 +197,7 @@ def _reflect(rows: jax.Array) -> jax.Array:
     pole = np.cos(1.0 + np.arange(num_columns))
     normal = pole / np.linalg.norm(pole) - np.eye(num_columns)[0]
     normal = jnp.asarray(normal / np.linalg.norm(normal), rows.dtype)
-    return rows - 2 * numerics.product(rows, normal, "nd,d->n")[:, None] * normal
+    return rows - 2 * numerics.product(rows, normal, "nd,d->n")[:, None] * normal[None]
 
 
 def _log_peak(params: VonMisesFisherParams) -> jax.Array:

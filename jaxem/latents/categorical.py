@@ -55,7 +55,7 @@ def _draw(responsibilities: jax.Array, expect: Sample) -> jax.Array:
 
     def draw(index: jax.Array, below: jax.Array) -> jax.Array:
         level = total * jax.random.uniform(jax.random.fold_in(key, index), total.shape, total.dtype)
-        return below + (level < upto)
+        return below + (level[None] < upto)
 
     used = expect.num_samples if expect.used is None else expect.used
     # Of each row, its draws up to component k; their differences over k are the draws of each.

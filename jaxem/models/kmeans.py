@@ -61,7 +61,7 @@ class NearestCentre:
     @property
     def evidence(self) -> jax.Array:
         """Minus the squared distance to the centre, (N,)."""
-        return 2 * self.score - jnp.sum(jnp.square(self.points - self.anchor), axis=1)
+        return 2 * self.score - jnp.sum(jnp.square(self.points - self.anchor[None]), axis=1)
 
 
 @completed("model")
@@ -213,7 +213,7 @@ class KMeans:
         rows, centers = checks.matrix("x", x), params.centers
 
         def distances(rows: jax.Array) -> jax.Array:
-            square = jnp.sum(jnp.square(rows[:, None] - centers), axis=-1)
+            square = jnp.sum(jnp.square(rows[:, None] - centers[None]), axis=-1)
             return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
         return tree.map_over_blocks(distances, rows, _block_size(centers, rows))
@@ -278,11 +278,11 @@ def _anchor(rows: jax.Array) -> jax.Array:
 
 def _nearest(centers: jax.Array, rows: jax.Array, anchor: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First nearest centre c of each row (N,), and c·x - |c|²/2 with both about the anchor: larger is nearer."""
-    centers = jax.lax.stop_gradient(centers - anchor)
+    centers = jax.lax.stop_gradient(centers - anchor[None])
     half = 0.5 * jnp.sum(jnp.square(centers), axis=1, keepdims=True)
 
     def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        score, label = numerics.first_argmax(numerics.product(centers, rows - anchor, "kd,nd->kn") - half)
+        score, label = numerics.first_argmax(numerics.product(centers, rows - anchor[None], "kd,nd->kn") - half)
         return label, score
 
     return tree.map_over_blocks(block, rows, _block_size(centers, rows))
@@ -328,7 +328,8 @@ def _refill(
     far = (top > -jnp.inf) & jnp.any(jnp.abs(gap) > 8 * eps * jnp.abs(point), axis=1)
     square = jnp.where(far, jnp.sum(jnp.square(gap), axis=1), -1)
     index = jnp.arange(classes)
-    before = (square > square[:, None]) | ((square == square[:, None]) & (index < index[:, None]))
+    first = index[None] < index[:, None]
+    before = (square[None] > square[:, None]) | ((square[None] == square[:, None]) & first)
     rank = jnp.sum(before, axis=1)
 
     # The candidate of rank i goes to the i-th empty cluster; K stands for none.
@@ -354,7 +355,7 @@ def _refill(
         count=left.at[target].set(weight, mode="drop"),
         reference=(left[:, None] * centers).at[target].set(weight[:, None] * point, mode="drop"),
         first=first.at[target].set(0, mode="drop"),
-        scatter=stats.scatter - jnp.sum(given * jnp.square(gap).T),
+        scatter=stats.scatter - jnp.sum(given[:, None] * jnp.square(gap)),
     )
 
 

@@ -143,7 +143,7 @@ class Mixture:
         if weights is not None:
             weights = weights.astype(evidence.dtype)
             # What a row of weight 0 holds may leave its responsibilities NaN.
-            responsibilities = jnp.where(weights > 0, responsibilities * weights, 0)
+            responsibilities = jnp.where(weights[None] > 0, responsibilities * weights[None], 0)
         parts = self.parts
         return MixtureStats(
             weights=parts["weights"].stats(params.weights, rows, responsibilities),

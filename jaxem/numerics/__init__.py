@@ -10,6 +10,7 @@ from .elementary import (
     safe_divide,
     safe_log,
     simplex_to_real,
+    to_rank,
     weighted_sum,
 )
 from .factorisations import (
@@ -39,5 +40,6 @@ __all__ = [
     "simplex_to_real",
     "singular_values",
     "solve",
+    "to_rank",
     "weighted_sum",
 ]

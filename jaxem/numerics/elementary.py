@@ -20,8 +20,15 @@ def safe_log(x: jax.Array) -> jax.Array:
 
 def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """numerator / denominator, and 0 wherever the denominator is 0, with finite gradients."""
+    rank = max(jnp.ndim(numerator), jnp.ndim(denominator))
+    numerator, denominator = to_rank(numerator, rank), to_rank(denominator, rank)
     empty = denominator == 0
     return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator))
+
+
+def to_rank(x: jax.Array, rank: int) -> jax.Array:
+    """The array with axes of length 1 in front: what broadcasting does by itself, said where it is meant."""
+    return jnp.expand_dims(x, tuple(range(rank - jnp.ndim(x))))
 
 
 def normalize(log_joint: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -32,11 +39,11 @@ def normalize(log_joint: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Its slope cancels, and must not be taken: a maximum's is 0 / 0 where XLA computes the scores twice, rounded
     # in two ways, and none of them equals the largest.
     top = jax.lax.stop_gradient(jnp.maximum(jnp.max(log_joint, axis=0), jnp.finfo(log_joint.dtype).min))
-    shifted = jnp.exp(log_joint - top)
+    shifted = jnp.exp(log_joint - top[None])
     total = jnp.sum(shifted, axis=0)
     # The largest term is exp(0): the total is at least 1, or else 0 for an impossible row. (A maximum of it and 1 would
     # halve the slope where all other terms vanish beside the largest: the two tie there.)
-    return shifted * (1 / jnp.where(total > 0, total, 1)), top + safe_log(total)
+    return shifted * (1 / jnp.where(total > 0, total, 1))[None], top + safe_log(total)
 
 
 def first_largest(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +53,7 @@ def first_largest(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     top, first = first_argmax(scores)
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-    return ((index == first) & (top > -jnp.inf)).astype(scores.dtype), top
+    return ((index == first[None]) & (top > -jnp.inf)[None]).astype(scores.dtype), top
 
 
 def first_argmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,6 +83,7 @@ def weighted_sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Sum over the last axis of weights x values; a weight of 0 removes even an infinite value."""
     if weights is None:
         return jnp.sum(values, axis=-1)
+    weights = to_rank(weights, jnp.ndim(values))
     return jnp.sum(jnp.where(weights > 0, weights * jnp.where(weights > 0, values, 0), 0), axis=-1)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tuning
-from .elementary import product, repaired
+from .elementary import product, repaired, to_rank
 
 
 def _one_at_a_time(function: Callable) -> Callable:
@@ -60,7 +60,7 @@ def _cholesky_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tupl
     inner = product(product(inverse, symmetric, "...ij,...jk->...ik"), inverse, "...ik,...lk->...il")
     columns = factor.shape[-1]
     phi = jnp.asarray(np.tril(np.ones((columns, columns))) - 0.5 * np.eye(columns), factor.dtype)
-    return factor, product(factor, phi * inner, "...ij,...jk->...ik")
+    return factor, product(factor, to_rank(phi, inner.ndim) * inner, "...ij,...jk->...ik")
 
 
 def floored_cholesky(matrix: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +130,7 @@ def inverse_lower(factor: jax.Array) -> jax.Array:
     size = width << levels
     # Padded by a diagonal of ones. Barriers, since levels that are fused are computed again inside of one another.
     room = [(0, 0)] * (factor.ndim - 2) + [(0, size - columns)] * 2
-    padded = jnp.pad(factor, room) + jnp.diag((np.arange(size) >= columns).astype(factor.dtype))
+    padded = jnp.pad(factor, room) + to_rank(jnp.diag((np.arange(size) >= columns).astype(factor.dtype)), factor.ndim)
     inverse = _substituted(_diagonal_blocks(padded, width))
     for _ in range(levels):
         inverse, corner = jax.lax.optimization_barrier(
