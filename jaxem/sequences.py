@@ -67,6 +67,10 @@ class Sequences:
         """Values (..., B), or (...) where there is one row: without the axis recursions compile to tighter loops."""
         return values if self.num_rows > 1 else values[..., 0]
 
+    def holding(self, values: jax.Array) -> "Sequences":
+        """Sequences as these are, of values (T[, B]) by time."""
+        return dataclasses.replace(self, values=values.reshape(self.num_steps, self.num_rows).T, complete=None)
+
     def in_layout(self, values: jax.Array, padding: int, alone: bool) -> jax.Array:
         """Values (T, ...[, B]) by time in the layout of the data: (B, T, ...), or (T, ...) of one sequence alone."""
         values = jnp.moveaxis(values, -1, 0) if self.num_rows > 1 else values[None]

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 
 from .. import checks, numerics, parameters, seeding, sequences, tree
 from ..latents import Exact, markov
-from ..latents.markov import emissions as observations
-from ..latents.markov import probabilities
-from ..latents.markov.stationary import stationary_distribution, stationary_maximum
-from ..parts import statements as constraints
+from ..latents.markov import observations, queries
+from ..latents.markov.stationary import stationary_distribution
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
 from ..record import record, static
@@ -69,8 +67,7 @@ class HMM:
     `Sequences` of any lengths. A step of which every entry is NaN is missing and integrated out for any family,
     and so are single entries where the family takes them. Weights (B,) count sequences.
     Rabiner (1989), A tutorial on hidden Markov models, Proc. IEEE 77; Bishop, PRML, section 13.2.
-    Raises TypeError or ValueError for a num_states below 1, a support that leaves a state no way on, or an unknown
-    form.
+    Raises TypeError or ValueError for a num_states below 1, an unknown form, or a support with an empty row.
     """
 
     family: Family
@@ -89,11 +86,7 @@ class HMM:
         checks.choice("form", self.form, markov.FORMS)
         if getattr(self.family, "extra_components", 0):
             raise TypeError(f"{type(self.family).__name__} adds a component of its own, which a chain has no state for")
-        if self.stationary and (self.initial_prior is not None or self.initial_support is not None):
-            raise ValueError("stationary leaves no initial distribution to put a prior or a support on: leave it out")
-        count = self.num_states
-        probabilities.check_support("initial_support", self.initial_support, (count,))
-        probabilities.check_support("transition_support", self.transition_support, (count, count))
+        self._tables.check(self.num_states)
 
     collapses = True
 
@@ -119,58 +112,36 @@ class HMM:
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None, method: str) -> HMMParams:
         x, weights = tree.present(tree.one_precision(x), weights)
-        rows, seen = x.rows()
-        dtype = tree.float_dtype(x.values)
-        each = seen.astype(dtype)
-        if weights is not None:
-            each = each * jnp.tile(weights.astype(dtype), x.num_steps)
-        share = seeding.shares(key, self.family, rows, each, self.num_states, method)
-        emissions = seeding.family_stats(self.family, rows, share, each, self.num_states, seeding.SMOOTHING)
-        states = seeding.responsibilities(share, self.num_states, seeding.SMOOTHING, dtype)
-        states = (states * each).reshape(self.num_states, x.num_steps, x.num_rows)
-        links = x.links(dtype)
-        before = states[:, :-1] * (jnp.ones((), dtype) if links is None else links)
-        starts = jnp.sum(states * x.starts().T, axis=(1, 2))
+        starts, moves, emissions = observations.start(key, self.family, x, weights, self.num_states, method)
         stats = HMMStats(
-            initial=self._initial.within(starts + 1),
-            transitions=self._transition.within(numerics.product(before, states[:, 1:], "itb,jtb->ij") + 1),
+            initial=self._tables.initial.within(starts + 1),
+            transitions=self._tables.transition.within(moves + 1),
             emissions=emissions,
-            loglik=jnp.zeros((), dtype),
+            loglik=jnp.zeros((), starts.dtype),
         )
         return self.m_step(stats)
 
     def infer(self, params: HMMParams, x: Data, expect: Any = Exact()) -> markov.Posterior:
         """The posterior of the states: its `states`, `pairs`, and `evidence`, log p(x) of every sequence."""
-        given, x = x, self.units(x)
-        form, evidence = markov.infer(self._chain(params, x), expect, self.form, self.parallel)
-        alone = sequences.is_one(given)
-        return markov.Posterior(form=form, terms=_along(x, evidence), alone=alone)
+        every = self.units(x)
+        form, evidence = markov.infer(self.chain(params, every), expect, self.form, self.parallel)
+        return markov.Posterior(form=form, terms=every.holding(evidence), alone=sequences.is_one(x))
 
     def statistics(
-        self,
-        params: HMMParams,
-        x: Data,
-        posterior: markov.Posterior | markov.ChainPosterior,
-        weights: jax.Array | None = None,
+        self, params: HMMParams, x: Data, posterior: markov.Distribution, weights: jax.Array | None = None
     ) -> HMMStats:
-        """Expected starts, moves and observation statistics under any distribution of the states.
-
-        loglik is the sum of the posterior's evidence, and that of `params` where it has none.
-        """
+        """Expected starts, moves and observation statistics under any distribution of the states; its evidence, or
+        where it has none that of `params`, is their loglik."""
         x = self.units(x)
         form, terms = posterior.along(x)
         x = checks.present(x, weights)
         params = tree.no_whole_numbers(params, x.values)
-        terms = self._evidence(params, x) if terms is None else terms
-        states = form.states.reshape(x.num_steps, self.num_states, x.num_rows)
-        weights = None if weights is None else weights.astype(states.dtype)
-        moves = form.moves(None if weights is None else x.lanes(weights))
-        if weights is not None:
-            states = jnp.where(weights > 0, states * weights, 0)
-        begins = jnp.sum(states[0] if x.ids is None else jnp.sum(states * x.starts().T[:, None], axis=0), axis=-1)
+        terms = queries.evidence(self, params, x) if terms is None else terms
+        weights = None if weights is None else weights.astype(form.states.dtype)
+        starts, moves, states = markov.expected_counts(form, x, weights)
         evidence = jnp.sum(jnp.where(x.inside(), terms.values, 0), axis=1)
         return HMMStats(
-            initial=begins + _PSEUDO_COUNT * self._start(params),
+            initial=starts + _PSEUDO_COUNT * self.start(params),
             transitions=moves + _PSEUDO_COUNT * params.transition,
             emissions=observations.statistics(self.family, params.emissions, x, states),
             loglik=numerics.weighted_sum(evidence, weights),
@@ -183,23 +154,14 @@ class HMM:
 
     def m_step(self, stats: HMMStats) -> HMMParams:
         """Shares of the starts and of the moves from every state (with priors: their modes); the family's M-step."""
-        if self.stationary:
-            moves = self._transition.counted(stats.transitions)
-            return self.m_step_given(stats, transition=stationary_maximum(moves, stats.initial))
-        return HMMParams(
-            initial=self._initial.maximum(stats.initial),
-            transition=self._transition.maximum(stats.transitions),
-            emissions=self.family.m_step(stats.emissions),
-        )
+        initial, transition = self._tables.maximum(stats.initial, stats.transitions)
+        return HMMParams(initial=initial, transition=transition, emissions=self.family.m_step(stats.emissions))
 
     def m_step_given(self, stats: HMMStats, *, transition: jax.Array) -> HMMParams:
         """The M-step with the transitions held, where the initial distribution follows from them."""
         transition = jnp.broadcast_to(transition, stats.transitions.shape)
-        return HMMParams(
-            initial=stationary_distribution(transition),
-            transition=transition,
-            emissions=self.family.m_step(stats.emissions),
-        )
+        initial = stationary_distribution(transition)
+        return HMMParams(initial=initial, transition=transition, emissions=self.family.m_step(stats.emissions))
 
     def blocks(self, params: HMMParams) -> tuple[str, ...]:
         """Names of parameters with a conditional M-step of their own: "transition", "emissions.mean", ..."""
@@ -214,26 +176,22 @@ class HMM:
             emissions = constraints.m_step_for(self.family, params.emissions, stats.emissions, inside)
         else:
             emissions = self.family.m_step(stats.emissions) if "emissions" in names else params.emissions
-        new = self.m_step(stats)
-        moved = "transition" in names
+        new, moved = self.m_step(stats), "transition" in names
+        begun = "initial" in names or (self.stationary and moved)
         return HMMParams(
-            initial=new.initial if "initial" in names or (self.stationary and moved) else params.initial,
+            initial=new.initial if begun else params.initial,
             transition=new.transition if moved else params.transition,
             emissions=emissions,
         )
 
     def q_function(self, params: HMMParams, stats: HMMStats) -> jax.Array:
         """sum initial log initial + sum transitions log transition + the family's Q."""
-        return (
-            self._initial.expected_log(self._start(params), stats.initial)
-            + self._transition.expected_log(params.transition, stats.transitions)
-            + self.family.q_function(params.emissions, stats.emissions)
-        )
+        chain = self._tables.expected_log(params.initial, params.transition, stats.initial, stats.transitions)
+        return chain + self.family.q_function(params.emissions, stats.emissions)
 
     def log_prior(self, params: HMMParams) -> jax.Array:
         """Log-density of the priors on chain and emissions; 0 without any."""
-        chain = self._initial.log_prior(params.initial) + self._transition.log_prior(params.transition)
-        return self.family.log_prior(params.emissions) + chain
+        return self.family.log_prior(params.emissions) + self._tables.log_prior(params.initial, params.transition)
 
     def rebase(self, stats: HMMStats, params: HMMParams) -> HMMStats:
         """The same statistics about the reference of `params`, where the family has one."""
@@ -246,83 +204,22 @@ class HMM:
         found = self.family.degenerate(stats.emissions)
         return jnp.zeros_like(found) if "emissions" in held else found
 
-    @parameters.at_rows
-    @jax.jit
-    def log_prob(self, params: HMMParams, x: Data) -> jax.Array:
-        """Log-likelihood log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
-        terms = self._evidence(params, self.units(x))
-        return terms.per_sequence(terms.values)
-
-    @parameters.at_rows
-    @jax.jit
-    def filter(self, params: HMMParams, x: Data) -> jax.Array:
-        """p(z_t = k | x_1..t): (T, K) for one sequence, (B, T, K) for several; 0 in the padding."""
-        return self.units(x).in_layout(self._filtered(params, x), 0, sequences.is_one(x))
-
-    @parameters.at_rows
-    @jax.jit
-    def smooth(self, params: HMMParams, x: Data) -> jax.Array:
-        """p(z_t = k | x_1..T): (T, K) for one sequence, (B, T, K) for several; 0 in the padding."""
-        return self.infer(params, x).states
-
-    posterior = smooth
-
-    @parameters.at_rows
-    @jax.jit
-    def viterbi(self, params: HMMParams, x: Data) -> jax.Array:
-        """The likeliest path of states: (T,) for one sequence, (B, T) for several; -1 in the padding."""
-        path, _ = markov.decode(self._chain(params, self.units(x)))
-        return self.units(x).in_layout(path, -1, sequences.is_one(x))
-
-    predict = viterbi
-
-    @parameters.at_rows
-    @functools.partial(jax.jit, static_argnames="steps")
-    def forecast(self, params: HMMParams, x: Data, steps: int) -> jax.Array:
-        """p(z_T+h = k | x_1..T) for h = 1..steps after the end: (steps, K) for one sequence, (B, steps, K) for several.
-
-        A forecast of observations is the mixture of the emissions with these weights. Packed sequences are taken
-        one by one: (num_sequences, steps, K).
-        """
-        checks.positive_integer("steps", steps)
-        every = self.units(x)
-        filtered = self._filtered(params, x).reshape(every.num_steps, self.num_states, every.num_rows)
-        ahead = markov.ahead(every.at_ends(filtered), params.transition, steps)
-        return ahead[:, 0] if sequences.is_one(x) else jnp.moveaxis(ahead, 0, 1)
-
-    def sample(self, key: jax.Array, params: HMMParams, n: int, num_sequences: int | None = None) -> Data:
-        """A sequence of n steps (n, ...), or num_sequences of them (B, n, ...). `sample_with_states` tells states."""
-        return self.sample_with_states(key, params, n, num_sequences)[0]
-
-    def sample_with_states(
-        self, key: jax.Array, params: HMMParams, n: int, num_sequences: int | None = None
-    ) -> tuple[Data, jax.Array]:
-        """Sequences, and the states (n,), or (B, n), that they went through."""
-        checks.positive_integer("n", n)
-        count = 1 if num_sequences is None else num_sequences
-        checks.positive_integer("num_sequences", count)
-        self._count(params)
-        params = tree.no_whole_numbers(params, params)
-        key_start, key_moves, key_rows = jax.random.split(checks.random_key(key), 3)
-        states = markov.walk(key_start, key_moves, self._start(params), params.transition, (count, n))
-        rows = self.family.sample(key_rows, params.emissions, states.ravel())
-        x = jax.tree.map(lambda leaf: leaf.reshape(count, n, *leaf.shape[1:]), rows)
-        return (x, states) if num_sequences is not None else jax.tree.map(lambda leaf: leaf[0], (x, states))
+    log_prob = queries.log_prob
+    filter = queries.filtered
+    smooth = posterior = queries.smoothed
+    viterbi = predict = queries.likeliest
+    forecast = queries.forecast
+    sample = queries.sample
+    sample_with_states = queries.sample_with_states
 
     def num_parameters(self, params: HMMParams) -> int:
-        """Free parameters: of the start, of every row of transitions, and the emissions'. Supports count, and
-        without one no entry is taken for a hard zero."""
-        self._count(params)
+        """Free parameters; without a support no probability is taken for a hard zero."""
+        self.check_count(params)
         return sum(self.degrees(params).values())
 
     def degrees(self, params: HMMParams) -> dict[str, int]:
         """Free parameters by name."""
-        count = self.num_states
-        return {
-            "initial": 0 if self.stationary else self._initial.degrees((count,)),
-            "transition": self._transition.degrees((count, count)),
-            "emissions": self.family.num_parameters(params.emissions),
-        }
+        return {**self._tables.degrees(self.num_states), "emissions": self.family.num_parameters(params.emissions)}
 
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
         """What information criteria count: the steps of all sequences."""
@@ -332,42 +229,25 @@ class HMM:
 
     def unconstrain(self, params: HMMParams) -> HMMParams:
         """Continuation ratios of the chain's probabilities, the family's own coordinates for the emissions."""
-        free = not self.stationary
-        return HMMParams(
-            initial=self._initial.unconstrain(params.initial) if free else jnp.zeros((0,), params.initial.dtype),
-            transition=self._transition.unconstrain(params.transition),
-            emissions=self.family.unconstrain(params.emissions),
-        )
+        initial, transition = self._tables.unconstrain(params.initial, params.transition)
+        return HMMParams(initial=initial, transition=transition, emissions=self.family.unconstrain(params.emissions))
 
     def constrain(self, theta: HMMParams) -> HMMParams:
         """Inverse of `unconstrain`."""
-        transition = self._transition.constrain(theta.transition)
-        return HMMParams(
-            initial=stationary_distribution(transition) if self.stationary else self._initial.constrain(theta.initial),
-            transition=transition,
-            emissions=self.family.constrain(theta.emissions),
-        )
+        initial, transition = self._tables.constrain(theta.initial, theta.transition)
+        return HMMParams(initial=initial, transition=transition, emissions=self.family.constrain(theta.emissions))
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
         checks.complete_family(self.family)
-        x = checks.present(sequences.check(x, weights), weights)
-        if checks.is_concrete(x):
-            with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
-                observations.check(self.family, x, self.num_states)
-        else:
-            self.family.check(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x.values))
+        observations.check(self.family, checks.present(sequences.check(x, weights), weights), self.num_states)
 
     def params_like(self, x: Data) -> HMMParams:
         """The shapes that parameters have for such data."""
         x = self.units(x)
-        count, dtype = self.num_states, tree.float_dtype(x.values)
-        steps = jax.tree.map(lambda leaf: parameters.like(leaf.shape[1:], leaf.dtype), x.values)
-        return HMMParams(
-            initial=parameters.like((count,), dtype),
-            transition=parameters.like((count, count), dtype),
-            emissions=seeding.params_like(self.family, steps, count),
-        )
+        initial, transition = self._tables.params_like(self.num_states, tree.float_dtype(x.values))
+        emissions = observations.params_like(self.family, x, self.num_states)
+        return HMMParams(initial=initial, transition=transition, emissions=emissions)
 
     @property
     def supports(self) -> parameters.Supports:
@@ -377,9 +257,7 @@ class HMM:
 
     def check_held(self, values: dict[str, Any]) -> None:
         """Raise ValueError for chain probabilities, to be held fixed, that are no distributions."""
-        count = self.num_states
-        probabilities.check_held("initial", values.get("initial"), (count,))
-        probabilities.check_held("transition", values.get("transition"), (count, count))
+        self._tables.check_held(self.num_states, values)
 
     def floats_per_row(self, params: HMMParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a sequence."""
@@ -390,46 +268,32 @@ class HMM:
         """The same model in its cheapest arithmetic, for the bulk of many restarts."""
         family = self.family.coarse() if hasattr(self.family, "coarse") else self.family
         form = "scaled" if self.form == "auto" else self.form
-        same = family is self.family and form == self.form
-        return self if same else dataclasses.replace(self, family=family, form=form)
+        found = dataclasses.replace(self, family=family, form=form)
+        return self if family is self.family and form == self.form else found
 
     @property
-    def _initial(self) -> markov.Probabilities:
-        return markov.Probabilities(self.initial_prior, self.initial_support)
+    def _tables(self) -> markov.Tables:
+        initial = markov.Probabilities(self.initial_prior, self.initial_support)
+        transition = markov.Probabilities(self.transition_prior, self.transition_support)
+        return markov.Tables(initial, transition, self.stationary)
 
-    @property
-    def _transition(self) -> markov.Probabilities:
-        return markov.Probabilities(self.transition_prior, self.transition_support)
-
-    def _start(self, params: HMMParams) -> jax.Array:
+    def start(self, params: HMMParams) -> jax.Array:
         """p(z_1 = k) (K,)."""
-        return stationary_distribution(params.transition) if self.stationary else params.initial
+        return self._tables.start(params.initial, params.transition)
 
-    def _count(self, params: HMMParams) -> None:
+    def check_count(self, params: HMMParams) -> None:
         """Raise unless parameters are an HMM's, with as many states."""
         initial = params.initial if isinstance(params, HMMParams) else None
         parameters.count_of("params.initial", initial, self.num_states)
 
-    def _chain(self, params: HMMParams, x: Sequences) -> markov.Chain:
+    def chain(self, params: HMMParams, x: Sequences) -> markov.Chain:
+        """The chain with the likelihoods of the observations."""
         params = tree.no_whole_numbers(params, x.values)
         parameters.shapes("params", self, params, x)
         links = x.links()
         return markov.Chain(
-            initial=self._start(params),
+            initial=self.start(params),
             transition=params.transition,
             log_likelihood=observations.log_likelihood(self.family, params.emissions, x, self.num_states),
             linked=None if links is None else x.lanes(links),
         )
-
-    def _filtered(self, params: HMMParams, x: Data) -> jax.Array:
-        """p(z_t = k | x_1..t) (T, K[, B])."""
-        return jnp.exp(markov.log_filter(self._chain(params, self.units(x)), self.form, self.parallel)[0])
-
-    def _evidence(self, params: HMMParams, x: Sequences) -> Sequences:
-        """log p(x_t | x_1..t-1) of every step (B, T)."""
-        return _along(x, markov.log_filter(self._chain(params, x), self.form, self.parallel)[1])
-
-
-def _along(x: Sequences, evidence: jax.Array) -> Sequences:
-    """Terms (T[, B]) of evidence, as sequences like the data's."""
-    return dataclasses.replace(x, values=evidence.reshape(x.num_steps, x.num_rows).T, complete=None)

@@ -125,7 +125,7 @@ def check_held(self: Assembled, values: dict[str, Any]) -> None:
 def unconstrain(self: Assembled, params: Params) -> Any:
     """The parts' own unconstrained coordinates, in a record of the same kind."""
     values = fields(params)
-    return self.params_of({name: part.unconstrain(values[name]) for name, part in self.parts.items()})
+    return replace(params, **{name: part.unconstrain(values[name]) for name, part in self.parts.items()})
 
 
 def constrain(self: Assembled, theta: Any) -> Params:

@@ -29,9 +29,18 @@ class Probabilities:
 
     def m_step(self, counts: jax.Array) -> jax.Array:
         """Shares of the counts; with a prior, concentration - 1 more of each: the posterior's mode."""
-        if self.prior is not None:
-            counts = jnp.maximum(counts + self._on_support(self.prior.pseudo_counts(counts)), 0)
+        counts = self.with_prior(counts)
         return numerics.safe_divide(counts, jnp.sum(counts, axis=-1, keepdims=True))
+
+    def with_prior(self, counts: jax.Array) -> jax.Array:
+        """Counts with the prior's pseudo-counts."""
+        if self.prior is None:
+            return counts
+        return jnp.maximum(counts + self.on_support(self.prior.pseudo_counts(counts)), 0)
+
+    def on_support(self, counts: jax.Array) -> jax.Array:
+        """Counts, those outside of the support struck out."""
+        return counts if self.support is None else jnp.where(self.support, counts, 0)
 
     def q_function(self, p: jax.Array, counts: jax.Array) -> jax.Array:
         """sum counts log p."""
@@ -47,6 +56,15 @@ class Probabilities:
         total = jnp.sum(jnp.where(inside, extra + 1, 0), axis=-1)
         normaliser = jax.lax.lgamma(total) - jnp.sum(jnp.where(inside, jax.lax.lgamma(extra + 1), 0), axis=-1)
         return self.q_function(p, jnp.where(inside, extra, 0)) + jnp.sum(normaliser)
+
+    def check_support(self, name: str) -> None:
+        """Raise ValueError for a support of another shape than the table's, or one that leaves a row nothing."""
+        if self.support is None or not checks.is_known(self.support):
+            return
+        if np.shape(self.support) != self.shape or not np.all(np.any(np.asarray(self.support) != 0, axis=-1)):
+            raise ValueError(
+                f"{name} must have shape {self.shape}, with a nonzero entry in every row; got {self.support}"
+            )
 
     def degenerate(self, counts: jax.Array) -> jax.Array:
         """Nothing (0,) here collapses: a probability of 0 is as good as another."""
@@ -90,6 +108,3 @@ class Probabilities:
 
     def floats_per_row(self, p: jax.Array) -> int:
         return 0
-
-    def _on_support(self, values: jax.Array) -> jax.Array:
-        return values if self.support is None else jnp.where(self.support, values, 0)

@@ -12,12 +12,9 @@ from .chain import Chain as Chain
 from .infer import FORMS as FORMS
 from .infer import ask as ask
 from .infer import infer as infer
-from .infer import log_filter as log_filter
-from .paths import ahead as ahead
-from .paths import decode as decode
-from .paths import walk as walk
 from .posterior import ChainPosterior as ChainPosterior
+from .posterior import Distribution as Distribution
 from .posterior import Posterior as Posterior
+from .posterior import expected_counts as expected_counts
 from .probabilities import Probabilities as Probabilities
-from .stationary import stationary_distribution as stationary_distribution
-from .stationary import stationary_maximum as stationary_maximum
+from .probabilities import Tables as Tables

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ... import numerics
+from ... import numerics, tree
 from ..expect import Exact, Hard, Sample
 from . import logs, parallel, paths, scaled
 from .chain import Chain
@@ -65,11 +65,12 @@ def _smoothed(chain: Chain, form: str, in_parallel: bool) -> tuple[Smoothed, jax
         found, in_logs = scaled.smoothed(chain)[0], None
     else:
         found, in_logs = numerics.repaired(_attempted, _again, chain)
-    states, come, arrive, evidence = found
+    states, come, arrive, total, evidence = found
     return Smoothed(
         states=states,
         come=come,
         arrive=arrive,
+        total=total,
         transition=chain.transition,
         in_logs=in_logs,
         logarithmic=in_parallel or form == "log",
@@ -78,11 +79,11 @@ def _smoothed(chain: Chain, form: str, in_parallel: bool) -> tuple[Smoothed, jax
 
 def _attempted(chain: Chain) -> tuple[tuple[scaled.Found, jax.Array], jax.Array]:
     found, lossy = scaled.smoothed(chain)
-    return (found, jnp.zeros((), chain.log_likelihood.dtype)), lossy
+    return (found, tree.varying(jnp.zeros((), chain.log_likelihood.dtype), chain)), lossy
 
 
 def _again(chain: Chain) -> tuple[scaled.Found, jax.Array]:
-    return logs.smoothed(chain), jnp.ones((), chain.log_likelihood.dtype)
+    return logs.smoothed(chain), tree.varying(jnp.ones((), chain.log_likelihood.dtype), chain)
 
 
 def _unknown(expect: Any) -> TypeError:

@@ -31,10 +31,12 @@ def joined(chain: Chain, joint: jax.Array, after: jax.Array, arrive: jax.Array) 
     come = less(filtered[:-1], scale[:-1])
     if chain.linked is not None:
         come = jnp.where(chain.linked[:, None], come, -jnp.inf)
-    return jnp.exp(less(both, scale)), _finite(come), _finite(arrive), jnp.squeeze(evidence, 1)
+    come, arrive = _finite(come), _finite(arrive)
+    total = moves(chain.transition, come, arrive)
+    return jnp.exp(less(both, scale)), come, arrive, total, jnp.squeeze(evidence, 1)
 
 
-def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: jax.Array | None) -> jax.Array:
+def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """sum over steps, and over lanes x weights ([L]), of exp(come_t(i) + arrive_t(j)) transition(i, j): (K, K)."""
     logs, lanes = numerics.safe_log(transition), (1,) * (come.ndim - 2)
 

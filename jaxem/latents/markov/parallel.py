@@ -22,8 +22,9 @@ def smoothed(chain: Chain) -> Found:
     """The posterior's parts, come and arrive in logarithms."""
     forward, running = _forward(chain)
     after = _backward(chain)
-    states, come, arrive, _ = logs.joined(chain, forward, after, after[1:] + chain.log_likelihood[1:])
-    return states, come, arrive, _rises(running)
+    *found, _ = logs.joined(chain, forward, after, after[1:] + chain.log_likelihood[1:])
+    states, come, arrive, total = found
+    return states, come, arrive, total, _rises(running)
 
 
 def _matrices(chain: Chain) -> jax.Array:

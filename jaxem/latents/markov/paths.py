@@ -1,4 +1,4 @@
-"""Whole paths of states: the likeliest, draws from the posterior, and draws of the chain by itself."""
+"""Whole paths of states: the likeliest, and draws from the posterior."""
 
 from typing import Any
 
@@ -75,27 +75,3 @@ def draw(chain: Chain, filtered: jax.Array, expect: Sample) -> tuple[jax.Array, 
     last = pick(steps[-1], jnp.broadcast_to(filtered[-1][..., None], shape))
     _, path = jax.lax.scan(step, last, (steps[:-1], filtered[:-1], chain.linked), reverse=True)
     return jnp.concatenate([path, last[None]]), share
-
-
-def walk(key_start: jax.Array, key_moves: jax.Array, initial: jax.Array, transition: jax.Array, shape: tuple) -> Any:
-    """Paths (B, n) of a chain that nothing is observed of; shape: (B, n)."""
-    count, steps = shape
-    moves = numerics.safe_log(transition)
-
-    def step(state: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        state = jax.random.categorical(key, moves[state])
-        return state, state
-
-    start = jax.random.categorical(key_start, numerics.safe_log(initial), shape=(count,))
-    _, states = jax.lax.scan(step, start, jax.random.split(key_moves, steps - 1))
-    return jnp.concatenate([start[None], states]).T
-
-
-def ahead(states: jax.Array, transition: jax.Array, steps: int) -> jax.Array:
-    """The distribution (steps, B, K) of the states 1..steps steps after they were distributed as (B, K)."""
-
-    def step(state: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        state = numerics.product(state, jnp.asarray(transition, state.dtype), "bi,ij->bj")
-        return state, state
-
-    return jax.lax.scan(step, states, length=steps)[1]

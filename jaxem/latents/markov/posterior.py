@@ -37,6 +37,14 @@ class Form(Protocol):
         ...
 
 
+class Distribution(Protocol):
+    """What statistics can be expected under: anything that can be laid along sequences, and has its `Form` there."""
+
+    def along(self, x: Sequences) -> tuple[Form, Sequences | None]:
+        """The distribution by time, and the evidence of every step (B, T) of these sequences where it is known."""
+        ...
+
+
 @record
 class Masks:
     """first (T[, L]): which steps begin a sequence; linked (T - 1[, L]): whether step t + 1 goes on from step t."""
@@ -55,6 +63,8 @@ class Smoothed:
     states (T, K[, L]): p(z_t = k | x)
     come (T - 1, K[, L]): p(z_t = i | x_1..t), over the evidence of what follows; 0 where the next step does not go on
     arrive (T - 1, K[, L]): p(x_t+1.. | z_t+1 = j), up to the factor that come makes good
+    total (K, K): the moves, each lane counted once. What nobody asks for is not computed: come and arrive are for
+        lanes with weights, and for what is asked of the distribution itself
     transition (K, K): the chain's, tempered where the posterior is
     in_logs (): 1 where come and arrive had to be logarithms, 0 where not; None where `logarithmic` tells
     logarithmic: whether come and arrive are logarithms
@@ -63,16 +73,19 @@ class Smoothed:
     states: jax.Array
     come: jax.Array
     arrive: jax.Array
+    total: jax.Array
     transition: jax.Array
     in_logs: jax.Array | None = None
     logarithmic: bool = static(default=False)
 
     def moves(self, weights: jax.Array | None = None) -> jax.Array:
         """As `Form` says."""
+        if weights is None or self.states.ndim == 2:
+            return scaled.weighted(self.total, weights)
         factors = self.transition, self.come, self.arrive, weights
         if self.in_logs is not None:
-            return numerics.repaired(_products_unless, lambda *given: logs.moves(*given[:-1]), *factors, self.in_logs)
-        return logs.moves(*factors) if self.logarithmic else _products(*factors)
+            return numerics.repaired(_unless_in_logs, lambda *given: logs.moves(*given[:-1]), *factors, self.in_logs)
+        return (logs if self.logarithmic else scaled).moves(*factors)
 
     def pairs(self) -> jax.Array:
         """As `Form` says."""
@@ -104,13 +117,9 @@ class Smoothed:
         return jnp.where(self.in_logs > 0, come, of_scaled[0]), jnp.where(self.in_logs > 0, arrive, of_scaled[1])
 
 
-def _products(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: jax.Array | None) -> jax.Array:
-    return transition * scaled.summed_pairs(come, arrive, weights)
-
-
-def _products_unless(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+def _unless_in_logs(*arguments: Any) -> tuple[jax.Array, jax.Array]:
     *factors, in_logs = arguments
-    return _products(*factors), in_logs > 0
+    return scaled.moves(*factors), in_logs > 0
 
 
 @record
@@ -189,6 +198,15 @@ class Dense:
         conditional = logs.less(numerics.safe_log(self.joint), own[:-1, :, None])
         pairs = jnp.where(masks.linked[:, None, None], scaled.weighted(other.pairs(), weights), 0)
         return _expected(jnp.where(masks.first[:, None], states, 0), own) + _expected(pairs, conditional)
+
+
+def expected_counts(form: Form, x: Sequences, weights: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Expected starts (K,) and moves (K, K), and states (T, K, B), rows of sequences counted by weights (B,)."""
+    states = form.states.reshape(x.num_steps, -1, x.num_rows)
+    moves = form.moves(None if weights is None else x.lanes(weights))
+    states = scaled.weighted(states, weights)
+    starts = states[0] if x.ids is None else jnp.sum(states * x.starts().T[:, None], axis=0)
+    return jnp.sum(starts, axis=-1), moves, states
 
 
 def _expected(probability: jax.Array, log: jax.Array) -> jax.Array:

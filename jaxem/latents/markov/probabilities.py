@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ... import checks, numerics
+from ... import checks, numerics, parameters
 from ...priors import Dirichlet
-from ...record import record
+from ...record import record, static
+from .stationary import stationary_distribution, stationary_maximum
 
 
 @record(kw_only=False)
@@ -64,19 +65,77 @@ class Probabilities:
         return int(np.sum(support != 0)) - int(np.prod(shape[:-1]))
 
 
-def check_support(name: str, support: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for a support of another shape, or one that leaves a row nothing."""
-    if support is None or not checks.is_known(support):
-        return
-    if np.shape(support) != shape or not np.all(np.any(np.asarray(support) != 0, axis=-1)):
-        raise ValueError(f"{name} must have shape {shape}, with a nonzero entry in every row; got {support}")
+@record(kw_only=False)
+class Tables:
+    """Where a chain starts (K,), and how it moves on (K, K), rows from.
 
+    initial, transition: what is said of both beforehand
+    stationary: whether the start is the stationary distribution of the transitions, and nothing of its own
+    """
 
-def check_held(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Raise ValueError for probabilities, to be held fixed, that are no distributions."""
-    if value is None or not checks.is_known(value):
-        return
-    if jnp.shape(value) != shape:
-        raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(value)}")
-    if np.all(np.isfinite(value)):
-        checks.distributions(name, np.atleast_2d(np.asarray(value)))
+    initial: Probabilities
+    transition: Probabilities
+    stationary: bool = static(default=False)
+
+    def start(self, initial: jax.Array, transition: jax.Array) -> jax.Array:
+        """p(z_1 = k) (K,)."""
+        return stationary_distribution(transition) if self.stationary else initial
+
+    def maximum(self, starts: jax.Array, moves: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both tables at the argmax of `expected_log` + `log_prior`."""
+        if not self.stationary:
+            return self.initial.maximum(starts), self.transition.maximum(moves)
+        transition = stationary_maximum(self.transition.counted(moves), starts)
+        return stationary_distribution(transition), transition
+
+    def expected_log(self, initial: jax.Array, transition: jax.Array, starts: jax.Array, moves: jax.Array) -> jax.Array:
+        """sum starts log p(start) + sum moves log p(move)."""
+        start = self.start(initial, transition)
+        return self.initial.expected_log(start, starts) + self.transition.expected_log(transition, moves)
+
+    def log_prior(self, initial: jax.Array, transition: jax.Array) -> jax.Array:
+        """Log-density of the priors on both."""
+        return self.initial.log_prior(initial) + self.transition.log_prior(transition)
+
+    def unconstrain(self, initial: jax.Array, transition: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Coordinates of both; a stationary start has none."""
+        start = jnp.zeros((0,), initial.dtype) if self.stationary else self.initial.unconstrain(initial)
+        return start, self.transition.unconstrain(transition)
+
+    def constrain(self, initial: jax.Array, transition: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Inverse of `unconstrain`."""
+        table = self.transition.constrain(transition)
+        return stationary_distribution(table) if self.stationary else self.initial.constrain(initial), table
+
+    def degrees(self, count: int) -> dict[str, int]:
+        """Free parameters of both, of K states, by name."""
+        start = 0 if self.stationary else self.initial.degrees((count,))
+        return {"initial": start, "transition": self.transition.degrees((count, count))}
+
+    def params_like(self, count: int, dtype: Any) -> tuple[Any, Any]:
+        """The shapes of both, for K states."""
+        return parameters.like((count,), dtype), parameters.like((count, count), dtype)
+
+    def check(self, count: int) -> None:
+        """Raise ValueError for what cannot be said of K states."""
+        if self.stationary and (self.initial.prior is not None or self.initial.support is not None):
+            raise ValueError("stationary leaves no initial distribution to put a prior or a support on: leave it out")
+        for name, support, shape in (
+            ("initial_support", self.initial.support, (count,)),
+            ("transition_support", self.transition.support, (count, count)),
+        ):
+            if support is None or not checks.is_known(support):
+                continue
+            if np.shape(support) != shape or not np.all(np.any(np.asarray(support) != 0, axis=-1)):
+                raise ValueError(f"{name} must have shape {shape}, with a nonzero entry in every row; got {support}")
+
+    def check_held(self, count: int, values: dict[str, Any]) -> None:
+        """Raise ValueError for probabilities, to be held fixed, that are no distributions of K states."""
+        for name, shape in (("initial", (count,)), ("transition", (count, count))):
+            value = values.get(name)
+            if value is None or not checks.is_known(value):
+                continue
+            if jnp.shape(value) != shape:
+                raise ValueError(f"{name} must have shape {shape}; got {jnp.shape(value)}")
+            if np.all(np.isfinite(value)):
+                checks.distributions(name, np.atleast_2d(np.asarray(value)))

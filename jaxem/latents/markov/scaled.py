@@ -23,8 +23,8 @@ _FEW, _WIDE = 6, 4000
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-# states (T, K[, L]), come and arrive (T - 1, K[, L]) as in `Smoothed`, and the evidence (T[, L]) of every step.
-Found = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# states, come, arrive and total as in `Smoothed`, and the evidence (T[, L]) of every step.
+Found = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def filtered(chain: Chain) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -40,20 +40,24 @@ def smoothed(chain: Chain) -> tuple[Found, jax.Array]:
     return _smoothed(chain) if chain.log_likelihood.ndim > 2 else _smoothed_alone(chain)
 
 
-def summed_pairs(before: jax.Array, after: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """sum over steps, and over lanes x weights ([L]), of before_i after_j: (T, K[, L]) twice -> (K, K)."""
-    if before.ndim == 2:
-        return weighted(jnp.dot(before.T, after, precision=_HIGHEST), weights)
+def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """sum over steps, and over lanes x weights ([L]), of come_t(i) transition(i, j) arrive_t(j): (K, K).
+
+    Lanes with a chain of their own each are not summed: (K, K, L).
+    """
+    if come.ndim == 2:
+        return weighted(transition * jnp.dot(come.T, arrive, precision=_HIGHEST), weights)
+    apart = transition.ndim > 2
 
     # As one product it would transpose both first.
     def add(total: jax.Array, both: Any) -> tuple[jax.Array, None]:
-        # What a lane of weight 0 holds may be NaN.
-        before, after = (weighted(both[0], weights), both[1] if weights is None else jnp.where(weights > 0, both[1], 0))
-        return total + jnp.dot(before, after.T, precision=_HIGHEST), None
+        come, arrive = both
+        if weights is not None:  # what a lane of weight 0 holds may be NaN
+            come, arrive = weighted(come, weights), jnp.where(weights > 0, arrive, 0)
+        return total + (come[:, None] * arrive if apart else jnp.dot(come, arrive.T, precision=_HIGHEST)), None
 
-    count = before.shape[1]
-    start = tree.varying(jnp.zeros((count, count), before.dtype), before, after)
-    return jax.lax.scan(add, start, (before, after))[0]
+    start = tree.varying(jnp.zeros(transition.shape, come.dtype), come, arrive)
+    return transition * jax.lax.scan(add, start, (come, arrive))[0]
 
 
 def weighted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -75,7 +79,8 @@ def _smoothed(chain: Chain) -> tuple[Found, jax.Array]:
     arrive = after[1:] * likelihood[1:]
     arrive = numerics.safe_divide(arrive, jnp.sum(arrive, axis=1, keepdims=True))
     states = numerics.safe_divide(both, scale)
-    return (states, come, arrive, jnp.squeeze(numerics.safe_log(evidence) + peak, 1)), lossy
+    total = moves(chain.transition, come, arrive)
+    return (states, come, arrive, total, jnp.squeeze(numerics.safe_log(evidence) + peak, 1)), lossy
 
 
 def _relative(scores: jax.Array) -> tuple[jax.Array, jax.Array]:

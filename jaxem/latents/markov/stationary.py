@@ -45,8 +45,14 @@ def stationary_maximum(moves: jax.Array, starts: jax.Array) -> jax.Array:
 
 
 class _Round(NamedTuple):
-    """The elimination of a state: how much of the mass of each state left (K,) its own is, where it leads to (K,),
-    how likely it is left, and its right-hand side (K,)."""
+    """The elimination of one state.
+
+    state (): its number
+    into (K,): its mass for every unit of mass of each state left
+    onward (K,): probabilities of where it leads to
+    leave (): the probability that it is left
+    right (L,): its right-hand sides
+    """
 
     state: jax.Array
     into: jax.Array
@@ -91,7 +97,13 @@ def _inverse(transition: jax.Array, stationary: jax.Array) -> jax.Array:
 
 
 class _Point(NamedTuple):
-    """A chain on the way up: its transitions, the radius of the trust region, steps so far, and whether it is done."""
+    """A chain on the way up.
+
+    transition (K, K): its transitions
+    radius (): of the trust region
+    steps (): how many were made
+    done (): whether nothing more is to be gained
+    """
 
     transition: jax.Array
     radius: jax.Array
@@ -108,10 +120,10 @@ def _climb(transition: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple[
         chain = at.transition
         stationary = stationary_distribution(chain)
         slope, bend, weight = _model(chain, stationary, moves, starts)
-        move = _within(slope, bend, weight, at.radius, size)
+        move = _trust_region_step(slope, bend, weight, at.radius, size)
         move = move * jnp.minimum(1, _LONGEST / jnp.maximum(jnp.max(jnp.abs(move)), _LONGEST))
         hoped = jnp.sum(move * (slope + 0.5 * bend(move)))
-        after = _moved(chain, move)
+        after = _after(chain, move)
         gained = _gain(chain, after, stationary, move, moves, starts)
         # What is too small to be seen is taken as it is: Newton's last step is its best.
         last = hoped <= 4 * eps * (
@@ -159,7 +171,7 @@ def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, start
     return slope, bend, transition * jnp.maximum(leaving, jnp.finfo(moves.dtype).eps * jnp.sum(starts))
 
 
-def _within(slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
+def _trust_region_step(slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
     """The move (K, K) within a radius that raises slope + curvature / 2 the most, by conjugate gradients."""
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -190,7 +202,8 @@ def _within(slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Arr
     return jax.lax.while_loop(lambda c: (c[3] > goal) & (c[4] < limit) & ~c[5], step, start)[0]
 
 
-def _moved(transition: jax.Array, move: jax.Array) -> jax.Array:
+def _after(transition: jax.Array, move: jax.Array) -> jax.Array:
+    """Transitions after a move of their logarithms, rows normalised."""
     return _shares(transition * jnp.exp(move))
 
 

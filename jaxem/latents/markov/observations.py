@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ... import checks, sequences, tree
+from ... import checks, numerics, parameters, seeding, sequences, tree
 from ...protocols import Data, Family, Params, Stats
 from ...sequences import Sequences
 
@@ -39,16 +39,48 @@ def statistics(family: Family, emissions: Params, x: Sequences, states: jax.Arra
     )
 
 
+def start(
+    key: jax.Array, family: Family, x: Sequences, weights: jax.Array | None, num_states: int, method: str
+) -> tuple[jax.Array, jax.Array, Stats]:
+    """Counts of a random start: sequences that start in each state (K,), moves (K, K), and the family's statistics.
+
+    Steps are given to states as rows are to components, whatever their order.
+    """
+    rows, seen = x.rows()
+    dtype = tree.float_dtype(x.values)
+    each = seen.astype(dtype)
+    if weights is not None:
+        each = each * jnp.tile(weights.astype(dtype), x.num_steps)
+    share = seeding.shares(key, family, rows, each, num_states, method)
+    stats = seeding.family_stats(family, rows, share, each, num_states, seeding.SMOOTHING)
+    states = seeding.responsibilities(share, num_states, seeding.SMOOTHING, dtype)
+    states = (states * each).reshape(num_states, x.num_steps, x.num_rows)
+    links = x.links(dtype)
+    before = states[:, :-1] * (jnp.ones((), dtype) if links is None else links)
+    moves = numerics.product(before, states[:, 1:], "itb,jtb->ij")
+    return jnp.sum(states * x.starts().T, axis=(1, 2)), moves, stats
+
+
 def check(family: Family, x: Sequences, num_states: int) -> None:
-    """Raise for observed steps of concrete data that the family refuses, or for fewer of them than states."""
-    inside = np.asarray(x.inside())
-    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[inside], x.values)
-    missing = sequences.missing(rows, np)
-    if np.all(missing):
-        checks.some_observed("x must have an observed step; all are missing")
+    """Raise for observed steps that the family refuses, or fewer of them than states; under jit only by shapes."""
+    if not checks.is_concrete(x):
+        family.check(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x.values))
         return
-    family.check(jax.tree.map(lambda leaf: leaf[~missing], rows) if np.any(missing) else rows)
-    checks.enough_rows(int(np.sum(~missing)), None, num_states, "states")
+    with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
+        inside = np.asarray(x.inside())
+        rows = jax.tree.map(lambda leaf: np.asarray(leaf)[inside], x.values)
+        missing = sequences.missing(rows, np)
+        if np.all(missing):
+            checks.some_observed("x must have an observed step; all are missing")
+            return
+        family.check(jax.tree.map(lambda leaf: leaf[~missing], rows) if np.any(missing) else rows)
+        checks.enough_rows(int(np.sum(~missing)), None, num_states, "states")
+
+
+def params_like(family: Family, x: Sequences, num_states: int) -> Params:
+    """The shapes that the family's parameters have for such data."""
+    steps = jax.tree.map(lambda leaf: parameters.like(leaf.shape[1:], leaf.dtype), x.values)
+    return seeding.params_like(family, steps, num_states)
 
 
 def _rows_at_a_time(family: Family, emissions: Params, rows: Data, num_states: int) -> int:
