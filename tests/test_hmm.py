@@ -754,7 +754,7 @@ def test_bad_parameters_and_lists_are_named():
         pack_sequences([np.ones(3), np.ones(0)])
     with pytest.raises(ValueError, match="a list of at least one array"):
         pad_sequences([])
-    with pytest.raises(TypeError, match=r"expect must be Exact\(\), Hard\(\) or Sample\(\) for a Markov chain"):
+    with pytest.raises(TypeError, match=r"expect must be Exact\(\), Hard\(\), Sample\(n\), or an object"):
         model.e_step(params, x, expect=3)
     with pytest.raises(ValueError, match="transition_support must have shape"):
         HMM(Poisson(), 2, transition_support=np.array([[1, 1], [0, 0]]))

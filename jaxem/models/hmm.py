@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics, parameters, seeding, sequences, tree
-from ..latents import Exact, markov
+from .. import capabilities, checks, numerics, parameters, seeding, sequences, tree
+from ..latents import Exact, ask, markov
 from ..latents.markov import observations, queries
-from ..latents.markov.stationary import stationary_distribution
+from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
-from ..protocols import Data, Family, Params, Stats
+from ..protocols import Data, Expect, Family, Params, Stats
 from ..record import record, static
 from ..sequences import Sequences
 
@@ -84,10 +84,59 @@ class HMM:
         checks.component_family(self.family)
         checks.positive_integer("num_states", self.num_states)
         checks.choice("form", self.form, markov.FORMS)
-        if getattr(self.family, "extra_components", 0):
+        if capabilities.complete("part", self.family).extra_components:
             raise TypeError(f"{type(self.family).__name__} adds a component of its own, which a chain has no state for")
-        self._tables.check(self.num_states)
+        if self.stationary and (self.initial_prior is not None or self.initial_support is not None):
+            raise ValueError("stationary leaves no initial distribution to put a prior or a support on: leave it out")
+        initial, transition = self._tables
+        initial.check_support("initial_support")
+        transition.check_support("transition_support")
 
+    @property
+    def _tables(self) -> tuple[Probabilities, Probabilities]:
+        """Where a chain starts (K,), and the rows of its transitions (K, K)."""
+        count = self.num_states
+        initial = Probabilities(prior=self.initial_prior, support=self.initial_support, shape=(count,))
+        return initial, Probabilities(
+            prior=self.transition_prior, support=self.transition_support, shape=(count, count)
+        )
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The start, the transitions, and the emissions; a stationary start is no part of its own."""
+        initial, transition = self._tables
+        emissions = {"emissions": capabilities.complete("part", self.family)}
+        if self.stationary:
+            return {"transition": markov.StationaryTransitions(transition), **emissions}
+        return {"initial": initial, "transition": transition, **emissions}
+
+    def params_of(self, values: dict[str, Any]) -> HMMParams:
+        """Parameters from those of every part."""
+        if self.stationary:
+            values = {**values, "initial": markov.stationary_distribution(values["transition"])}
+        return HMMParams(**values)
+
+    def part_statistics(self, stats: HMMStats) -> dict[str, Any]:
+        """The statistics that every part is estimated from."""
+        if self.stationary:
+            return {"transition": (stats.initial, stats.transitions), "emissions": stats.emissions}
+        return {"initial": stats.initial, "transition": stats.transitions, "emissions": stats.emissions}
+
+    def with_part_statistics(self, stats: HMMStats, of: dict[str, Any]) -> HMMStats:
+        """Statistics with these in place of the emissions': those of the chain have no reference to be moved."""
+        return dataclasses.replace(stats, emissions=of["emissions"])
+
+    m_step = assembly.m_step
+    blocks = assembly.blocks
+    m_step_for = assembly.m_step_for
+    q_function = assembly.q_function
+    log_prior = assembly.log_prior
+    rebase = assembly.rebase
+    degenerate = assembly.degenerate
+    degrees = assembly.degrees
+    check_held = assembly.check_held
+    constrain = assembly.constrain
+    supports = property(assembly.supports)
     collapses = True
 
     @property
@@ -112,16 +161,17 @@ class HMM:
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None, method: str) -> HMMParams:
         x, weights = tree.present(tree.one_precision(x), weights)
+        initial, transition = self._tables
         starts, moves, emissions = observations.start(key, self.family, x, weights, self.num_states, method)
         stats = HMMStats(
-            initial=self._tables.initial.within(starts + 1),
-            transitions=self._tables.transition.within(moves + 1),
+            initial=initial.on_support(starts + 1),
+            transitions=transition.on_support(moves + 1),
             emissions=emissions,
             loglik=jnp.zeros((), starts.dtype),
         )
         return self.m_step(stats)
 
-    def infer(self, params: HMMParams, x: Data, expect: Any = Exact()) -> markov.Posterior:
+    def infer(self, params: HMMParams, x: Data, expect: Expect = Exact()) -> markov.Posterior:
         """The posterior of the states: its `states`, `pairs`, and `evidence`, log p(x) of every sequence."""
         every = self.units(x)
         form, evidence = markov.infer(self.chain(params, every), expect, self.form, self.parallel)
@@ -147,62 +197,18 @@ class HMM:
             loglik=numerics.weighted_sum(evidence, weights),
         )
 
-    def e_step(self, params: HMMParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> HMMStats:
+    def e_step(
+        self, params: HMMParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
+    ) -> HMMStats:
         """Expected starts, moves and observation statistics, and the sum of log p(x) over the sequences."""
         x = checks.present(self.units(x), weights)
-        return self.statistics(params, x, markov.ask(expect)(self, params, x), weights)
-
-    def m_step(self, stats: HMMStats) -> HMMParams:
-        """Shares of the starts and of the moves from every state (with priors: their modes); the family's M-step."""
-        initial, transition = self._tables.maximum(stats.initial, stats.transitions)
-        return HMMParams(initial=initial, transition=transition, emissions=self.family.m_step(stats.emissions))
+        return self.statistics(params, x, ask(expect, self, params, x), weights)
 
     def m_step_given(self, stats: HMMStats, *, transition: jax.Array) -> HMMParams:
         """The M-step with the transitions held, where the initial distribution follows from them."""
         transition = jnp.broadcast_to(transition, stats.transitions.shape)
-        initial = stationary_distribution(transition)
-        return HMMParams(initial=initial, transition=transition, emissions=self.family.m_step(stats.emissions))
-
-    def blocks(self, params: HMMParams) -> tuple[str, ...]:
-        """Names of parameters with a conditional M-step of their own: "transition", "emissions.mean", ..."""
-        inside = tuple(f"emissions.{name}" for name in constraints.blocks(self.family, params.emissions))
-        chain = ("transition",) if self.stationary else ("initial", "transition")
-        return (*chain, *(inside or ("emissions",)))
-
-    def m_step_for(self, params: HMMParams, stats: HMMStats, names: tuple[str, ...]) -> HMMParams:
-        """The M-step over the named blocks alone, all other parameters held where they are."""
-        inside = tuple(name.removeprefix("emissions.") for name in names if name.startswith("emissions."))
-        if inside:
-            emissions = constraints.m_step_for(self.family, params.emissions, stats.emissions, inside)
-        else:
-            emissions = self.family.m_step(stats.emissions) if "emissions" in names else params.emissions
-        new, moved = self.m_step(stats), "transition" in names
-        begun = "initial" in names or (self.stationary and moved)
-        return HMMParams(
-            initial=new.initial if begun else params.initial,
-            transition=new.transition if moved else params.transition,
-            emissions=emissions,
-        )
-
-    def q_function(self, params: HMMParams, stats: HMMStats) -> jax.Array:
-        """sum initial log initial + sum transitions log transition + the family's Q."""
-        chain = self._tables.expected_log(params.initial, params.transition, stats.initial, stats.transitions)
-        return chain + self.family.q_function(params.emissions, stats.emissions)
-
-    def log_prior(self, params: HMMParams) -> jax.Array:
-        """Log-density of the priors on chain and emissions; 0 without any."""
-        return self.family.log_prior(params.emissions) + self._tables.log_prior(params.initial, params.transition)
-
-    def rebase(self, stats: HMMStats, params: HMMParams) -> HMMStats:
-        """The same statistics about the reference of `params`, where the family has one."""
-        if not hasattr(self.family, "rebase"):
-            return stats
-        return dataclasses.replace(stats, emissions=self.family.rebase(stats.emissions, params.emissions))
-
-    def degenerate(self, stats: HMMStats, held: tuple[str, ...] = ()) -> jax.Array:
-        """States (K,) that are never visited, or whose observations collapsed; none where emissions are held."""
-        found = self.family.degenerate(stats.emissions)
-        return jnp.zeros_like(found) if "emissions" in held else found
+        emissions = self.parts["emissions"].m_step(stats.emissions)
+        return self.params_of({"transition": transition, "emissions": emissions})
 
     log_prob = queries.log_prob
     filter = queries.filtered
@@ -215,11 +221,7 @@ class HMM:
     def num_parameters(self, params: HMMParams) -> int:
         """Free parameters; without a support no probability is taken for a hard zero."""
         self.check_count(params)
-        return sum(self.degrees(params).values())
-
-    def degrees(self, params: HMMParams) -> dict[str, int]:
-        """Free parameters by name."""
-        return {**self._tables.degrees(self.num_states), "emissions": self.family.num_parameters(params.emissions)}
+        return assembly.num_parameters(self, params)
 
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
         """What information criteria count: the steps of all sequences."""
@@ -229,13 +231,8 @@ class HMM:
 
     def unconstrain(self, params: HMMParams) -> HMMParams:
         """Continuation ratios of the chain's probabilities, the family's own coordinates for the emissions."""
-        initial, transition = self._tables.unconstrain(params.initial, params.transition)
-        return HMMParams(initial=initial, transition=transition, emissions=self.family.unconstrain(params.emissions))
-
-    def constrain(self, theta: HMMParams) -> HMMParams:
-        """Inverse of `unconstrain`."""
-        initial, transition = self._tables.constrain(theta.initial, theta.transition)
-        return HMMParams(initial=initial, transition=transition, emissions=self.family.constrain(theta.emissions))
+        theta = assembly.unconstrain(self, params)
+        return dataclasses.replace(theta, initial=theta.initial[:0]) if self.stationary else theta
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
@@ -244,20 +241,13 @@ class HMM:
 
     def params_like(self, x: Data) -> HMMParams:
         """The shapes that parameters have for such data."""
-        x = self.units(x)
-        initial, transition = self._tables.params_like(self.num_states, tree.float_dtype(x.values))
-        emissions = observations.params_like(self.family, x, self.num_states)
-        return HMMParams(initial=initial, transition=transition, emissions=emissions)
-
-    @property
-    def supports(self) -> parameters.Supports:
-        """Where the values of parameters lie."""
-        emissions = getattr(self.family, "supports", {})
-        return {"initial": parameters.simplex, "transition": parameters.simplex, "emissions": emissions}
-
-    def check_held(self, values: dict[str, Any]) -> None:
-        """Raise ValueError for chain probabilities, to be held fixed, that are no distributions."""
-        self._tables.check_held(self.num_states, values)
+        x, count = self.units(x), self.num_states
+        dtype = tree.float_dtype(x.values)
+        return HMMParams(
+            initial=parameters.like((count,), dtype),
+            transition=parameters.like((count, count), dtype),
+            emissions=observations.params_like(self.family, x, count),
+        )
 
     def floats_per_row(self, params: HMMParams, x: Data) -> int:
         """Temporaries of an E-step, in numbers a sequence."""
@@ -266,20 +256,14 @@ class HMM:
 
     def coarse(self) -> "HMM":
         """The same model in its cheapest arithmetic, for the bulk of many restarts."""
-        family = self.family.coarse() if hasattr(self.family, "coarse") else self.family
+        family = capabilities.original(self.parts["emissions"].coarse())
         form = "scaled" if self.form == "auto" else self.form
         found = dataclasses.replace(self, family=family, form=form)
         return self if family is self.family and form == self.form else found
 
-    @property
-    def _tables(self) -> markov.Tables:
-        initial = markov.Probabilities(self.initial_prior, self.initial_support)
-        transition = markov.Probabilities(self.transition_prior, self.transition_support)
-        return markov.Tables(initial, transition, self.stationary)
-
     def start(self, params: HMMParams) -> jax.Array:
         """p(z_1 = k) (K,)."""
-        return self._tables.start(params.initial, params.transition)
+        return markov.stationary_distribution(params.transition) if self.stationary else params.initial
 
     def check_count(self, params: HMMParams) -> None:
         """Raise unless parameters are an HMM's, with as many states."""

@@ -10,11 +10,10 @@ lost, which only matters where no transition leads back to it. Logarithms: nothi
 
 from .chain import Chain as Chain
 from .infer import FORMS as FORMS
-from .infer import ask as ask
 from .infer import infer as infer
 from .posterior import ChainPosterior as ChainPosterior
 from .posterior import Distribution as Distribution
 from .posterior import Posterior as Posterior
 from .posterior import expected_counts as expected_counts
-from .probabilities import Probabilities as Probabilities
-from .probabilities import Tables as Tables
+from .stationary import StationaryTransitions as StationaryTransitions
+from .stationary import stationary_distribution as stationary_distribution

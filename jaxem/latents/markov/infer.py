@@ -1,6 +1,5 @@
 """From a chain with its observations to the posterior of its states, in the arithmetic that is asked for."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,14 +12,6 @@ from .chain import Chain
 from .posterior import Paths, Smoothed
 
 FORMS = ("auto", "scaled", "log")
-
-
-def ask(expect: Any) -> Callable:
-    """The function (model, params, x) -> posterior of what fills the slot `expect`; TypeError for anything else."""
-    try:
-        return expect.posterior
-    except AttributeError:
-        raise _unknown(expect) from None
 
 
 def infer(chain: Chain, expect: Any, form: str, in_parallel: bool) -> tuple[Smoothed | Paths, jax.Array]:

@@ -1,13 +1,10 @@
 """Observations along sequences, by a family that knows nothing of them: it sees rows."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ... import checks, numerics, parameters, seeding, sequences, tree
+from ... import capabilities, checks, numerics, parameters, seeding, sequences, tree
 from ...protocols import Data, Family, Params, Stats
 from ...sequences import Sequences
 
@@ -18,7 +15,7 @@ _LARGE = 1 << 26
 def log_likelihood(family: Family, emissions: Params, x: Sequences, num_states: int) -> jax.Array:
     """log p(x_t | z_t = k) (T, K[, B]), 0 where nothing is observed."""
     rows, seen = x.rows()
-    # Not by `_knowing`: the branch on missing entries keeps XLA from computing densities anew for each use.
+    # Not by `without_missing`: the branch on missing entries keeps XLA from computing densities anew for each use.
     size = _rows_at_a_time(family, emissions, rows, num_states)
     scores = tree.map_over_blocks(lambda rows: family.log_prob(emissions, rows).T, rows, size)
     scores = jnp.where(seen, scores.T, 0)
@@ -30,7 +27,7 @@ def statistics(family: Family, emissions: Params, x: Sequences, states: jax.Arra
     rows, seen = x.rows()
     num_states = states.shape[1]
     responsibilities = jnp.moveaxis(states, 1, 0).reshape(num_states, -1) * seen
-    family = _knowing(family) if x.complete else family
+    family = capabilities.complete("part", family).without_missing() if x.complete else family
     size = _rows_at_a_time(family, emissions, rows, num_states)
     if size >= tree.num_rows(rows):
         return family.stats(emissions, rows, responsibilities)
@@ -89,10 +86,3 @@ def _rows_at_a_time(family: Family, emissions: Params, rows: Data, num_states: i
     count, dtype = tree.num_rows(rows), tree.float_dtype(rows)
     large = count * floats * jnp.dtype(dtype).itemsize > _LARGE
     return tree.rows_per_block(floats, dtype) if large else count
-
-
-def _knowing(family: Any) -> Any:
-    """A family, or a statement about one, told that no entry is missing."""
-    if hasattr(family, "inner"):
-        return dataclasses.replace(family, inner=_knowing(family.inner))
-    return dataclasses.replace(family, missing=False) if getattr(family, "missing", False) else family

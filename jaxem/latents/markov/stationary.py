@@ -1,15 +1,59 @@
 """Markov chains that start from their stationary distribution: that distribution, and the M-step that knows of it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ... import numerics
+from ... import capabilities, numerics, parameters
+from ...parts import Probabilities
+from ...record import record
 
 # Newton steps at most, and the longest one, in logarithms of probabilities.
 _STEPS, _LONGEST = 100, 4.0
+
+
+@capabilities.completed("part")
+@record(kw_only=False)
+class StationaryTransitions:
+    """Transitions A (K, K) of chains that start from their stationary distribution pi(A); a part with two statistics.
+
+    table: what is known of the transitions beforehand. Statistics: (starts (K,), moves (K, K)), expected numbers.
+    """
+
+    table: Probabilities
+
+    supports = staticmethod(parameters.simplex)
+
+    def m_step(self, stats: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """argmax of `q_function` + `log_prior`; see `stationary_maximum`."""
+        starts, moves = stats
+        return stationary_maximum(self.table.with_prior(moves), starts)
+
+    def q_function(self, transition: jax.Array, stats: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """sum starts log pi(A) + sum moves log A."""
+        starts, moves = stats
+        start = Probabilities().q_function(stationary_distribution(transition), starts)
+        return start + self.table.q_function(transition, moves)
+
+    def log_prior(self, transition: jax.Array) -> jax.Array:
+        return self.table.log_prior(transition)
+
+    def degenerate(self, stats: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jnp.zeros(0, bool)
+
+    def num_parameters(self, transition: jax.Array) -> int:
+        return self.table.num_parameters(transition)
+
+    def unconstrain(self, transition: jax.Array) -> jax.Array:
+        return self.table.unconstrain(transition)
+
+    def constrain(self, theta: jax.Array) -> jax.Array:
+        return self.table.constrain(theta)
+
+    def check_value(self, name: str, value: Any) -> None:
+        self.table.check_value(name, value)
 
 
 def stationary_distribution(transition: jax.Array) -> jax.Array:
@@ -171,7 +215,9 @@ def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, start
     return slope, bend, transition * jnp.maximum(leaving, jnp.finfo(moves.dtype).eps * jnp.sum(starts))
 
 
-def _trust_region_step(slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
+def _trust_region_step(
+    slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array
+) -> jax.Array:
     """The move (K, K) within a radius that raises slope + curvature / 2 the most, by conjugate gradients."""
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
