@@ -171,7 +171,9 @@ def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, start
     return slope, bend, transition * jnp.maximum(leaving, jnp.finfo(moves.dtype).eps * jnp.sum(starts))
 
 
-def _trust_region_step(slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array) -> jax.Array:
+def _trust_region_step(
+    slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array
+) -> jax.Array:
     """The move (K, K) within a radius that raises slope + curvature / 2 the most, by conjugate gradients."""
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
