@@ -244,6 +244,16 @@ def test_the_posterior_is_what_all_paths_say(options):
         np.testing.assert_allclose(ours, free_energy(model, params, data, ChainPosterior(q.states, q.pairs), weights))
 
 
+def test_what_a_sequence_of_weight_zero_holds_does_not_matter():
+    model, params, x = counts()
+    weights = np.array([1.0, 0.0, 2.0, 1.0, 0.0])
+    wild = np.where(weights[:, None, None] > 0, x, 1e30)
+    posterior = jax.jit(model.infer)(params, wild)
+    stats = jax.jit(model.statistics)(params, wild, posterior, weights)
+    for got, want in zip(jax.tree.leaves(stats), jax.tree.leaves(model.e_step(params, x, weights)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-11)
+
+
 def test_a_chain_that_cannot_be_and_one_that_is_none():
     model, params, x = counts()
     states, pairs = random_chain([6] * 5, 6, 3)
