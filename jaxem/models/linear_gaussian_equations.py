@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import numerics
-from ..families.linear_equation import EquationParams, Groups, LinearEquation
+from ..families.linear_equation import EquationParams, Groups, LinearEquation, over_lanes
 from ..latents import linear_gaussian
 from ..latents.linear_gaussian import System
 from ..sequences import Sequences
@@ -152,9 +152,8 @@ def expected_stats(
             weights = x.per_sequence(jnp.where(x.starts(), weights[:, None], 0))
         loglik = numerics.weighted_sum(posterior.evidence, weights)
     else:
-        total = x.num_rows if weights is None else jnp.sum(weights)
         squares = [square for _, square in found]
-        loglik = total * posterior.at_rest - 0.5 * sum(squares[1:], squares[0])
+        loglik = over_lanes(posterior.at_rest, weights, x.num_rows) - 0.5 * sum(squares[1:], squares[0])
     (initial, _), (dynamics, _), (emission, _) = found
     return LinearGaussianSSMStats(initial=initial, dynamics=dynamics, emission=emission, loglik=loglik)
 
