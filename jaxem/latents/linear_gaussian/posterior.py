@@ -18,6 +18,7 @@ from ...sequences import Sequences
 from .. import lanewise
 from ..expect import Exact, Sample
 from .affine import apply
+from .elements import Filtered
 from .shared import shared_moments
 from .smoothing import BackwardChain, backward_chain, draw_path, smoothed
 from .system import System, filtered_per_sequence, root_of, seen_entries, shared_or_per_sequence, whitened
@@ -54,8 +55,8 @@ class Posterior:
     initial    noise z_1 - m            of first states, T' = 1; where sequences are packed, at all steps
     dynamics   process noise w_t        T' = T - 1, from the second step on
     emission   observation noise v_t    T' = T
-    log_prob   log p(x)                 (B,), or (num_sequences,) where they are packed; None where noise is white
-    at_rest    log p(x) + |noise|² / 2  (B,) or (1,), |noise|² the sum of the squares of all that is white; else None
+    log_prob   log p(x) of every row    (B,); where noise is white without its squares, + |noise|² / 2: (B,) or (1,)
+    packed     log p(x)                 (num_sequences,), one by one where rows hold several; else None
     params     whose noise this is
     """
 
@@ -63,14 +64,21 @@ class Posterior:
     initial: Noise
     dynamics: Noise
     emission: Noise
-    log_prob: jax.Array | None
-    at_rest: jax.Array | None
+    log_prob: jax.Array
+    packed: jax.Array | None
     params: Any = None
+
+    @property
+    def white(self) -> bool:
+        """Whether noise is in coordinates in which it is white."""
+        return self.emission.root is not None
 
     @property
     def evidence(self) -> jax.Array:
         """log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
-        return self.log_prob if self.at_rest is None else self.at_rest - 0.5 * self.squares  # type: ignore[return-value]
+        if self.white:
+            return self.log_prob - 0.5 * self.squares
+        return self.log_prob if self.packed is None else self.packed
 
     @property
     def squares(self) -> jax.Array:
@@ -145,8 +153,8 @@ def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
         initial=initial,
         dynamics=dynamics,
         emission=emission,
-        log_prob=None,
-        at_rest=(len(found.means) * white.normaliser - found.half_logdet)[None],
+        packed=None,
+        log_prob=(len(found.means) * white.normaliser - found.half_logdet)[None],
     )
 
 
@@ -170,8 +178,8 @@ def _white(system: System, posterior: Posterior) -> Posterior:
         dataclasses.replace(noise, means=apply(whitener, noise.means), root=root)
         for noise, root, whitener in zip(noises, *_roots(system), strict=True)
     )
-    found = dataclasses.replace(posterior, initial=initial, dynamics=dynamics, emission=emission, log_prob=None)
-    return dataclasses.replace(found, at_rest=posterior.evidence + 0.5 * found.squares)
+    found = dataclasses.replace(posterior, initial=initial, dynamics=dynamics, emission=emission)
+    return dataclasses.replace(found, log_prob=posterior.log_prob + 0.5 * found.squares)
 
 
 def _for_every_lane(posterior: Posterior) -> Posterior:
@@ -195,7 +203,7 @@ def _for_every_lane(posterior: Posterior) -> Posterior:
         initial=repeated(posterior.initial, None),
         dynamics=repeated(posterior.dynamics, None),
         emission=repeated(posterior.emission, jnp.ones_like(posterior.states[:, 0], bool)),
-        at_rest=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, lanes), posterior.at_rest),
+        log_prob=jnp.broadcast_to(posterior.log_prob, lanes),
     )
 
 
@@ -222,6 +230,16 @@ def _sum(values: jax.Array, counted: jax.Array | None) -> jax.Array:
     if counted is not None:
         values = jnp.where(counted.reshape(len(counted), *(1,) * (values.ndim - 2), -1), values, 0)
     return lanewise.sum_steps(values)
+
+
+def _of_rows(x: Sequences, filtered: Filtered) -> jax.Array:
+    """log p(x) of the sequences of every row: (B,)."""
+    return jnp.sum(jnp.where(x.inside(), filtered.log_prob.T, 0), axis=1)
+
+
+def _of_packed(x: Sequences, filtered: Filtered) -> jax.Array | None:
+    """log p(x) of every sequence, where rows hold several."""
+    return None if x.ids is None else x.per_sequence(filtered.log_prob.T)
 
 
 def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
@@ -270,8 +288,8 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
             state_covariance=_sum(found.covariances, counted.emission),
             cross_covariance=-lanewise.transposed(loaded),
         ),
-        log_prob=x.per_sequence(filtered.log_prob.T),
-        at_rest=None,
+        log_prob=_of_rows(x, filtered),
+        packed=_of_packed(x, filtered),
     )
 
 
@@ -285,8 +303,7 @@ class DrawnPaths:
     initial_mean  m   (S,)
     key           of the draws
     num_paths     ()
-    evidence      log p(x)   (B,), or (num_sequences,) where they are packed
-    params        whose noise this is
+    log_prob, packed, params   as in `Posterior`
     """
 
     chain: BackwardChain
@@ -295,8 +312,14 @@ class DrawnPaths:
     initial_mean: jax.Array
     key: jax.Array
     num_paths: jax.Array
-    evidence: jax.Array
+    log_prob: jax.Array
+    packed: jax.Array | None
     params: Any = None
+
+    @property
+    def evidence(self) -> jax.Array:
+        """log p(x) of every sequence, exactly: (B,), or (num_sequences,) where they are packed."""
+        return self.log_prob if self.packed is None else self.packed
 
     def path(self, number: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """One path of states (T, S, B), and the process noise (T - 1, S, B) in it."""
@@ -328,8 +351,8 @@ class DrawnPaths:
             initial=noise(start, self.counted.initial, none, None),
             dynamics=noise(process_noise, self.counted.dynamics, none, none),
             emission=noise(left, self.counted.emission, self.completed.covariance, nothing_across),
-            log_prob=self.evidence,
-            at_rest=None,
+            log_prob=self.log_prob,
+            packed=self.packed,
             params=self.params,
         )
 
@@ -354,6 +377,7 @@ def _drawn(params: Any, system: System, x: Sequences, expect: Sample, parallel: 
         initial_mean=system.initial_mean,
         key=key,
         num_paths=jnp.asarray(expect.num_samples if expect.used is None else expect.used),
-        evidence=x.per_sequence(filtered.log_prob.T),
+        log_prob=_of_rows(x, filtered),
+        packed=_of_packed(x, filtered),
         params=params,
     )
