@@ -13,7 +13,6 @@ from jaxem import Exact, Fixed, Hard, Sample, Status, datasets, em_fit
 from jaxem.latents.linear_gaussian import affine, shared
 from jaxem.models import LinearGaussianSSM, LinearGaussianSSMParams
 from jaxem.sequences import Sequences, pack_sequences, pad_sequences
-from jaxem.testing import check_model
 
 RNG = np.random.default_rng(5)
 LENGTHS = np.array([6, 3, 1, 4, 5, 6, 2, 6, 3], np.int32)
@@ -101,27 +100,6 @@ def one_step(model):
     return jax.jit(lambda params, x, weights=None: model.m_step(model.e_step(params, x, weights)))
 
 
-# Laws.
-
-
-def zoo():
-    diag = {"covariance": "diag", "dynamics_bias": True, "emission_bias": True}
-    inputs = {"dynamics_inputs": True, "emission_inputs": True}
-    yield "inputs", LinearGaussianSSM(2, **diag, **inputs), Sequences((HOLES[..., :2], INPUTS), LENGTHS)
-    held = {"dynamics": 1.0, "emission": np.ones((3, 1)), "initial_mean": 0.0, "initial_covariance": 10.0}
-    plain = LinearGaussianSSM(1)
-    prior = plain.pseudo_steps(system(1), 5.0, 2.0)
-    yield "held, prior", Fixed(dataclasses.replace(plain, prior=prior), jax.tree.map(jnp.asarray, held)), HOLES
-
-
-@pytest.mark.parametrize("name", ["inputs", "held, prior"])
-def test_laws(name, x64):
-    model, x = next((model, x) for found, model, x in zoo() if found == name)
-    x = jax.tree.map(jnp.asarray, x)
-    params = one_step(model)(model.init(jax.random.key(0), x), x)
-    assert len(check_model(model, params, x)) == 15
-
-
 # The joint normal distribution.
 
 
@@ -171,16 +149,10 @@ def test_sequences_in_any_form(x64):
     packed = pack_sequences(parts)
     assert packed.num_rows < len(parts)
     close(step(params, packed), whole)
-    close(step(params, pad_sequences(parts[::-1])), whole)
-    close(jax.tree.map(jnp.add, step(params, pad_sequences(parts[:4])), step(params, pad_sequences(parts[4:]))), whole)
     loglik = np.array([dense(params, part)[0] for part in parts])
     close(model.log_prob(params, packed), loglik)
     close(model.forecast(params, packed, 1).means, model.forecast(params, pad_sequences(parts), 1).means)
-    # A batch that is full, and its sequences one by one; weights count sequences.
-    weights = jnp.array([1.0, 2.0, 0.0])
-    weighted = step(params, jnp.asarray(WALKS[:3]), weights)
-    close(weighted, step(params, jnp.asarray(WALKS[[0, 1, 1]])))
-    assert step._cache_size() == 7
+    assert step._cache_size() == 3
 
 
 # Published and independent answers.
@@ -410,6 +382,31 @@ def test_drawn_paths(x64):
             ours, theirs = getattr(getattr(drawn, name), part), getattr(getattr(exact, name), part)
             error = np.std(ours, axis=0, ddof=1) / np.sqrt(len(ours))
             assert np.all(np.abs(np.mean(ours, axis=0) - theirs) <= 5 * error + 1e-9), (name, part)
+
+
+@pytest.mark.parametrize("form", ["shared", "missing", "packed", "drawn"])
+def test_one_posterior_serves_any_weights_and_other_parameters(form, x64):
+    model, params, other = LinearGaussianSSM(2, emission_bias=True), system(emission_bias=np.ones(3)), system(seed=1)
+    parts = [HOLES[row, :length] for row, length in enumerate(LENGTHS)]
+    x = {
+        "shared": lambda: WALKS,
+        "packed": lambda: pack_sequences(parts, 4),
+    }.get(form, lambda: HOLES)()
+    x = model.units(x)
+    expect = Sample(3, key=jax.random.key(0)) if form == "drawn" else Exact()
+    posterior = jax.jit(lambda params: model.infer(params, x, expect))(params)
+    close(posterior.evidence, model.log_prob(params, x))
+
+    @jax.jit
+    def both(params, weights):
+        return model.statistics(params, x, posterior, weights), model.e_step(params, x, weights, expect)
+
+    for weights in (jnp.arange(x.num_rows) % 3.0, jnp.ones(x.num_rows)):
+        close(*both(params, weights))
+    # Seen from other parameters they are the same statistics about other lines.
+    other = dataclasses.replace(other, emission_bias=jnp.zeros(3))
+    moved = jax.jit(lambda other: model.statistics(other, x, posterior))(other)
+    close(moved, model.rebase(model.e_step(params, x, None, expect), other))
 
 
 # Float32.

@@ -18,7 +18,6 @@ from jaxem import (
     Fixed,
     Gamma,
     KMeans,
-    LinearGaussianSSM,
     LinearRegression,
     Mixture,
     Normal,
@@ -37,7 +36,7 @@ from jaxem import (
 PACKAGE = str(Path(jaxem.__file__).parent)
 KEY = jax.random.key(0)
 # Parameters that may be any numbers.
-FREE = {"mean", "coefficients", "intercept", "centers", "initial_mean", "dynamics", "emission", "dynamics_bias"}
+FREE = {"mean", "coefficients", "intercept", "centers", "initial_mean", "dynamics", "emission"}
 
 
 def refusal(call) -> str:
@@ -49,20 +48,7 @@ def refusal(call) -> str:
     return str(caught.value)
 
 
-def models() -> dict:
-    """The zoo, and the linear systems, which are not in it."""
-    walks = np.random.default_rng(0).normal(size=(4, 6, 3))
-    return {
-        **{name: lambda name=name: zoo()[name] for name in NAMES},
-        "linear system": lambda: (LinearGaussianSSM(2, dynamics_bias=True), walks),
-        "linear system, inputs": lambda: (
-            LinearGaussianSSM(2, covariance="diag", emission_inputs=True),
-            (walks, walks[..., :1]),
-        ),
-    }
-
-
-MODELS = models()
+MODELS = {name: lambda name=name: zoo()[name] for name in NAMES}
 
 # support -> values of a shape inside of it, and outside
 INSIDE_AND_OUTSIDE = {
@@ -164,7 +150,7 @@ def test_a_value_outside_of_its_support_is_refused_by_name(name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(good):
         support = support_of(getattr(model, "supports", {}), path)
         if support is None:
-            assert path[-1].name in FREE or path[-1].name.endswith("_inputs"), path
+            assert path[-1].name in FREE or path[-1].name.endswith(("_inputs", "_bias")), path
             continue
         outside = np.asarray(INSIDE_AND_OUTSIDE[support][1](leaf.shape), np.float32)
         if support is parameters.simplex and leaf.shape[-1] == 1:

@@ -1,5 +1,6 @@
 """Every model of the library, one line each: name -> (model, data). All laws run over all of them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +18,7 @@ from jaxem import (
     GammaPrior,
     KMeans,
     Labelled,
+    LinearGaussianSSM,
     LinearRegression,
     LogisticRegression,
     Mixture,
@@ -96,6 +98,22 @@ _lengths = _rng.integers(3, 7, 9)
 def _gaps(x: np.ndarray) -> np.ndarray:
     """The data with whole steps missing, the first of a sequence among them."""
     return np.where(np.random.default_rng(5).random(x.shape[:2])[..., None] < 0.2, np.nan, x)
+
+
+def _level(columns: int) -> np.ndarray:
+    """Nine sequences of six steps that follow one slow state."""
+    return np.cumsum(_rng.normal(size=(9, 6, 1)), axis=1) / 2 + _rng.normal(size=(9, 6, columns))
+
+
+_series, _inputs = _level(3), _rng.normal(size=(9, 6, 2))
+
+
+def _held_system() -> Fixed:
+    """A local level, its start known, with a prior."""
+    params = LinearGaussianSSM(1).init(jax.random.key(0), _series)
+    prior = LinearGaussianSSM(1).pseudo_steps(params, 5.0, 2.0)
+    held = {"dynamics": 1.0, "emission": np.ones((3, 1)), "initial_mean": 0.0, "initial_covariance": 10.0}
+    return Fixed(LinearGaussianSSM(1, prior=prior), jax.tree.map(jnp.asarray, held))
 
 
 def _packed(x: np.ndarray) -> Sequences:
@@ -211,6 +229,17 @@ def zoo() -> dict:
                 _paths,
             ),
             "hmm, stationary": lambda: (HMM(Poisson(), 2, stationary=True), _events),
+            "linear system": lambda: (LinearGaussianSSM(2, missing=False), _series),
+            "linear system, diag, biases": lambda: (
+                LinearGaussianSSM(2, covariance="diag", dynamics_bias=True, emission_bias=True, missing=False),
+                _series[..., :2],
+            ),
+            "linear system, inputs, padded": lambda: (
+                LinearGaussianSSM(2, covariance="diag", dynamics_inputs=True, emission_inputs=True, emission_bias=True),
+                Sequences((_gaps(_series[..., :2]), _inputs), _lengths),
+            ),
+            "linear system, missing, packed": lambda: (LinearGaussianSSM(2), _packed(_holes(_series))),
+            "linear system, held, prior, missing": lambda: (_held_system(), _holes(_series)),
         }
     )
 

@@ -161,9 +161,9 @@ class LinearEquation:
             square = numerics.product(numerics.product(square, noise.root, "kl,lo->ko"), noise.root, "ko,kp->po")
         if noise.state_covariance is not None and noise.cross_covariance is not None:
             states = len(noise.state_covariance)
-            gram = gram.at[:states, :states].add(_over_lanes(noise.state_covariance, weights, lanes))
-            cross = cross.at[:states].add(_over_lanes(noise.cross_covariance, weights, lanes))
-        covariance = _over_lanes(noise.covariance, weights, lanes)
+            gram = gram.at[:states, :states].add(over_lanes(noise.state_covariance, weights, lanes))
+            cross = cross.at[:states].add(over_lanes(noise.cross_covariance, weights, lanes))
+        covariance = over_lanes(noise.covariance, weights, lanes)
         count = count + columns.PSEUDO_COUNT
         return EquationStats(
             count=count,
@@ -251,19 +251,18 @@ def _about(stats: EquationStats, line: jax.Array) -> EquationStats:
 def _moments(values: jax.Array, counted: jax.Array | None, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The weight of all steps that count, and the weighted sum over these of v vᵀ (I, I); values (T, I, B)."""
     steps, _, lanes = values.shape
+    each = None if weights is None else jnp.broadcast_to(weights, (steps, lanes))
+    if counted is not None:
+        values = jnp.where(counted[:, None], values, 0)
+        each = counted.astype(values.dtype) if each is None else jnp.where(counted, each, 0)
+    count = jnp.asarray(steps * lanes, values.dtype) if each is None else jnp.sum(each)
+    weighted = values if weights is None else weights * values
     # In parts first, which is quicker, and rounds less.
     parts = "tib,tjb->bij" if lanes < tuning.MANY_SEQUENCES else "tib,tjb->tij"
-    each = None
-    if counted is not None:
-        each = counted.astype(values.dtype) if weights is None else counted * weights
-    elif weights is not None:
-        each = jnp.broadcast_to(weights, (steps, lanes))
-    count = jnp.asarray(steps * lanes, values.dtype) if each is None else jnp.sum(each)
-    weighted = values if each is None else each[:, None] * values
     return count, jnp.sum(numerics.product(weighted, values, parts), axis=0)
 
 
-def _over_lanes(sums: jax.Array, weights: jax.Array | None, lanes: int) -> jax.Array:
+def over_lanes(sums: jax.Array, weights: jax.Array | None, lanes: int) -> jax.Array:
     """The weighted sum over lanes of what each has, (..., B), or of what all have, (..., 1)."""
     if sums.shape[-1] == 1:
         total = jnp.asarray(lanes, sums.dtype) if weights is None else jnp.sum(weights)

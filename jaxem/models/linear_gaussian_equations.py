@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import numerics
-from ..families.linear_equation import EquationParams, Groups, LinearEquation
+from ..families.linear_equation import EquationParams, Groups, LinearEquation, over_lanes
 from ..latents import linear_gaussian
 from ..latents.linear_gaussian import System
 from ..sequences import Sequences
@@ -147,14 +147,9 @@ def expected_stats(
         equation.stats(at, equation.features(groups), noise, weights)
         for equation, at, groups, noise in zip(equations, split(posterior.params), features, noises, strict=True)
     ]
-    if posterior.at_rest is None:
-        if weights is not None:  # of rows; a sequence has that of the row where it starts
-            weights = x.per_sequence(jnp.where(x.starts(), weights[:, None], 0))
-        loglik = numerics.weighted_sum(posterior.evidence, weights)
-    else:
-        total = x.num_rows if weights is None else jnp.sum(weights)
-        squares = [square for _, square in found]
-        loglik = total * posterior.at_rest - 0.5 * sum(squares[1:], squares[0])
+    loglik = over_lanes(posterior.log_prob, weights, x.num_rows)
+    if posterior.white:  # less the squares of noise, which its moments tell
+        loglik = loglik - 0.5 * (found[0][1] + found[1][1] + found[2][1])
     (initial, _), (dynamics, _), (emission, _) = found
     return LinearGaussianSSMStats(initial=initial, dynamics=dynamics, emission=emission, loglik=loglik)
 

@@ -18,9 +18,10 @@ from ...sequences import Sequences
 from .. import lanewise
 from ..expect import Exact, Sample
 from .affine import apply
+from .elements import Filtered
 from .shared import shared_moments
 from .smoothing import BackwardChain, backward_chain, draw_path, smoothed
-from .system import System, filtered_per_sequence, seen_entries, shared_or_per_sequence, whitened
+from .system import System, filtered_per_sequence, root_of, seen_entries, shared_or_per_sequence, whitened
 from .whitening import Completed
 
 
@@ -54,9 +55,8 @@ class Posterior:
     initial    noise z_1 - m            of first states, T' = 1; where sequences are packed, at all steps
     dynamics   process noise w_t        T' = T - 1, from the second step on
     emission   observation noise v_t    T' = T
-    evidence   log p(x)                 (B,), or (num_sequences,) where they are packed
-    at_rest    ()                       log p(x) of a sequence whose white noise is 0, less half the sum of its squares
-                                        for any other; None where noise is not white
+    log_prob   log p(x) of every row    (B,); where noise is white without its squares, + |noise|² / 2: (B,) or (1,)
+    packed     log p(x)                 (num_sequences,), one by one where rows hold several; else None
     params     whose noise this is
     """
 
@@ -64,9 +64,28 @@ class Posterior:
     initial: Noise
     dynamics: Noise
     emission: Noise
-    evidence: jax.Array
-    at_rest: jax.Array | None
+    log_prob: jax.Array
+    packed: jax.Array | None
     params: Any = None
+
+    @property
+    def white(self) -> bool:
+        """Whether noise is in coordinates in which it is white."""
+        return self.emission.root is not None
+
+    @property
+    def evidence(self) -> jax.Array:
+        """log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
+        if self.white:
+            return self.log_prob - 0.5 * self.squares
+        return self.log_prob if self.packed is None else self.packed
+
+    @property
+    def squares(self) -> jax.Array:
+        """The sum (B,) of the squares of all expected noise."""
+        parts = (self.dynamics, self.emission)
+        each = (jnp.sum(jnp.square(part.means), axis=(0, 1)) for part in parts)
+        return sum(each, jnp.sum(jnp.square(self.initial.means), axis=(0, 1)))
 
     def average(self, function: Callable) -> Any:
         """The expectation of statistics, a function of moments."""
@@ -83,17 +102,15 @@ def infer(params: Any, system: System, x: Sequences, expect: Any, parallel: bool
     if not isinstance(expect, Exact) or expect.temperature is not None:
         raise TypeError(f"expect must be Exact() or Sample(n) for linear-Gaussian states; got {expect!r}")
 
-    def shared(system: System, x: Sequences) -> Posterior:
-        return _shared(system, x, parallel)
+    def shared(system: System, known: Sequences) -> Posterior:
+        found = _shared(system, known, parallel)
+        return _for_every_lane(found) if x.complete is None else found
 
     def per_sequence(system: System, x: Sequences) -> Posterior:
-        return _per_sequence(system, x, parallel)
+        found = _per_sequence(system, x, parallel)
+        return _white(system, found) if x.complete is None and x.lengths is None and x.ids is None else found
 
-    if x.complete is None:  # either may be found as the program runs: in one form
-        found = shared_or_per_sequence(lambda *at: _as_per_sequence(shared(*at)), per_sequence, system, x)
-    else:
-        found = shared_or_per_sequence(shared, per_sequence, system, x)
-    return dataclasses.replace(found, params=params)
+    return dataclasses.replace(shared_or_per_sequence(shared, per_sequence, system, x), params=params)
 
 
 def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
@@ -104,19 +121,12 @@ def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
     """
     transition, white = whitened(system, x)
     found = shared_moments(transition, white.matrix, white.compressed, parallel=parallel)
-    whiten_start, whiten_process = (
-        lanewise.generalized_inverse(root).T for root in (transition.start_root, transition.root)
-    )
+    (start_root, process_root, colour), (whiten_start, whiten_process, _) = _roots(system)
     loaded = numerics.product(system.emission, found.all_states, "ds,sr->dr")
     noise = numerics.product(loaded, system.emission, "ds,es->de")
-    diagonal = system.emission_covariance.ndim == 1
-    if diagonal:
-        noise, colour = jnp.diagonal(noise), jnp.diag(jnp.sqrt(system.emission_covariance))
-    else:
-        colour = numerics.cholesky(system.emission_covariance).T
     initial = Noise(
         means=apply(whiten_start, found.means[:1] - system.initial_mean[:, None]),
-        root=transition.start_root,
+        root=start_root,
         counted=None,
         covariance=found.initial[..., None],
         state_covariance=None,
@@ -124,7 +134,7 @@ def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
     )
     dynamics = Noise(
         means=apply(whiten_process, found.process_noise),
-        root=transition.root,
+        root=process_root,
         counted=None,
         covariance=found.noise_covariance[..., None],
         state_covariance=found.all_but_last[..., None],
@@ -134,47 +144,66 @@ def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
         means=white.values - apply(white.emission, found.means),
         root=colour,
         counted=None,
-        covariance=noise[..., None],
+        covariance=(noise if system.emission_covariance.ndim == 2 else jnp.diagonal(noise))[..., None],
         state_covariance=found.all_states[..., None],
         cross_covariance=-loaded.T[..., None],
     )
-    at_rest = len(found.means) * white.normaliser - found.half_logdet
-    squares = sum(jnp.sum(jnp.square(part.means), axis=(0, 1)) for part in (initial, dynamics, emission))
     return Posterior(
         states=found.means,
         initial=initial,
         dynamics=dynamics,
         emission=emission,
-        evidence=at_rest - 0.5 * squares,
-        at_rest=at_rest,
+        packed=None,
+        log_prob=(len(found.means) * white.normaliser - found.half_logdet)[None],
     )
 
 
-def _as_per_sequence(posterior: Posterior) -> Posterior:
-    """A shared posterior in the form of those that are not."""
+def _roots(system: System) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """U with UᵀU the covariance of the noise in the three equations, and what makes it white, U⁻ᵀ."""
+    start, process = root_of(system.initial_covariance), root_of(system.dynamics_covariance)
+    covariance = system.emission_covariance
+    if covariance.ndim == 1:
+        colour, white = jnp.diag(jnp.sqrt(covariance)), jnp.diag(jax.lax.rsqrt(covariance))
+    else:
+        factor = numerics.cholesky(covariance)
+        colour, white = factor.T, numerics.inverse_lower(factor)
+    whiten_start, whiten_process = (lanewise.generalized_inverse(root).T for root in (start, process))
+    return (start, process, colour), (whiten_start, whiten_process, white)
+
+
+def _white(system: System, posterior: Posterior) -> Posterior:
+    """A posterior in the form of those that are shared: noise in coordinates in which it is white."""
+    noises = (posterior.initial, posterior.dynamics, posterior.emission)
+    initial, dynamics, emission = (
+        dataclasses.replace(noise, means=apply(whitener, noise.means), root=root)
+        for noise, root, whitener in zip(noises, *_roots(system), strict=True)
+    )
+    found = dataclasses.replace(posterior, initial=initial, dynamics=dynamics, emission=emission)
+    return dataclasses.replace(found, log_prob=posterior.log_prob + 0.5 * found.squares)
+
+
+def _for_every_lane(posterior: Posterior) -> Posterior:
+    """A shared posterior in the form of those in which every sequence has covariances of its own."""
     lanes = posterior.states.shape[-1]
 
-    def coloured(noise: Noise) -> Noise:
-        each = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (*leaf.shape[:-1], lanes)),
-            (noise.covariance, noise.state_covariance, noise.cross_covariance),
-        )
-        return Noise(
-            means=noise.means if noise.root is None else apply(noise.root.T, noise.means),
-            root=None,
-            counted=noise.counted,
-            covariance=each[0],
-            state_covariance=each[1],
-            cross_covariance=each[2],
+    def repeated(noise: Noise, counted: jax.Array | None) -> Noise:
+        def each(leaf: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(leaf, (*leaf.shape[:-1], lanes))
+
+        return dataclasses.replace(
+            noise,
+            counted=counted,
+            covariance=each(noise.covariance),
+            state_covariance=jax.tree.map(each, noise.state_covariance),
+            cross_covariance=jax.tree.map(each, noise.cross_covariance),
         )
 
-    emission = coloured(posterior.emission)
     return dataclasses.replace(
         posterior,
-        initial=coloured(posterior.initial),
-        dynamics=coloured(posterior.dynamics),
-        emission=dataclasses.replace(emission, counted=jnp.ones_like(emission.means[:, 0], bool)),
-        at_rest=None,
+        initial=repeated(posterior.initial, None),
+        dynamics=repeated(posterior.dynamics, None),
+        emission=repeated(posterior.emission, jnp.ones_like(posterior.states[:, 0], bool)),
+        log_prob=jnp.broadcast_to(posterior.log_prob, lanes),
     )
 
 
@@ -189,7 +218,7 @@ class _Counted:
 
 
 def _counted(x: Sequences) -> _Counted:
-    observed = None if x.lengths is None and x.complete else jnp.any(seen_entries(x), axis=-1).T
+    observed = None if x.lengths is None and x.complete else jnp.any(jnp.moveaxis(seen_entries(x), 0, -1), axis=1)
     if x.lengths is None and x.ids is None:
         return _Counted(initial=None, dynamics=None, emission=observed)
     starts, inside = x.starts().T, x.inside().T
@@ -203,6 +232,16 @@ def _sum(values: jax.Array, counted: jax.Array | None) -> jax.Array:
     return lanewise.sum_steps(values)
 
 
+def _of_rows(x: Sequences, filtered: Filtered) -> jax.Array:
+    """log p(x) of the sequences of every row: (B,)."""
+    return jnp.sum(jnp.where(x.inside(), filtered.log_prob.T, 0), axis=1)
+
+
+def _of_packed(x: Sequences, filtered: Filtered) -> jax.Array | None:
+    """log p(x) of every sequence, where rows hold several."""
+    return None if x.ids is None else x.per_sequence(filtered.log_prob.T)
+
+
 def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
     """Of sequences whose covariances differ."""
     transition, completed, filtered = filtered_per_sequence(system, x, parallel)
@@ -213,12 +252,9 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
 
     def observed(at: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         filled, loadings, mean, covariance, count = at
-        loaded = lanewise.matmul(loadings, covariance)
-        weighted = count * loadings
-        if diagonal:
-            noise = jnp.sum(weighted * loaded, axis=1)
-        else:
-            noise = lanewise.matmul(weighted, lanewise.transposed(loaded))
+        loaded = lanewise.once(lanewise.matmul(loadings, covariance))
+        weighted = lanewise.once(count * loadings)
+        noise = jnp.sum(weighted * loaded, axis=1) if diagonal else lanewise.outer(weighted, loaded)
         return filled - lanewise.times(loadings, mean), (count * loaded, noise)
 
     left, (loaded, noise) = lanewise.over_steps(
@@ -252,8 +288,8 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
             state_covariance=_sum(found.covariances, counted.emission),
             cross_covariance=-lanewise.transposed(loaded),
         ),
-        evidence=x.per_sequence(filtered.log_prob.T),
-        at_rest=None,
+        log_prob=_of_rows(x, filtered),
+        packed=_of_packed(x, filtered),
     )
 
 
@@ -267,8 +303,7 @@ class DrawnPaths:
     initial_mean  m   (S,)
     key           of the draws
     num_paths     ()
-    evidence      log p(x)   (B,), or (num_sequences,) where they are packed
-    params        whose noise this is
+    log_prob, packed, params   as in `Posterior`
     """
 
     chain: BackwardChain
@@ -277,8 +312,14 @@ class DrawnPaths:
     initial_mean: jax.Array
     key: jax.Array
     num_paths: jax.Array
-    evidence: jax.Array
+    log_prob: jax.Array
+    packed: jax.Array | None
     params: Any = None
+
+    @property
+    def evidence(self) -> jax.Array:
+        """log p(x) of every sequence, exactly: (B,), or (num_sequences,) where they are packed."""
+        return self.log_prob if self.packed is None else self.packed
 
     def path(self, number: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """One path of states (T, S, B), and the process noise (T - 1, S, B) in it."""
@@ -310,8 +351,8 @@ class DrawnPaths:
             initial=noise(start, self.counted.initial, none, None),
             dynamics=noise(process_noise, self.counted.dynamics, none, none),
             emission=noise(left, self.counted.emission, self.completed.covariance, nothing_across),
-            evidence=self.evidence,
-            at_rest=None,
+            log_prob=self.log_prob,
+            packed=self.packed,
             params=self.params,
         )
 
@@ -336,6 +377,7 @@ def _drawn(params: Any, system: System, x: Sequences, expect: Sample, parallel: 
         initial_mean=system.initial_mean,
         key=key,
         num_paths=jnp.asarray(expect.num_samples if expect.used is None else expect.used),
-        evidence=x.per_sequence(filtered.log_prob.T),
+        log_prob=_of_rows(x, filtered),
+        packed=_of_packed(x, filtered),
         params=params,
     )

@@ -97,7 +97,8 @@ def compress(
             white, values, across, half_logdet = _eliminate(emission, covariance, residual, there)
             filled = jnp.where(known, residual, lanewise.times(lanewise.transposed(across), values))
             loadings = jnp.where(known[:, None], emission[:, :, None], lanewise.cross(across, white))
-            left = (1 - there)[:, None] * (1 - there) * (covariance[:, :, None] - lanewise.square(across))
+            explained = lanewise.outer(lanewise.transposed(across), lanewise.transposed(across))
+            left = (1 - there)[:, None] * (1 - there) * (covariance[:, :, None] - explained)
         constant = -half_logdet - 0.5 * jnp.sum(there, axis=0) * jnp.log(jnp.asarray(2 * jnp.pi, dtype))
         if columns > states:
             _, white, along, rest = lanewise.orthogonalize(white, values[:, None])
