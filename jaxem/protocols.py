@@ -176,7 +176,9 @@ class Problem:
 class Part(Protocol):
     """A named piece of the parameters, independent of the others given the statistics.
 
-    What a part may leave out, and what then takes its place, stands in `capabilities`.
+    What a part may have beside, and what else takes its place, stands in `capabilities`: `rebase`, where statistics have
+    a reference; `supports`, where values lie (name -> a check of `parameters`, or one where the parameter is an array);
+    `check_value`, for values to be held fixed; and others.
     """
 
     def m_step(self, stats: Stats) -> Params:
@@ -189,10 +191,6 @@ class Part(Protocol):
 
     def log_prior(self, params: Params) -> jax.Array: ...
 
-    def rebase(self, stats: Stats, params: Params) -> Stats:
-        """The same statistics about the reference of other parameters, exactly."""
-        ...
-
     def degenerate(self, stats: Stats) -> jax.Array:
         """Components (K,) that died or collapsed; (0,) where there are none that could."""
         ...
@@ -202,15 +200,6 @@ class Part(Protocol):
     def unconstrain(self, params: Params) -> Any: ...
 
     def constrain(self, theta: Any) -> Params: ...
-
-    def check_value(self, name: str, value: Any) -> None:
-        """Raise ValueError for a value, to be held fixed, that cannot be."""
-        ...
-
-    @property
-    def supports(self) -> Any:
-        """Where values lie: name -> a check of `parameters`, or one check where the parameter is an array."""
-        ...
 
 
 class Gate(Part, Protocol):
@@ -229,17 +218,13 @@ class Gate(Part, Protocol):
         ...
 
 
-class Family(Protocol):
-    """p(observation | component): K components at once, component axis first.
+class Family(Part, Protocol):
+    """p(observation | component), a part: K components at once, component axis first.
 
-    A family may also have (each is used where present): `rebase(stats, params)` where statistics
-    have a reference; `supports`, where the values of its parameters lie; `coarse()`;
-    `extra_components`, how many components it adds by itself, after
-    the K; `shared_floats_per_row(params)`, of `floats_per_row` what does not depend on the
-    parameters; `start_passes`, how many M-steps make a start (2); `separable`, the names of parameters
-    whose being held or shared leaves the M-step of the others as it is, and
-    `m_step_given(stats, **held)` for others that can be held; `shareable`, and
-    `share(stats, name, params)`, a shared parameter given the M-step of all others (see `Fixed` and `Tied`).
+    Of its optional members, which stand in `capabilities`, some are about statements: `separable` names parameters
+    whose being held or shared leaves the M-step of the others as it is, `m_step_given(stats, **held)` holds others,
+    `shareable` names what components can share, and `share(stats, name, params)` is the common value given the M-step
+    of all others (see `Fixed` and `Tied`).
     """
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
@@ -250,31 +235,25 @@ class Family(Protocol):
         """Rows as points (N, F), for seeding."""
         ...
 
-    def log_prob(self, params: Params, x: Data) -> jax.Array: ...
+    def log_prob(self, params: Params, x: Data) -> jax.Array:
+        """Log-density of every row under every component: (K, N)."""
+        ...
 
     def stats(self, params: Params, x: Data, responsibilities: jax.Array) -> Stats:
         """Additive statistics; their `count` (K,) is the sum of the responsibilities."""
         ...
 
-    def m_step(self, stats: Stats) -> Params: ...
+    def sample(self, key: jax.Array, params: Params, labels: jax.Array) -> Data:
+        """One row from the component that each label (N,) names."""
+        ...
 
-    def q_function(self, params: Params, stats: Stats) -> jax.Array: ...
+    def floats_per_row(self, params: Params) -> int:
+        """Temporaries of `log_prob` and `stats`, in numbers a row."""
+        ...
 
-    def log_prior(self, params: Params) -> jax.Array: ...
-
-    def degenerate(self, stats: Stats) -> jax.Array: ...
-
-    def sample(self, key: jax.Array, params: Params, labels: jax.Array) -> Data: ...
-
-    def num_parameters(self, params: Params) -> int: ...
-
-    def floats_per_row(self, params: Params) -> int: ...
-
-    def unconstrain(self, params: Params) -> Any: ...
-
-    def constrain(self, theta: Any) -> Params: ...
-
-    def check(self, x: Data, name: str = ...) -> None: ...
+    def check(self, x: Data, name: str = ...) -> None:
+        """Raise ValueError or TypeError, by name, for data that no component can have produced."""
+        ...
 
 
 class Expect(Protocol):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from ..protocols import Params, Part, Stats
+from ..protocols import Params, Stats
 from ..record import fields, replace
 from . import statements
 
@@ -20,7 +20,9 @@ class Assembled(Protocol):
     """What the methods of this file ask for."""
 
     @property
-    def parts(self) -> dict[str, Part]: ...
+    def parts(self) -> dict[str, Any]:
+        """name -> `Part`, complete."""
+        ...
 
     def params_of(self, values: dict[str, Any]) -> Params:
         """Parameters from those of every part."""
