@@ -228,6 +228,8 @@ class Completed:
 
 def complete(kind: str, given: Any) -> Any:
     """The object itself if it has all that its kind may ask for, else one that has."""
+    if isinstance(given, Completed) and given.kind == kind:
+        return given
     return given if all(hasattr(given, name) for name in _DEFAULTS[kind]) else Completed(given, kind)
 
 
