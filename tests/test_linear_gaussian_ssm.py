@@ -10,6 +10,8 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from jaxem import Exact, Fixed, Hard, Sample, Status, datasets, em_fit
+from jaxem.families import covariance
+from jaxem.families.linear_equation import EquationStats, LinearEquation
 from jaxem.latents.linear_gaussian import affine, shared
 from jaxem.models import LinearGaussianSSM, LinearGaussianSSMParams
 from jaxem.sequences import Sequences, pack_sequences, pad_sequences
@@ -495,6 +497,35 @@ def test_a_hundred_steps_in_float32():
     x = x[:, jnp.array([0, 0, 1, 1])]
     fit = em_fit(model, model.init(jax.random.key(1), x), x, tol=-1.0, max_steps=150)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(fit.params))
+
+
+@pytest.mark.parametrize("noise", [covariance.Full(), covariance.Diagonal()])
+def test_equations_side_by_side_are_each_by_itself(noise, x64):
+    """Leading axes of statistics and parameters, a component's say; the second group of features is held."""
+    root = RNG.normal(size=(3, 9, 6))
+    whole = np.einsum("kni,knj->kij", root, root)
+    line = RNG.normal(size=(3, 2, 4))
+    stats = EquationStats(
+        count=jnp.array([7.0, 8.0, 9.0]),
+        reference=jnp.array([7.0, 8.0, 9.0])[:, None, None] * line,
+        gram=jnp.asarray(whole[:, :4, :4]),
+        cross=jnp.asarray(whole[:, :4, 4:]),
+        square=noise.from_matrix(jnp.asarray(whole[:, 4:, 4:])),
+    )
+    prior = jax.tree.map(lambda leaf: leaf / 4, stats)
+    held = (None, jnp.full((3, 2, 1), 0.5), None)
+
+    def estimate(stats, prior, held):
+        equation = LinearEquation(noise=noise, widths=(2, 1, None), prior=prior)
+        params = equation.m_step(stats, held)
+        score = equation.q_function(params, stats) + equation.log_prior(params)
+        return params, equation.degenerate(stats, held), equation.rebase(stats, params), score
+
+    *together, score = jax.jit(estimate)(stats, prior, held)
+    *alone, scores = jax.jit(jax.vmap(estimate))(stats, prior, held)
+    close(together, alone)
+    close(score, jnp.sum(scores))
+    close(together[0].coefficients[1], held[1])
 
 
 # Compilation, batches of fits, held parameters.
