@@ -176,9 +176,8 @@ class Problem:
 class Part(Protocol):
     """A named piece of the parameters, independent of the others given the statistics.
 
-    What a part may have beside, and what else takes its place, stands in `capabilities`: `rebase`, where statistics have
-    a reference; `supports`, where values lie (name -> a check of `parameters`, or one where the parameter is an array);
-    `check_value`, for values to be held fixed; and others.
+    What it may have beside, and what else takes its place, stands in `capabilities`: `rebase`, where statistics have
+    a reference; `supports`, where values lie (name -> a check of `parameters`, or one if it is an array); and others.
     """
 
     def m_step(self, stats: Stats) -> Params:
