@@ -17,6 +17,7 @@ import numpy as np
 from . import checks, tree
 from .capabilities import complete
 from .protocols import Algorithm, Data, Model, Params
+from .record import fields
 
 # How far below 0 an eigenvalue may lie, beside the largest entry of its matrix.
 _EIGENVALUE_ROUNDING = 1e-4
@@ -77,7 +78,7 @@ def _supported(name: str, params: Any, supports: Supports) -> None:
     """Raise ValueError for values outside of what a model or family says of its parameters; eager only."""
     for key, support in supports.items():
         named = isinstance(params, Mapping)
-        value, place = (params[key], f"{name}[{key!r}]") if named else (getattr(params, key), f"{name}.{key}")
+        value, place = fields(params)[key], f"{name}[{key!r}]" if named else f"{name}.{key}"
         if isinstance(support, Mapping):
             _supported(place, value, support)
         elif checks.is_known(value):
@@ -105,9 +106,10 @@ def _alike(name: str, given: Any, expected: Any, lead: tuple[int, ...], data: st
             raise TypeError(
                 f"{name} must be {type(expected).__name__}, as the model's own start has it; got {checks.told(given)}"
             )
+        own = fields(given)
         for field in dataclasses.fields(expected):
             if not field.metadata.get("static"):
-                _alike(f"{name}.{field.name}", getattr(given, field.name), getattr(expected, field.name), lead, data)
+                _alike(f"{name}.{field.name}", own[field.name], fields(expected)[field.name], lead, data)
     elif isinstance(expected, Mapping):
         if not isinstance(given, Mapping) or set(given) != set(expected):
             raise TypeError(f"{name} must be a dict with {sorted(expected)}; got {checks.told(given)}")

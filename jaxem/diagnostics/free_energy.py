@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, tree
+from ..capabilities import states
 from ..data import as_labelled
 from ..protocols import Data, Params
 
@@ -42,7 +43,7 @@ def free_energy(model: Any, params: Params, x: Data, q: Any, weights: jax.Array 
 def _needs(model: Any, names: tuple[str, ...]) -> None:
     """Raise TypeError for a model that lacks one of these methods."""
     for name in names:
-        if not hasattr(model, name):
+        if not states(model, name):
             raise TypeError(
                 f"free_energy needs a model with a discrete posterior; {type(model).__name__} has no {name}"
             )
