@@ -1,11 +1,19 @@
-"""One categorical latent a row: the posterior over components."""
+"""One categorical latent a row: the posterior over components, and what is asked of rows once parameters are known.
 
+The latter are methods of a model whose `log_joint(params, x)` is log p(z_n = k, x_n), (K, N), and which has a gate
+where its weights depend on the row.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .. import numerics
+from .. import checks, numerics, parameters, tree
+from ..protocols import Data, Params
 from ..record import record
 from .expect import Exact, Hard, Sample
 
@@ -20,6 +28,41 @@ class CategoricalPosterior:
 
     responsibilities: jax.Array
     evidence: jax.Array
+
+    def entropy(self, weights: jax.Array | None = None) -> jax.Array:
+        """Entropy in nats, summed over rows x weights (N,)."""
+        return -self._expected_log(self, weights)
+
+    def kl(self, q: "CategoricalPosterior", weights: jax.Array | None = None) -> jax.Array:
+        """KL(q ‖ this) in nats, summed over rows x weights (N,)."""
+        return q._expected_log(q, weights) - self._expected_log(q, weights)
+
+    def given(self, q: Any) -> "CategoricalPosterior":
+        """What a user gave as distribution of the same latents: an array (N, K), or a posterior of the model.
+
+        Raises ValueError where it is none.
+        """
+        count, rows = self.responsibilities.shape
+        if not isinstance(q, CategoricalPosterior):
+            q = checks.array("q", q)
+            if q.ndim != 2 or q.shape[0] != rows:
+                raise ValueError(
+                    f"q must have shape (N, K), a distribution over latents for each of {rows} rows; got {q.shape}"
+                )
+            if checks.is_concrete(q):
+                checks.distributions("q", np.asarray(q))
+            q = CategoricalPosterior(responsibilities=q.T, evidence=self.evidence)
+        if q.responsibilities.shape != (count, rows):
+            raise ValueError(
+                f"q must have shape {(rows, count)}, as the posterior has; got {q.responsibilities.T.shape}"
+            )
+        return dataclasses.replace(q, evidence=self.evidence)
+
+    def _expected_log(self, q: "CategoricalPosterior", weights: jax.Array | None) -> jax.Array:
+        """E_q[log r], 0 log 0 = 0."""
+        used = q.responsibilities > 0
+        logs = numerics.safe_log(jnp.where(used, self.responsibilities, 1))
+        return numerics.weighted_sum(jnp.sum(jnp.where(used, q.responsibilities * logs, 0), axis=0), weights)
 
 
 def infer(log_joint: jax.Array, expect: Any) -> CategoricalPosterior:
@@ -61,3 +104,46 @@ def _draw(responsibilities: jax.Array, expect: Sample) -> jax.Array:
     # Of each row, its draws up to component k; their differences over k are the draws of each.
     below = jax.lax.fori_loop(0, used, draw, jnp.zeros_like(upto))
     return jnp.diff(below, axis=0, prepend=0) / jnp.asarray(used, total.dtype)
+
+
+@parameters.at_rows
+@jax.jit
+def log_prob(model: Any, params: Params, x: Data) -> jax.Array:
+    """Marginal log-density log p(x_n) of each row, log p(x_n, label_n) of labelled ones: (N,)."""
+    return _by_rows(model, params, x, lambda rows: numerics.normalize(model.log_joint(params, rows))[1])
+
+
+@parameters.at_rows
+@jax.jit
+def responsibilities(model: Any, params: Params, x: Data) -> jax.Array:
+    """Responsibilities p(component k | x_n): (N, K)."""
+    return _by_rows(model, params, x, lambda rows: numerics.normalize(model.log_joint(params, rows))[0].T)
+
+
+@parameters.at_rows
+@jax.jit
+def likeliest(model: Any, params: Params, x: Data) -> jax.Array:
+    """The most probable component of each row: (N,), whole numbers."""
+    return _by_rows(model, params, x, lambda rows: jnp.argmax(model.log_joint(params, rows), axis=0))
+
+
+def _by_rows(model: Any, params: Params, x: Data, function: Callable) -> jax.Array:
+    size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
+    return tree.map_over_blocks(function, x, size)
+
+
+def sample(model: Any, key: jax.Array, params: Params, n: int) -> Data:
+    """n rows from the mixture. `sample_with_labels` also tells their components."""
+    return model.sample_with_labels(key, params, n)[0]
+
+
+def sample_with_labels(model: Any, key: jax.Array, params: Params, n: int) -> tuple[Data, jax.Array]:
+    """n rows from the mixture, and the component (n,) that each came from."""
+    checks.positive_integer("n", n)
+    if model.gate is not None:
+        raise TypeError("a mixture with a gate has components that depend on the row: it cannot be sampled from")
+    model.check_count(params)
+    params = tree.no_whole_numbers(params, params)
+    key_labels, key_rows = jax.random.split(checks.random_key(key))
+    labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
+    return model.family.sample(key_rows, params.components, labels), labels

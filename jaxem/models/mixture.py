@@ -126,12 +126,12 @@ class Mixture:
         """The M-step from given responsibilities (N, K), or labels (N,) of a whole-number dtype."""
         x, weights = checks.native((x, weights))
         self.check(x, weights)
-        given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), self._total)
+        given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), self.num_weights)
         return self._from_responsibilities(x, given, weights, 0.0)
 
     def infer(self, params: MixtureParams, x: Data, expect: Expect = Exact()) -> CategoricalPosterior:
         """The posterior over components of every row; its `evidence` is log p(x_n), (N,)."""
-        return categorical.infer(self._log_joint(params, x), expect)
+        return categorical.infer(self.log_joint(params, x), expect)
 
     def statistics(
         self, params: MixtureParams, x: Data, posterior: CategoricalPosterior, weights: jax.Array | None = None
@@ -169,42 +169,15 @@ class Mixture:
         exact = self.infer(params, x)
         return self.statistics(params, x, dataclasses.replace(exact, responsibilities=responsibilities.T), weights)
 
-    @parameters.at_rows
-    @jax.jit
-    def log_prob(self, params: MixtureParams, x: Data) -> jax.Array:
-        """Marginal log-density log p(x_n) of each row, log p(x_n, label_n) of labelled ones: (N,)."""
-        return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[1])
-
-    @parameters.at_rows
-    @jax.jit
-    def posterior(self, params: MixtureParams, x: Data) -> jax.Array:
-        """Responsibilities p(component k | x_n): (N, K)."""
-        return self._by_rows(params, x, lambda rows: numerics.normalize(self._log_joint(params, rows))[0].T)
-
-    @parameters.at_rows
-    @jax.jit
-    def predict(self, params: MixtureParams, x: Data) -> jax.Array:
-        """The most probable component of each row: (N,), whole numbers."""
-        return self._by_rows(params, x, lambda rows: jnp.argmax(self._log_joint(params, rows), axis=0))
-
-    def sample(self, key: jax.Array, params: MixtureParams, n: int) -> Data:
-        """n rows from the mixture. `sample_with_labels` also tells their components."""
-        return self.sample_with_labels(key, params, n)[0]
-
-    def sample_with_labels(self, key: jax.Array, params: MixtureParams, n: int) -> tuple[Data, jax.Array]:
-        """n rows from the mixture, and the component (n,) that each came from."""
-        checks.positive_integer("n", n)
-        if self.gate is not None:
-            raise TypeError("a mixture with a gate has components that depend on the row: it cannot be sampled from")
-        self._count(params)
-        params = tree.no_whole_numbers(params, params)
-        key_labels, key_rows = jax.random.split(checks.random_key(key))
-        labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
-        return self.family.sample(key_rows, params.components, labels), labels
+    log_prob = categorical.log_prob
+    posterior = categorical.responsibilities
+    predict = categorical.likeliest
+    sample = categorical.sample
+    sample_with_labels = categorical.sample_with_labels
 
     def num_parameters(self, params: MixtureParams) -> int:
         """Free parameters: K - 1 weights and the components'."""
-        self._count(params)
+        self.check_count(params)
         return assembly.num_parameters(self, params)
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
@@ -216,13 +189,13 @@ class Mixture:
         checks.row_weights(weights, rows)
         checks.enough_rows(rows, weights, self.num_components)
         if labels is not None:
-            checks.labels("labels", labels, rows, self._total)
+            checks.labels("labels", labels, rows, self.num_weights)
 
     def params_like(self, x: Data) -> MixtureParams:
         """The shapes that parameters have for such data."""
         rows, parts = split(x)[0], self.parts
         return MixtureParams(
-            weights=seeding.params_like(parts["weights"], rows, self._total),
+            weights=seeding.params_like(parts["weights"], rows, self.num_weights),
             components=seeding.params_like(parts["components"], rows, self.num_components),
         )
 
@@ -230,7 +203,7 @@ class Mixture:
         """Temporaries of an E-step, in numbers a row."""
         parts = self.parts
         own = parts["weights"].floats_per_row(params.weights) + parts["components"].floats_per_row(params.components)
-        return 2 * self._total + own
+        return 2 * self.num_weights + own
 
     def floats_per_restart(self, params: MixtureParams, x: Data) -> int:
         """The part of these that every restart has for itself, where several are run on the same rows."""
@@ -242,16 +215,16 @@ class Mixture:
         return self if family is self.family else dataclasses.replace(self, family=family)
 
     @property
-    def _total(self) -> int:
+    def num_weights(self) -> int:
         """Components, and those that the family adds by itself."""
         return self.num_components + self.parts["components"].extra_components
 
-    def _count(self, params: MixtureParams) -> None:
+    def check_count(self, params: MixtureParams) -> None:
         """Raise unless parameters are a mixture's, with as many weights as it has components."""
         if self.gate is None:
-            parameters.count_of("params.weights", fields(params).get("weights"), self._total)
+            parameters.count_of("params.weights", fields(params).get("weights"), self.num_weights)
 
-    def _log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
+    def log_joint(self, params: MixtureParams, x: Data) -> jax.Array:
         """log p(component k, x_n): (K, N); -inf for all components but its own where a row is labelled."""
         parameters.shapes("params", self, params, x)
         rows, labels = split(x)
@@ -259,10 +232,6 @@ class Mixture:
         joint = parts["weights"].log_prob(params.weights, rows)
         joint = joint + parts["components"].log_prob(params.components, rows)
         return joint if labels is None else jnp.where(allowed(labels, joint.shape[0]), joint, -jnp.inf)
-
-    def _by_rows(self, params: MixtureParams, x: Data, function: Any) -> jax.Array:
-        size = tree.rows_per_block(self.floats_per_row(params, x), tree.float_dtype(x))
-        return tree.map_over_blocks(function, x, size)
 
     @functools.partial(jax.jit, static_argnames="smoothing")
     def _from_responsibilities(
@@ -273,12 +242,9 @@ class Mixture:
         rows, labels = split(x)
         if labels is not None:
             share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else as_labelled(share.T, x).T
-        parts = self.parts
-        pooled = {
-            "weights": parts["weights"].pooled(rows, weights, self._total),
-            "components": parts["components"].pooled(rows, weights, self.num_components),
-        }
-        of = seeding.statistics(parts, pooled, rows, share, weights, self._total, smoothing)
+        parts, counts = self.parts, {"weights": self.num_weights, "components": self.num_components}
+        pooled = {name: part.pooled(rows, weights, counts[name]) for name, part in parts.items()}
+        of = seeding.statistics(parts, pooled, rows, share, weights, self.num_weights, smoothing)
         return self.params_of({name: part.m_step(of[name]) for name, part in parts.items()})
 
 

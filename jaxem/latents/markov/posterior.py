@@ -261,9 +261,15 @@ class Posterior:
     def given(self, q: Any) -> "Posterior":
         """What a user gave as distribution of the same states: a `ChainPosterior`, or a posterior of the model.
 
-        Raises ValueError where it is none.
+        Raises TypeError or ValueError where it is none.
         """
-        form, _ = q.along(self.terms)
+        try:
+            along = q.along
+        except AttributeError:
+            raise TypeError(
+                f"q must be a ChainPosterior(states, pairs), or what the model's infer returned; got {checks.told(q)}"
+            ) from None
+        form, _ = along(self.terms)
         if form.states.shape != self.form.states.shape:
             raise ValueError(f"q must have {self.form.states.shape[1]} states; got {form.states.shape[1]}")
         return Posterior(form=form, terms=self.terms, alone=self.alone)
