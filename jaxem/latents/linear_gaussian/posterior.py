@@ -52,7 +52,7 @@ class Posterior:
     """All that statistics need of p(states, missing entries | x).
 
     states     E z_t   (T, S, B)
-    initial    noise z_1 - m            of first states, T' = 1; where sequences are packed, at all steps
+    initial    noise z_1 - m            of first states, T' = 1; where lengths differ T' = T, and few count
     dynamics   process noise w_t        T' = T - 1, from the second step on
     emission   observation noise v_t    T' = T
     log_prob   log p(x) of every row    (B,); where noise is white without its squares, + |noise|² / 2: (B,) or (1,)
