@@ -21,7 +21,7 @@ from .affine import apply
 from .elements import Filtered
 from .shared import shared_moments
 from .smoothing import BackwardChain, backward_chain, draw_path, smoothed
-from .system import System, filtered_per_sequence, root_of, seen_entries, shared_or_per_sequence, whitened
+from .system import System, filtered_per_sequence, root_of, shared_or_per_sequence, whitened
 from .whitening import Completed
 
 
@@ -52,7 +52,7 @@ class Posterior:
     """All that statistics need of p(states, missing entries | x).
 
     states     E z_t   (T, S, B)
-    initial    noise z_1 - m            of first states, T' = 1; where sequences are packed, at all steps
+    initial    noise z_1 - m            of first states, T' = 1; where lengths differ T' = T, and few count
     dynamics   process noise w_t        T' = T - 1, from the second step on
     emission   observation noise v_t    T' = T
     log_prob   log p(x) of every row    (B,); where noise is white without its squares, + |noise|² / 2: (B,) or (1,)
@@ -217,8 +217,8 @@ class _Counted:
     emission: jax.Array | None
 
 
-def _counted(x: Sequences) -> _Counted:
-    observed = None if x.lengths is None and x.complete else jnp.any(jnp.moveaxis(seen_entries(x), 0, -1), axis=1)
+def _counted(x: Sequences, completed: Completed) -> _Counted:
+    observed = None if x.lengths is None and x.complete else completed.observed
     if x.lengths is None and x.ids is None:
         return _Counted(initial=None, dynamics=None, emission=observed)
     starts, inside = x.starts().T, x.inside().T
@@ -246,20 +246,19 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
     """Of sequences whose covariances differ."""
     transition, completed, filtered = filtered_per_sequence(system, x, parallel)
     found = smoothed(transition, filtered, parallel)
-    counted = _counted(x)
-    everywhere = jnp.ones_like(found.means[:, 0], bool) if counted.emission is None else counted.emission
+    counted = _counted(x, completed)
     diagonal = system.emission_covariance.ndim == 1
 
     def observed(at: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        filled, loadings, mean, covariance, count = at
+        filled, loadings, mean, covariance, counts = at
         loaded = lanewise.once(lanewise.matmul(loadings, covariance))
-        weighted = lanewise.once(count * loadings)
+        weighted = lanewise.once(jnp.where(counts, loadings, 0))
         noise = jnp.sum(weighted * loaded, axis=1) if diagonal else lanewise.outer(weighted, loaded)
-        return filled - lanewise.times(loadings, mean), (count * loaded, noise)
+        return filled - lanewise.times(loadings, mean), (jnp.where(counts, loaded, 0), noise)
 
     left, (loaded, noise) = lanewise.over_steps(
         observed,
-        (completed.filled, completed.loadings, found.means, found.covariances, everywhere.astype(found.means.dtype)),
+        (completed.filled, completed.loadings, found.means, found.covariances, completed.observed),
     )
     first = slice(1) if counted.initial is None else slice(None)
     return Posterior(
@@ -373,7 +372,7 @@ def _drawn(params: Any, system: System, x: Sequences, expect: Sample, parallel: 
     return DrawnPaths(
         chain=backward_chain(transition, filtered),
         completed=completed,
-        counted=_counted(x),
+        counted=_counted(x, completed),
         initial_mean=system.initial_mean,
         key=key,
         num_paths=jnp.asarray(expect.num_samples if expect.used is None else expect.used),

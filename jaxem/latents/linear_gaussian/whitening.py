@@ -68,11 +68,13 @@ class Completed:
 
     filled      (T, D, B)             the noise is filled - loadings z
     loadings    (T, D, S, B)          rows of the emission where an entry is seen
+    observed    (T, B)                whether a step is: whether any of its entries is seen
     covariance  (D, D, B), or (D, B)  of the noise given the state, summed over the steps that are observed
     """
 
     filled: jax.Array
     loadings: jax.Array
+    observed: jax.Array
     covariance: jax.Array
 
 
@@ -103,12 +105,13 @@ def compress(
         if columns > states:
             _, white, along, rest = lanewise.orthogonalize(white, values[:, None])
             values, constant = along[:, 0], constant - 0.5 * jnp.sum(jnp.square(rest[:, 0]), axis=0)
-        return (white, values, constant, filled, loadings), jnp.any(known, axis=0) * left
+        observed = jnp.any(known, axis=0)
+        return (white, values, constant, filled, loadings, observed), observed * left
 
     found, left = lanewise.over_steps(step, (residuals, seen))
-    white, values, constant, filled, loadings = found
+    white, values, constant, filled, loadings, observed = found
     evidence = Evidence(matrix=white, values=values, constant=constant)
-    return evidence, Completed(filled=filled, loadings=loadings, covariance=left)
+    return evidence, Completed(filled=filled, loadings=loadings, observed=observed, covariance=left)
 
 
 def _eliminate(
