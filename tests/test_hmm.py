@@ -270,7 +270,7 @@ def test_a_chain_that_cannot_be_and_one_that_is_none():
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             free_energy(model, params, x, q)
-    with pytest.raises(TypeError, match="q must be a ChainPosterior.*an array of shape"):
+    with pytest.raises(TypeError, match=r"q must be a ChainPosterior.*an array of shape"):
         free_energy(model, params, x, states)
 
 
