@@ -1,12 +1,14 @@
 """Parts of a user's own: a family and a gate, written as the contributing guide says, under the laws of all models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from jaxem import Dirichlet, Fixed, Mixture, Poisson, em_fit
+from jaxem import EM, Dirichlet, Fixed, Mixture, Poisson, em_fit
 from jaxem.parameters import simplex
 from jaxem.parts import Probabilities
 from jaxem.record import record, static
@@ -149,6 +151,32 @@ def test_a_gate_that_says_the_same_of_every_row_is_constant_weights():
     one, other = (em_fit(model, start, counts, tol=-1.0, max_steps=10) for model in (plain, gated))
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@record
+class Blurred:
+    """An E-step of a user's own: the model's posterior, a share of every row spread over all components."""
+
+    share: jax.Array
+
+    def posterior(self, model, params, x):
+        exact = model.infer(params, x)
+        count = exact.responsibilities.shape[0]
+        return dataclasses.replace(
+            exact, responsibilities=(1 - self.share) * exact.responsibilities + self.share / count
+        )
+
+
+def test_a_posterior_of_a_users_own_stands_in_the_e_step():
+    counts = RNG.poisson(np.array([2.0, 9.0])[COMPONENT])
+    model = Mixture(Poisson(), 2)
+    start = model.init(jax.random.key(1), counts)
+    step = em_fit(model, start, counts, algorithm=EM(expect=Blurred(share=jnp.array(0.3))), tol=-1.0, max_steps=1)
+    q = 0.7 * model.posterior(start, counts) + 0.15
+    expected = model.m_step(model.stats(start, counts, q))
+    for a, b in zip(jax.tree.leaves(step.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    assert float(step.objective) == pytest.approx(float(jnp.sum(model.log_prob(step.params, counts))), rel=1e-12)
 
 
 def test_a_gate_and_a_prior_on_constant_weights_are_refused_together():
