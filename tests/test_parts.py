@@ -159,12 +159,12 @@ class Blurred:
 
     share: jax.Array
 
+    monotone = False
+
     def posterior(self, model, params, x):
         exact = model.infer(params, x)
-        count = exact.responsibilities.shape[0]
-        return dataclasses.replace(
-            exact, responsibilities=(1 - self.share) * exact.responsibilities + self.share / count
-        )
+        q = (1 - self.share) * exact.responsibilities + self.share / exact.responsibilities.shape[0]
+        return dataclasses.replace(exact, responsibilities=q)
 
 
 def test_a_posterior_of_a_users_own_stands_in_the_e_step():
