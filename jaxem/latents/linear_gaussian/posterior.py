@@ -125,7 +125,7 @@ def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
     loaded = numerics.product(system.emission, found.all_states, "ds,sr->dr")
     noise = numerics.product(loaded, system.emission, "ds,es->de")
     initial = Noise(
-        means=apply(whiten_start, found.means[:1] - system.initial_mean[:, None]),
+        means=apply(whiten_start, found.means[:1] - system.initial_mean[None, :, None]),
         root=start_root,
         counted=None,
         covariance=found.initial[..., None],
@@ -253,9 +253,9 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
     def observed(at: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         filled, loadings, mean, covariance, count = at
         loaded = lanewise.once(lanewise.matmul(loadings, covariance))
-        weighted = lanewise.once(count * loadings)
+        weighted = lanewise.once(count[None, None] * loadings)
         noise = jnp.sum(weighted * loaded, axis=1) if diagonal else lanewise.outer(weighted, loaded)
-        return filled - lanewise.times(loadings, mean), (count * loaded, noise)
+        return filled - lanewise.times(loadings, mean), (count[None, None] * loaded, noise)
 
     left, (loaded, noise) = lanewise.over_steps(
         observed,
@@ -265,7 +265,7 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
     return Posterior(
         states=found.means,
         initial=Noise(
-            means=found.means[first] - system.initial_mean[:, None],
+            means=found.means[first] - system.initial_mean[None, :, None],
             root=None,
             counted=counted.initial,
             covariance=_sum(found.covariances[first], counted.initial),
@@ -345,7 +345,7 @@ class DrawnPaths:
             )
 
         left = self.completed.filled - lanewise.times(self.completed.loadings, states)
-        start = states[first] - self.initial_mean[:, None]
+        start = states[first] - self.initial_mean[None, :, None]
         return Posterior(
             states=states,
             initial=noise(start, self.counted.initial, none, None),
