@@ -122,7 +122,7 @@ def bounding_volume(x: jax.Array) -> jax.Array:
     """
     rows = checks.matrix("x", x)
     axes = jnp.prod(jnp.nanmax(rows, axis=0) - jnp.nanmin(rows, axis=0))
-    centred = rows - jnp.mean(rows, axis=0)
+    centred = rows - jnp.mean(rows, axis=0)[None]
     _, vectors = jnp.linalg.eigh(numerics.product(centred, centred, "ni,nj->ij"))
     turned = numerics.product(centred, vectors, "ni,ij->nj")
     principal = jnp.prod(jnp.max(turned, axis=0) - jnp.min(turned, axis=0))

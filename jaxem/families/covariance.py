@@ -110,7 +110,8 @@ class Full:
 
     def trace(self, precision: jax.Array, moments: jax.Array) -> jax.Array:
         """tr(P S): (...)."""
-        return jnp.sum(numerics.to_rank(precision, moments.ndim) * moments, axis=(-1, -2))
+        rank = max(precision.ndim, moments.ndim)
+        return jnp.sum(numerics.to_rank(precision, rank) * numerics.to_rank(moments, rank), axis=(-1, -2))
 
     def columns_of(self, moments: jax.Array, columns: int) -> jax.Array:
         """Second moment of each column: (..., D)."""
@@ -181,7 +182,8 @@ def _log_inverse_gamma(variance: jax.Array, degrees_of_freedom: jax.Array, scale
     """Inverse-gamma(nu/2, scale/2) log-density of a variance, normalised, elementwise."""
     shape = degrees_of_freedom / 2
     normaliser = shape * jnp.log(scale / 2) - jax.lax.lgamma(jnp.asarray(shape, variance.dtype))
-    return normaliser - (shape + 1) * jnp.log(variance) - numerics.to_rank(scale, variance.ndim) / (2 * variance)
+    normaliser, scale = (numerics.to_rank(part, variance.ndim) for part in (normaliser, scale))
+    return normaliser - (shape + 1) * jnp.log(variance) - scale / (2 * variance)
 
 
 @record

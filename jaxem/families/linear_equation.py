@@ -256,7 +256,7 @@ def _moments(values: jax.Array, counted: jax.Array | None, weights: jax.Array | 
         values = jnp.where(counted[:, None], values, 0)
         each = counted.astype(values.dtype) if each is None else jnp.where(counted, each, 0)
     count = jnp.asarray(steps * lanes, values.dtype) if each is None else jnp.sum(each)
-    weighted = values if weights is None else weights * values
+    weighted = values if weights is None else numerics.to_rank(weights, values.ndim) * values
     # In parts first, which is quicker, and rounds less.
     parts = "tib,tjb->bij" if lanes < tuning.MANY_SEQUENCES else "tib,tjb->tij"
     return count, jnp.sum(numerics.product(weighted, values, parts), axis=0)

@@ -137,7 +137,7 @@ def _whitened_moments(
 
 
 def _expanded_log_prob(parts: Components, rows: Rows) -> jax.Array:
-    shape, offset = parts.shape, parts.mean - rows.centre
+    shape, offset = parts.shape, parts.mean - rows.centre[None]
     precision = shape.precision(parts.whitener)
     linear = shape.precision_times(precision, offset)
     base = parts.constant - 0.5 * jnp.sum(linear * offset, axis=-1)

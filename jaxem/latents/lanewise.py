@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import numerics
+
 # Up to here columns are orthogonalised one by one in straight-line code: far quicker than a loop, in XLA.
 UNROLLED_COLUMNS = 16
 
@@ -20,7 +22,8 @@ _AT_A_TIME = 256
 def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     """sum over one axis of each of their products, written out where it is short: a reduction over an axis that is
     not the last runs at a fraction of the speed of sums of whole slices."""
-    count = a.shape[axis_a]
+    count, rank = a.shape[axis_a], max(a.ndim, b.ndim)
+    a, b = numerics.to_rank(a, rank), numerics.to_rank(b, rank)
     if not 0 < count <= UNROLLED_COLUMNS:
         return jnp.sum(jnp.moveaxis(a, axis_a, 0) * jnp.moveaxis(b, axis_b, 0), axis=0)
     parts = (
@@ -80,7 +83,7 @@ def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax
     def project(whole: jax.Array, column: jax.Array, least: jax.Array) -> tuple[jax.Array, jax.Array]:
         size = jnp.sum(jnp.square(column), axis=0)
         used = size > least
-        direction = once(column * jnp.where(used, jax.lax.rsqrt(jnp.where(used, size, 1)), 0))
+        direction = once(column * jnp.where(used, jax.lax.rsqrt(jnp.where(used, size, 1)), 0)[None])
         return direction, once(_contract(direction[:, None], whole, 0, 0))
 
     if count <= UNROLLED_COLUMNS:
@@ -89,7 +92,7 @@ def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax
         directions, rows = [], []
         for j in range(count):
             direction, along = project(rest, rest[:, 0], lowest[j])
-            rest = once(rest[:, 1:] - direction[:, None] * along[1:])
+            rest = once(rest[:, 1:] - direction[:, None] * along[None, 1:])
             directions.append(direction)
             rows.append(jnp.concatenate([jnp.zeros_like(along[:1])] * j + [along], axis=0))
         every = jnp.stack(rows)
@@ -100,7 +103,7 @@ def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax
 
     def body(carry: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         direction, along = project(carry, jnp.take(carry, j, axis=1), jnp.take(lowest, j, axis=0))
-        return carry - direction[:, None] * along, (direction, jnp.where(index >= j, along, 0))
+        return carry - direction[:, None] * along[None], (direction, jnp.where(index >= j, along, 0))
 
     rest, (directions_, every) = jax.lax.scan(body, whole, jnp.arange(count))
     return jnp.moveaxis(directions_, 0, 1), every[:, :count], every[:, count:], rest[:, count:]

@@ -70,7 +70,7 @@ def column_moments(x: Sequences, weights: jax.Array | None, centred: bool) -> tu
     count = jnp.maximum(jnp.sum(there, axis=(0, 1)), 1)
     mean = jnp.sum(there * values, axis=(0, 1)) / count
     centre = mean if centred else jnp.zeros_like(mean)
-    variance = jnp.sum(there * jnp.square(values - centre), axis=(0, 1)) / count
+    variance = jnp.sum(there * jnp.square(values - centre[None, None]), axis=(0, 1)) / count
     return mean, jnp.where(variance > 0, variance, 1)
 
 

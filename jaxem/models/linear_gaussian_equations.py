@@ -108,7 +108,7 @@ def system(params: LinearGaussianSSMParams, inputs: jax.Array | None, steps: int
     def shift(bias: jax.Array | None, weights: jax.Array | None, like: jax.Array) -> jax.Array:
         total = jnp.zeros((1, steps, len(like)), like.dtype)
         if bias is not None:
-            total = total + bias
+            total = total + bias[None, None]
         if weights is not None and inputs is not None:
             total = total + numerics.product(inputs, weights, "btu,iu->bti")
         return total
@@ -162,7 +162,7 @@ def pseudo_stats(
 
     def gram(equation: LinearEquation, line: jax.Array) -> jax.Array:
         found = jnp.eye(line.shape[1], dtype=mean.dtype)
-        found = found.at[:states, :states].set(params.initial_covariance + mean[:, None] * mean)
+        found = found.at[:states, :states].set(params.initial_covariance + mean[:, None] * mean[None])
         if equation.widths[1]:
             found = found.at[states, :states].set(mean).at[:states, states].set(mean)
         return found

@@ -125,7 +125,7 @@ def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
     loaded = numerics.product(system.emission, found.all_states, "ds,sr->dr")
     noise = numerics.product(loaded, system.emission, "ds,es->de")
     initial = Noise(
-        means=apply(whiten_start, found.means[:1] - system.initial_mean[:, None]),
+        means=apply(whiten_start, found.means[:1] - system.initial_mean[None, :, None]),
         root=start_root,
         counted=None,
         covariance=found.initial[..., None],
@@ -252,9 +252,9 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
     def observed(at: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         filled, loadings, mean, covariance, counts = at
         loaded = lanewise.once(lanewise.matmul(loadings, covariance))
-        weighted = lanewise.once(jnp.where(counts, loadings, 0))
+        weighted = lanewise.once(jnp.where(counts[None, None], loadings, 0))
         noise = jnp.sum(weighted * loaded, axis=1) if diagonal else lanewise.outer(weighted, loaded)
-        return filled - lanewise.times(loadings, mean), (jnp.where(counts, loaded, 0), noise)
+        return filled - lanewise.times(loadings, mean), (jnp.where(counts[None, None], loaded, 0), noise)
 
     left, (loaded, noise) = lanewise.over_steps(
         observed,
@@ -264,7 +264,7 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
     return Posterior(
         states=found.means,
         initial=Noise(
-            means=found.means[first] - system.initial_mean[:, None],
+            means=found.means[first] - system.initial_mean[None, :, None],
             root=None,
             counted=counted.initial,
             covariance=_sum(found.covariances[first], counted.initial),
@@ -344,7 +344,7 @@ class DrawnPaths:
             )
 
         left = self.completed.filled - lanewise.times(self.completed.loadings, states)
-        start = states[first] - self.initial_mean[:, None]
+        start = states[first] - self.initial_mean[None, :, None]
         return Posterior(
             states=states,
             initial=noise(start, self.counted.initial, none, None),

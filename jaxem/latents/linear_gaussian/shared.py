@@ -199,7 +199,7 @@ def _summed(filtered: Filtered, smoothed: Smoothed) -> SharedMoments:
 def _at_rest(before: jax.Array, after: jax.Array) -> jax.Array:
     """Whether a covariance (S, S, 1) has stopped moving."""
     scale = jnp.sqrt(jnp.abs(jnp.diagonal(after)))[0]
-    allowed = _SETTLED * jnp.finfo(after.dtype).eps * scale[:, None] * scale
+    allowed = _SETTLED * jnp.finfo(after.dtype).eps * scale[:, None] * scale[None]
     return jnp.all(jnp.abs(after - before)[..., 0] <= allowed)
 
 

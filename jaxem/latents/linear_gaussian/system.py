@@ -176,6 +176,6 @@ def root_of(matrix: jax.Array) -> jax.Array:
         pivot = rest[j, j]
         used = pivot > 4 * jnp.finfo(matrix.dtype).eps * matrix[j, j]
         row = jnp.where(used & (index >= j), rest[j] * jax.lax.rsqrt(jnp.where(used, pivot, 1)), 0)
-        rest = rest - row[:, None] * row
+        rest = rest - row[:, None] * row[None]
         rows.append(row)
     return jnp.stack(rows)

@@ -47,7 +47,7 @@ def whiten(emission: jax.Array, covariance: jax.Array, residuals: jax.Array) -> 
     if covariance.ndim == 1:
         scale = jax.lax.rsqrt(covariance)
         half_logdet = -jnp.sum(jnp.log(scale))
-        white, values = scale[:, None] * emission, scale[:, None] * residuals
+        white, values = scale[:, None] * emission, scale[None, :, None] * residuals
     else:
         factor = numerics.cholesky(covariance)
         inverse, half_logdet = numerics.inverse_lower(factor), jnp.sum(jnp.log(jnp.diagonal(factor)))
@@ -100,13 +100,13 @@ def compress(
             filled = jnp.where(known, residual, lanewise.times(lanewise.transposed(across), values))
             loadings = jnp.where(known[:, None], emission[:, :, None], lanewise.cross(across, white))
             explained = lanewise.outer(lanewise.transposed(across), lanewise.transposed(across))
-            left = (1 - there)[:, None] * (1 - there) * (covariance[:, :, None] - explained)
+            left = (1 - there)[:, None] * (1 - there)[None] * (covariance[:, :, None] - explained)
         constant = -half_logdet - 0.5 * jnp.sum(there, axis=0) * jnp.log(jnp.asarray(2 * jnp.pi, dtype))
         if columns > states:
             _, white, along, rest = lanewise.orthogonalize(white, values[:, None])
             values, constant = along[:, 0], constant - 0.5 * jnp.sum(jnp.square(rest[:, 0]), axis=0)
         observed = jnp.any(known, axis=0)
-        return (white, values, constant, filled, loadings, observed), observed * left
+        return (white, values, constant, filled, loadings, observed), numerics.to_rank(observed, left.ndim) * left
 
     found, left = lanewise.over_steps(step, (residuals, seen))
     white, values, constant, filled, loadings, observed = found
@@ -123,7 +123,7 @@ def _eliminate(
     eye = jnp.eye(columns, dtype=there.dtype)[:, :, None]
     whole = jnp.concatenate(
         [
-            there[:, None] * there * covariance[:, :, None] + (1 - there)[:, None] * eye,
+            there[:, None] * there[None] * covariance[:, :, None] + (1 - there)[:, None] * eye,
             there[:, None] * emission[:, :, None],
             residual[:, None],
             there[:, None] * covariance[:, :, None],
@@ -135,8 +135,8 @@ def _eliminate(
         rows, pivots, rest = [], [], lanewise.once(whole)
         for j in range(columns):
             pivots.append(rest[0, 0])
-            row = lanewise.once(rest[0] * jax.lax.rsqrt(rest[0, 0]))
-            rest = lanewise.once(rest[1:, 1:] - row[1 : columns - j, None] * row[1:])
+            row = lanewise.once(rest[0] * jax.lax.rsqrt(rest[0, 0])[None])
+            rest = lanewise.once(rest[1:, 1:] - row[1 : columns - j, None] * row[None, 1:])
             rows.append(row[columns - j :])
         eliminated, log_pivots = jnp.stack(rows), jnp.log(jnp.stack(pivots))
     else:
@@ -146,8 +146,8 @@ def _eliminate(
             at, column = jnp.take(rest, j, axis=0), jnp.take(rest, j, axis=1)
             pivot = jnp.take(at, j, axis=0)
             inverse = jax.lax.rsqrt(pivot)
-            row = lanewise.once(at * inverse)
-            return rest - (jnp.where(index > j, column, 0) * inverse)[:, None] * row, (row, pivot)
+            row = lanewise.once(at * inverse[None])
+            return rest - (jnp.where(index > j, column, 0) * inverse[None])[:, None] * row[None], (row, pivot)
 
         _, (eliminated, diagonal) = jax.lax.scan(body, whole, jnp.arange(columns))
         eliminated, log_pivots = eliminated[:, columns:], jnp.log(diagonal)

@@ -42,7 +42,7 @@ def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: ja
 
     # One state at a time: all pairs of states at every step would outgrow memory.
     def onto(j: jax.Array) -> jax.Array:
-        pairs = jnp.exp(come + logs[:, j].reshape(-1, *lanes) + jnp.take(arrive, j, axis=1)[:, None])
+        pairs = jnp.exp(come + logs[:, j].reshape(1, -1, *lanes) + jnp.take(arrive, j, axis=1)[:, None])
         return jnp.sum(jnp.moveaxis(weighted(pairs, weights), 1, 0).reshape(len(logs), -1), axis=1)
 
     return jax.lax.map(onto, jnp.arange(len(logs))).T

@@ -26,7 +26,7 @@ def statistics(family: Family, emissions: Params, x: Sequences, states: jax.Arra
     """The family's statistics, every observed step counted by its states (T, K, B)."""
     rows, seen = x.rows()
     num_states = states.shape[1]
-    responsibilities = jnp.moveaxis(states, 1, 0).reshape(num_states, -1) * seen
+    responsibilities = jnp.moveaxis(states, 1, 0).reshape(num_states, -1) * seen[None]
     family = capabilities.complete("part", family).without_missing() if x.complete else family
     size = _rows_at_a_time(family, emissions, rows, num_states)
     if size >= tree.num_rows(rows):
@@ -51,11 +51,11 @@ def start(
     share = seeding.shares(key, family, rows, each, num_states, method)
     stats = seeding.family_stats(family, rows, share, each, num_states, seeding.SMOOTHING)
     states = seeding.responsibilities(share, num_states, seeding.SMOOTHING, dtype)
-    states = (states * each).reshape(num_states, x.num_steps, x.num_rows)
+    states = (states * each[None]).reshape(num_states, x.num_steps, x.num_rows)
     links = x.links(dtype)
-    before = states[:, :-1] * (jnp.ones((), dtype) if links is None else links)
+    before = states[:, :-1] * (jnp.ones((), dtype) if links is None else links[None])
     moves = numerics.product(before, states[:, 1:], "itb,jtb->ij")
-    return jnp.sum(states * x.starts().T, axis=(1, 2)), moves, stats
+    return jnp.sum(states * x.starts().T[None], axis=(1, 2)), moves, stats
 
 
 def check(family: Family, x: Sequences, num_states: int) -> None:

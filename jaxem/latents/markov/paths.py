@@ -25,13 +25,13 @@ def decode(chain: Chain) -> tuple[jax.Array, jax.Array]:
         top = jnp.max(reached, axis=0)
         level = jnp.where(top > -jnp.inf, top, 0)
         # Where a sequence ends, its last state is its best one.
-        return reached - level, (came, jnp.argmax(reached, axis=0), top)
+        return reached - level[None], (came, jnp.argmax(reached, axis=0), top)
 
     scores = chain.log_likelihood
     first = start + scores[0]
     top = jnp.max(first, axis=0)
     _, (came, last, rises) = jax.lax.scan(
-        forward, first - jnp.where(top > -jnp.inf, top, 0), (scores[1:], chain.linked)
+        forward, first - jnp.where(top > -jnp.inf, top, 0)[None], (scores[1:], chain.linked)
     )
     ends = jnp.concatenate([jnp.argmax(first, axis=0)[None], last])
 
@@ -60,7 +60,7 @@ def draw(chain: Chain, filtered: jax.Array, expect: Sample) -> tuple[jax.Array, 
         """A draw ([L], n) from exp(logs) (K[, L], n), by inversion; never a state of mass 0."""
         upto = jnp.cumsum(numerics.normalize(logs)[0], axis=0)
         level = jax.random.uniform(jax.random.fold_in(key, number), upto.shape[1:], upto.dtype) * upto[-1]
-        reached = level < upto
+        reached = level[None] < upto
         return jnp.where(reached[-1], jnp.argmax(reached, axis=0), -1)
 
     def step(after: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:

@@ -140,16 +140,18 @@ class Paths:
     @property
     def states(self) -> jax.Array:
         """As `Form` says."""
-        return jnp.sum(self._indicators(self.path, 1) * self.share, axis=-1)
+        states = self._indicators(self.path, 1)
+        return jnp.sum(states * numerics.to_rank(self.share, states.ndim), axis=-1)
 
     def moves(self, weights: jax.Array | None = None) -> jax.Array:
         """As `Form` says."""
 
         def add(total: jax.Array, step: Any) -> tuple[jax.Array, None]:
             before, after, linked = step
-            each = self.share if linked is None else self.share * linked[..., None]
+            share = numerics.to_rank(self.share, before.ndim)
+            each = share if linked is None else share * linked[..., None]
             each = each if weights is None else each * weights[..., None]
-            before, after = self._indicators(before, 0) * each, self._indicators(after, 0)
+            before, after = self._indicators(before, 0) * each[None], self._indicators(after, 0)
             flat = self.num_states, -1
             return total + numerics.product(before.reshape(flat), after.reshape(flat), "in,jn->ij"), None
 
@@ -159,7 +161,8 @@ class Paths:
     def pairs(self) -> jax.Array:
         """As `Form` says."""
         states = self._indicators(self.path, 1)
-        pairs = jnp.sum(states[:-1, :, None] * states[1:, None] * self.share, axis=-1)
+        both = states[:-1, :, None] * states[1:, None]
+        pairs = jnp.sum(both * numerics.to_rank(self.share, both.ndim), axis=-1)
         return pairs if self.linked is None else jnp.where(self.linked[:, None, None], pairs, 0)
 
     def expected_log(self, other: Form, masks: Masks, weights: jax.Array | None = None) -> jax.Array:
@@ -168,7 +171,7 @@ class Paths:
 
     def _indicators(self, path: jax.Array, axis: int) -> jax.Array:
         """1 where the path is, states along one more axis."""
-        states = jnp.arange(self.num_states).reshape(-1, *(1,) * (path.ndim - axis))
+        states = jnp.arange(self.num_states).reshape(*(1,) * axis, -1, *(1,) * (path.ndim - axis))
         return (jnp.expand_dims(path, axis) == states).astype(self.share.dtype)
 
 

@@ -62,7 +62,9 @@ def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: ja
 
 def weighted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Values ([..., L]) x weights ([L]), 0 where those are 0."""
-    return values if weights is None else jnp.where(weights > 0, weights * values, 0)
+    if weights is None:
+        return values
+    return jnp.where(weights > 0, numerics.to_rank(weights, values.ndim) * values, 0)
 
 
 def _smoothed(chain: Chain) -> tuple[Found, jax.Array]:
@@ -98,7 +100,7 @@ def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.
     """
     onto, scores, linked = jnp.swapaxes(chain.transition, 0, 1), chain.log_likelihood, chain.linked
     # Where a sequence starts, likelihoods count relative to those of states that it can start in.
-    begun, height = _relative(chain.log_initial + (scores[:1] if linked is None else scores))
+    begun, height = _relative(chain.log_initial[None] + (scores[:1] if linked is None else scores))
     if linked is None:
         peak = jnp.concatenate([height, peak[1:]])
     else:

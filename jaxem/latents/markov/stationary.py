@@ -112,7 +112,7 @@ def _eliminate(transition: jax.Array, right: jax.Array | None = None) -> tuple[_
 
     def step(carry: tuple[jax.Array, jax.Array, jax.Array], _: None) -> tuple[tuple, _Round]:
         chain, right, left = carry
-        others = left & left[:, None] & ~jnp.eye(count, dtype=bool)
+        others = left[None] & left[:, None] & ~jnp.eye(count, dtype=bool)
         chain = jnp.where(others, chain, 0)
         exits = jnp.sum(chain, axis=1)
         state = jnp.argmax(jnp.where(left, exits, -1))
@@ -123,7 +123,7 @@ def _eliminate(transition: jax.Array, right: jax.Array | None = None) -> tuple[_
             leave=exits[state],
             right=right[state],
         )
-        chain, right = chain + one.into[:, None] * one.onward, right + one.into[:, None] * one.right
+        chain, right = chain + one.into[:, None] * one.onward[None], right + one.into[:, None] * one.right[None]
         return (chain, right, left.at[state].set(False)), one
 
     (_, _, left), rounds = jax.lax.scan(step, (transition, right, jnp.ones(count, bool)), length=count - 1)
@@ -132,7 +132,7 @@ def _eliminate(transition: jax.Array, right: jax.Array | None = None) -> tuple[_
 
 def _inverse(transition: jax.Array, stationary: jax.Array) -> jax.Array:
     """X (K, K) with (I - transition) X = I - 1 stationary, of which there is one up to a number for every column."""
-    rounds, _ = _eliminate(transition, jnp.eye(len(stationary), dtype=stationary.dtype) - stationary)
+    rounds, _ = _eliminate(transition, jnp.eye(len(stationary), dtype=stationary.dtype) - stationary[None])
 
     def back(found: jax.Array, one: _Round) -> tuple[jax.Array, None]:
         return found.at[one.state].set(numerics.safe_divide(one.right + one.onward @ found, one.leave)), None
@@ -199,7 +199,7 @@ def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, start
     ratio = numerics.safe_divide(starts, stationary)
     value = inverse @ ratio
     value = value - jnp.min(value)
-    pull = stationary[:, None] * transition * value
+    pull = stationary[:, None] * transition * value[None]
     counts = moves + pull
     leaving = jnp.sum(counts, axis=1, keepdims=True)
 
@@ -208,7 +208,8 @@ def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, start
         changed = changed - transition * jnp.sum(changed, axis=1, keepdims=True)
         drift = (stationary @ changed) @ inverse
         values = inverse @ (changed @ value - numerics.safe_divide(ratio * drift, stationary))
-        pulled = stationary[:, None] * (changed * value + transition * values) + transition * drift[:, None] * value
+        pulled = stationary[:, None] * (changed * value[None] + transition * values[None])
+        pulled = pulled + transition * drift[:, None] * value[None]
         return pulled - changed * leaving - transition * jnp.sum(pulled, axis=1, keepdims=True)
 
     slope = counts - transition * leaving
