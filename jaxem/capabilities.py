@@ -127,7 +127,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "gather": {
         "nature": _nature,
         # A turn is one step over all rows, which renews all statistics.
-        "parts": lambda gather: lambda problem: 1,
+        "rounds": lambda gather: lambda problem: 1,
         "passes": lambda gather: lambda problem: 1.0,
         "rate": lambda gather: 1.0,
         # It remembers nothing, and its first statistics are made as all others are.
@@ -137,7 +137,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "nature": _nature,
         # It remembers nothing, and a turn is one step after one E-step.
         "init": lambda maximize: lambda problem, params: None,
-        "parts": lambda maximize: lambda problem, params: 1,
+        "rounds": lambda maximize: lambda problem, params: 1,
         "multicycle": lambda maximize: False,
     },
     "algorithm": {

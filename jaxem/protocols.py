@@ -33,15 +33,15 @@ class Nature:
     inexact: bool = False
 
     @staticmethod
-    def of(parts: "Iterable[Nature]") -> "Nature":
-        """What is made of such parts; where one is random, the objective may fall."""
-        parts = tuple(parts)
-        stochastic = any(part.stochastic for part in parts)
+    def of(natures: "Iterable[Nature]") -> "Nature":
+        """What is made of such slots; where one is random, the objective may fall."""
+        natures = tuple(natures)
+        stochastic = any(each.stochastic for each in natures)
         return Nature(
             stochastic=stochastic,
-            monotone=not stochastic and all(part.monotone for part in parts),
-            complete=all(part.complete for part in parts),
-            inexact=any(part.inexact for part in parts),
+            monotone=not stochastic and all(each.monotone for each in natures),
+            complete=all(each.complete for each in natures),
+            inexact=any(each.inexact for each in natures),
         )
 
 
@@ -292,8 +292,8 @@ class Gather(Protocol):
         """(problem, params, expect, key) -> statistics, state; None where `step` makes the first ones too."""
         ...
 
-    def parts(self, problem: Problem) -> int:
-        """How many M-steps and `step`s make one turn; `part` counts them."""
+    def rounds(self, problem: Problem) -> int:
+        """How many M-steps and `step`s make one turn; `index` counts them."""
         ...
 
     def passes(self, problem: Problem) -> float:
@@ -301,7 +301,7 @@ class Gather(Protocol):
         ...
 
     def step(
-        self, problem: Problem, params: Params, stats: Stats, state: Any, expect: Expect, part: jax.Array | int
+        self, problem: Problem, params: Params, stats: Stats, state: Any, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, Any]:
         """Statistics at `params`, given those of the step before."""
         ...
@@ -318,12 +318,12 @@ class Maximize(Protocol):
 
     @property
     def multicycle(self) -> bool:
-        """Whether a turn has several E-steps, as many as `parts`."""
+        """Whether a turn has several E-steps, as many as `rounds`."""
         ...
 
     def init(self, problem: Problem, params: Params) -> Any: ...
 
-    def parts(self, problem: Problem, params: Params) -> int:
+    def rounds(self, problem: Problem, params: Params) -> int:
         """How many E-steps and `step`s make one turn."""
         ...
 
@@ -333,7 +333,7 @@ class Maximize(Protocol):
         params: Params,
         stats: Stats,
         state: Any,
-        part: jax.Array | int,
+        index: jax.Array | int,
         key: jax.Array | None,
     ) -> tuple[Params, Any]:
         """Parameters from statistics; key: for its draws, where its nature is stochastic and the algorithm has one."""

@@ -39,8 +39,8 @@ class _Drawn:
     def init(self, problem: Problem, params: Params) -> Any:
         return self.inner.init(problem, params)
 
-    def parts(self, problem: Problem, params: Params) -> int:
-        return self.inner.parts(problem, params)
+    def rounds(self, problem: Problem, params: Params) -> int:
+        return self.inner.rounds(problem, params)
 
     def step(
         self,
@@ -48,10 +48,10 @@ class _Drawn:
         params: Params,
         stats: Stats,
         state: Any,
-        part: jax.Array | int,
+        index: jax.Array | int,
         key: jax.Array | None,
     ) -> tuple[Params, Any]:
-        found, state = self.inner.step(problem, params, stats, state, part, key)
+        found, state = self.inner.step(problem, params, stats, state, index, key)
         theta = problem.model.unconstrain(found)
         drawn = problem.model.constrain(
             jax.tree.map(lambda here, there: here + _DRAW * (there - here), theta, self.start)

@@ -66,7 +66,7 @@ class Full:
     """
 
     def step(
-        self, problem: Problem, params: Params, stats: Stats, state: None, expect: Expect, part: jax.Array | int
+        self, problem: Problem, params: Params, stats: Stats, state: None, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, None]:
         return e_step_on_all(problem, params, expect), None
 
@@ -85,6 +85,6 @@ class Blocks:
         checks.positive_integer("block_size", self.block_size)
 
     def step(
-        self, problem: Problem, params: Params, stats: Stats, state: None, expect: Expect, part: jax.Array | int
+        self, problem: Problem, params: Params, stats: Stats, state: None, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, None]:
         return e_step_in_blocks(problem, params, expect, self.block_size), None

@@ -36,11 +36,11 @@ class ClosedForm:
         params: Params,
         stats: Stats,
         state: Any,
-        part: jax.Array | int,
+        index: jax.Array | int,
         key: jax.Array | None,
     ) -> tuple[Params, Any]:
         if problem.model.m_step is None:
-            return Gradient().step(problem, params, stats, state, part, key)
+            return Gradient().step(problem, params, stats, state, index, key)
         return problem.model.m_step(stats), None
 
 
@@ -102,7 +102,7 @@ class Gradient:
         params: Params,
         stats: Stats,
         state: Ascent,
-        part: jax.Array | int,
+        index: jax.Array | int,
         key: jax.Array | None,
     ) -> tuple[Params, Ascent]:
         model = problem.model
@@ -168,7 +168,7 @@ class Conditional:
     def init(self, problem: Problem, params: Params) -> None:
         self._blocks(problem.model, params)
 
-    def parts(self, problem: Problem, params: Params) -> int:
+    def rounds(self, problem: Problem, params: Params) -> int:
         """E-steps in one round."""
         return len(self._blocks(problem.model, params)) if self.multicycle else 1
 
@@ -178,7 +178,7 @@ class Conditional:
         params: Params,
         stats: Stats,
         state: None,
-        part: jax.Array | int,
+        index: jax.Array | int,
         key: jax.Array | None,
     ) -> tuple[Params, None]:
         model = problem.model
@@ -186,7 +186,7 @@ class Conditional:
             functools.partial(model.m_step_for, stats=stats, names=block) for block in self._blocks(model, params)
         ]
         if self.multicycle:
-            return jax.lax.switch(part, rounds, params), None
+            return jax.lax.switch(index, rounds, params), None
         for maximize in rounds:
             params = maximize(params)
         return params, None

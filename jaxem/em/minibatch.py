@@ -95,7 +95,7 @@ class Stepwise:
         return batch_stats(problem, params, turn, self._size(problem), expect), next_batch(turn, problem.rows)
 
     def step(
-        self, problem: Problem, params: Params, stats: Stats, state: Turn, expect: Expect, part: jax.Array | int
+        self, problem: Problem, params: Params, stats: Stats, state: Turn, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, Turn]:
         fresh = batch_stats(problem, params, state, self._size(problem), expect)
         mixed = mix(problem.model, params, stats, fresh, rate_at(self.rate, state.update))
@@ -138,13 +138,13 @@ class VarianceReduced:
         checks.positive_integer("batch_size", self.batch_size)
         check_rate(self.rate)
 
-    def parts(self, problem: Problem) -> int:
+    def rounds(self, problem: Problem) -> int:
         """The batches, and the full E-step at the end."""
         return problem.rows // self.batch_size + 1
 
     def passes(self, problem: Problem) -> float:
         """Passes over the rows that a step makes."""
-        return 1 + 2 * (self.parts(problem) - 1) * self.batch_size / problem.rows
+        return 1 + 2 * (self.rounds(problem) - 1) * self.batch_size / problem.rows
 
     def init(self, problem: Problem, params: Params, expect: Expect, key: jax.Array | None) -> tuple[Stats, Anchored]:
         turn = start_turn(self.batch_size, self.shuffle, problem.rows, key)
@@ -152,7 +152,7 @@ class VarianceReduced:
         return stats, Anchored(turn=turn, params=params, stats=stats)
 
     def step(
-        self, problem: Problem, params: Params, stats: Stats, state: Anchored, expect: Expect, part: jax.Array | int
+        self, problem: Problem, params: Params, stats: Stats, state: Anchored, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, Anchored]:
         model = problem.model
 
@@ -174,7 +174,7 @@ class VarianceReduced:
             all_ = e_step_on_all(problem, params, expect)
             return all_, dataclasses.replace(state, params=params, stats=all_)
 
-        return jax.lax.cond(part == self.parts(problem) - 1, everything, batch, None)
+        return jax.lax.cond(index == self.rounds(problem) - 1, everything, batch, None)
 
 
 @record
@@ -204,7 +204,7 @@ class Incremental:
     def __post_init__(self) -> None:
         checks.positive_integer("num_blocks", self.num_blocks)
 
-    def parts(self, problem: Problem) -> int:
+    def rounds(self, problem: Problem) -> int:
         return self.num_blocks
 
     def init(self, problem: Problem, params: Params, expect: Expect, key: jax.Array | None) -> tuple[Stats, Pieces]:
@@ -215,12 +215,12 @@ class Incremental:
         return self._together(problem.model, params, stats, slack), Pieces(stats=stats, slack=slack)
 
     def step(
-        self, problem: Problem, params: Params, stats: Stats, state: Pieces, expect: Expect, part: jax.Array | int
+        self, problem: Problem, params: Params, stats: Stats, state: Pieces, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, Pieces]:
-        fresh, slack = self._piece(problem, params, expect, part)
+        fresh, slack = self._piece(problem, params, expect, index)
         every = jax.vmap(lambda old: problem.model.rebase(old, params))(state.stats)
-        every = jax.tree.map(lambda old, new: old.at[part].set(new), every, fresh)
-        slacks = state.slack.at[part].set(slack)
+        every = jax.tree.map(lambda old, new: old.at[index].set(new), every, fresh)
+        slacks = state.slack.at[index].set(slack)
         return self._together(problem.model, params, every, slacks), Pieces(stats=every, slack=slacks)
 
     def _piece(

@@ -103,8 +103,8 @@ class EM:
         """
         problem = pose(model, x, weights)
         _, gather, maximize = self.slots
-        plain = gather.init is None and gather.parts(problem) == gather.passes(problem) == 1
-        if not plain or maximize.parts(problem, params) > 1:
+        plain = gather.init is None and gather.rounds(problem) == gather.passes(problem) == 1
+        if not plain or maximize.rounds(problem, params) > 1:
             return self.started(problem, params, key)
 
         def shapes(params: Params, key: jax.Array | None) -> EMState:
@@ -122,7 +122,7 @@ class EM:
     def step(self, model: Model | Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
         """M-step from the statistics at hand, then the E-step at the new parameters.
 
-        Where slots work in parts, pieces of the data or blocks of parameters, a step is one turn of all. Of a state
+        Where slots work in rounds, on pieces of the data or blocks of parameters, a step is one turn of all. Of a state
         that is waiting it is the E-step alone, and not counted as a step.
         """
         return self.stepped(pose(model, x, weights), state)
@@ -152,9 +152,9 @@ class EM:
     def stepped(self, problem: Problem, state: EMState) -> EMState:
         """`step` of a posed problem."""
         _, gather, maximize = self.slots
-        pieces, blocks = gather.parts(problem), maximize.parts(problem, state.params)
+        pieces, blocks = gather.rounds(problem), maximize.rounds(problem, state.params)
 
-        def part(index: jax.Array | int, state: EMState) -> EMState:
+        def one_round(index: jax.Array | int, state: EMState) -> EMState:
             params, after = self.maximized(problem, state, index // pieces)
             if state.waiting is not None:
                 # What the M-step makes of no statistics counts for nothing.
@@ -162,25 +162,25 @@ class EM:
             return self.moved(problem, after, params, index % pieces)
 
         total = pieces * blocks
-        after = part(0, state) if total == 1 else jax.lax.fori_loop(0, total, part, state)
+        after = one_round(0, state) if total == 1 else jax.lax.fori_loop(0, total, one_round, state)
         return dataclasses.replace(
             after,
             num_steps=_next(state),
             num_passes=state.num_passes + blocks * gather.passes(problem),
         )
 
-    def maximized(self, problem: Problem, state: EMState, part: jax.Array | int = 0) -> tuple[Params, EMState]:
+    def maximized(self, problem: Problem, state: EMState, index: jax.Array | int = 0) -> tuple[Params, EMState]:
         """The parameters that a state's statistics lead to, and the state with what the slot remembers then."""
         maximize = self.slots[2]
         key, own = _split(state.key, maximize)
-        params, memory = maximize.step(problem, state.params, state.stats, state.maximize, part, own)
+        params, memory = maximize.step(problem, state.params, state.stats, state.maximize, index, own)
         return params, dataclasses.replace(state, maximize=memory, key=key)
 
-    def moved(self, problem: Problem, state: EMState, params: Params, part: jax.Array | int = 0) -> EMState:
+    def moved(self, problem: Problem, state: EMState, params: Params, index: jax.Array | int = 0) -> EMState:
         """The state at other parameters: the E-step there."""
         expect, gather, _ = self.slots
         key, own = _split(state.key, expect)
-        stats, memory = gather.step(problem, params, state.stats, state.gather, expect.at(_next(state), own), part)
+        stats, memory = gather.step(problem, params, state.stats, state.gather, expect.at(_next(state), own), index)
         return dataclasses.replace(state, params=params, stats=stats, loglik=stats.loglik, gather=memory, key=key)
 
     def evaluated(self, model: Model | Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
