@@ -61,7 +61,7 @@ VARIANTS = {
 
 def _coins():
     def e_step(theta, heads, weights=None):
-        log_joint = heads[:, None] * jnp.log(theta) + (10 - heads[:, None]) * jnp.log1p(-theta)
+        log_joint = heads[:, None] * jnp.log(theta)[None] + (10 - heads[:, None]) * jnp.log1p(-theta)[None]
         evidence = jax.scipy.special.logsumexp(log_joint, axis=1)
         weights = jnp.ones_like(evidence) if weights is None else weights
         coin = weights[:, None] * jnp.exp(log_joint - evidence[:, None])

@@ -210,7 +210,7 @@ def cases() -> dict[str, Case]:
         return st.bernoulli(params.probability[:, None])
 
     def poisson(params, exposure):
-        return st.poisson(params.rate[:, None] * (1 if exposure is None else exposure))
+        return st.poisson(np.asarray(params.rate)[:, None] * (1 if exposure is None else exposure))
 
     def negative_binomial(params, _):
         m, c = np.asarray(params.mean)[:, None], np.asarray(params.concentration)[:, None]

@@ -136,7 +136,7 @@ def test_starts_do_not_depend_on_units():
     scale = np.array([1.0, 1024.0], np.float32)
     one, other = MODEL.init(jax.random.key(1), X), MODEL.init(jax.random.key(1), X * scale)
     np.testing.assert_allclose(one.weights, other.weights, rtol=1e-5)
-    np.testing.assert_allclose(one.components.mean * scale, other.components.mean, rtol=1e-4)
+    np.testing.assert_allclose(one.components.mean * scale[None], other.components.mean, rtol=1e-4)
 
 
 def expected_params(shape, responsibilities):

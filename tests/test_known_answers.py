@@ -87,8 +87,8 @@ COIN_HEADS = np.array([5.0, 9.0, 8.0, 4.0, 7.0])
 
 
 def coins_e_step(bias, heads):
-    joint = bias[:, None] ** heads * (1 - bias[:, None]) ** (10 - heads)
-    posterior = joint / jnp.sum(joint, axis=0)
+    joint = bias[:, None] ** heads[None] * (1 - bias[:, None]) ** (10 - heads)[None]
+    posterior = joint / jnp.sum(joint, axis=0, keepdims=True)
     binomials = jax.scipy.special.gammaln(11) - jax.scipy.special.gammaln(heads + 1)
     binomials = binomials - jax.scipy.special.gammaln(11 - heads)
     return (posterior @ heads, posterior @ (10 - heads)), jnp.sum(binomials + jnp.log(jnp.mean(joint, axis=0)))
@@ -186,9 +186,10 @@ def deaths_e_step(params, deaths, weights=None):
     share, rate = params
     days = jnp.ones(deaths.shape[0]) if weights is None else weights
     prior = jnp.log(jnp.stack([share, 1 - share]))
-    joint = prior[:, None] + deaths * jnp.log(rate)[:, None] - rate[:, None] - jax.scipy.special.gammaln(deaths + 1)
+    joint = prior[:, None] + deaths[None] * jnp.log(rate)[:, None] - rate[:, None]
+    joint = joint - jax.scipy.special.gammaln(deaths + 1)[None]
     evidence = jax.scipy.special.logsumexp(joint, axis=0)
-    posterior = jnp.exp(joint - evidence)
+    posterior = jnp.exp(joint - evidence[None])
     return (posterior @ days, posterior @ (days * deaths)), days @ evidence
 
 

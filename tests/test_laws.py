@@ -103,7 +103,7 @@ def test_laws_of_a_users_model(x64):
     heads = jnp.array([5.0, 9.0, 8.0, 4.0, 7.0])
 
     def e_step(theta, heads, weights=None):
-        log_joint = heads[:, None] * jnp.log(theta) + (10 - heads[:, None]) * jnp.log1p(-theta)
+        log_joint = heads[:, None] * jnp.log(theta)[None] + (10 - heads[:, None]) * jnp.log1p(-theta)[None]
         evidence = jax.scipy.special.logsumexp(log_joint, axis=1)
         share = jnp.exp(log_joint - evidence[:, None])
         weights = jnp.ones_like(heads) if weights is None else weights

@@ -627,7 +627,7 @@ def test_sequences_of_one_step(form, x64):
     gain = params.initial_covariance @ params.emission.T
     total = params.emission @ gain + params.emission_covariance
     gain = np.linalg.solve(total, gain.T).T
-    means = params.initial_mean + (WALKS[:, 0] - params.emission @ params.initial_mean) @ gain.T
+    means = params.initial_mean[None] + (WALKS[:, 0] - (params.emission @ params.initial_mean)[None]) @ gain.T
     covariance = params.initial_covariance - gain @ params.emission @ params.initial_covariance
     found = model.smooth(params, x)
     count = len(WALKS)

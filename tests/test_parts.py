@@ -47,8 +47,8 @@ class Rayleigh:
         return x[1][:, None]
 
     def log_prob(self, params, x):
-        scale = params.scale[:, None]
-        return jnp.log(x[1]) - 2 * jnp.log(scale) - 0.5 * jnp.square(x[1] / scale)
+        scale, length = params.scale[:, None], x[1][None]
+        return jnp.log(length) - 2 * jnp.log(scale) - 0.5 * jnp.square(length / scale)
 
     def stats(self, params, x, responsibilities):
         return RayleighStats(

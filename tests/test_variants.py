@@ -365,7 +365,7 @@ def test_a_model_without_an_m_step_climbs_its_q():
     heads = jnp.array([5.0, 9.0, 8.0, 4.0, 7.0])
 
     def e_step(theta, heads):
-        log_joint = heads[:, None] * jnp.log(theta) + (10 - heads[:, None]) * jnp.log1p(-theta)
+        log_joint = heads[:, None] * jnp.log(theta)[None] + (10 - heads[:, None]) * jnp.log1p(-theta)[None]
         evidence = jax.scipy.special.logsumexp(log_joint, axis=1)
         coin = jnp.exp(log_joint - evidence[:, None])
         return (coin.T @ heads, coin.T @ (10 - heads)), jnp.sum(evidence)

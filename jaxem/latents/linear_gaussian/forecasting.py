@@ -51,7 +51,7 @@ def forecast(system: System, means: jax.Array, covariances: jax.Array) -> Foreca
         mean, covariance = carry
         mean = numerics.product(mean, system.dynamics, "bj,ij->bi") + shift
         half = numerics.product(system.dynamics, covariance, "ij,bjk->bik")
-        covariance = numerics.product(half, system.dynamics, "bik,lk->bil") + system.dynamics_covariance
+        covariance = numerics.product(half, system.dynamics, "bik,lk->bil") + system.dynamics_covariance[None]
         return (mean, covariance), (mean, covariance)
 
     _, found = jax.lax.scan(step, (means, covariances), jnp.moveaxis(shifts, 0, 1))
@@ -61,7 +61,8 @@ def forecast(system: System, means: jax.Array, covariances: jax.Array) -> Foreca
         means=ahead,
         covariances=spread,
         observation_means=_observed(system, ahead),
-        observation_covariances=numerics.product(half, system.emission, "btdr,er->btde") + _emission_noise(system),
+        observation_covariances=numerics.product(half, system.emission, "btdr,er->btde")
+        + _emission_noise(system)[None, None],
     )
 
 
@@ -70,7 +71,7 @@ def sample(system: System, key: jax.Array, lanes: int) -> tuple[jax.Array, jax.A
     states, steps = len(system.initial_mean), system.dynamics_shift.shape[1]
     shifts = jnp.broadcast_to(system.dynamics_shift, (lanes, steps, states))
     key_start, key_process, key_observation = jax.random.split(key, 3)
-    start = system.initial_mean + _coloured(key_start, system.initial_covariance, (lanes, states))
+    start = system.initial_mean[None] + _coloured(key_start, system.initial_covariance, (lanes, states))
     moves = _coloured(key_process, system.dynamics_covariance, (steps, lanes, states)) + jnp.moveaxis(shifts, 0, 1)
 
     def step(state: jax.Array, move: jax.Array) -> tuple[jax.Array, jax.Array]:

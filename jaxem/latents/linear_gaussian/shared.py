@@ -142,7 +142,7 @@ def shared_log_prob(
         correction = apply(start.gain[:, :, 0], late - apply(matrix, tail.predicted))
         left = late - apply(matrix, tail.means)
         quadratic = jnp.sum(jnp.square(correction), axis=1) + jnp.sum(jnp.square(left), axis=1)
-        log_prob = constant[head:] - 0.5 * quadratic - start.half_logdet
+        log_prob = constant[head:] - 0.5 * quadratic - start.half_logdet[None]
         return jnp.concatenate([start.filtered.log_prob, log_prob])
 
     return _steady_or_general(transition, evidence, parallel, steady, general)

@@ -91,7 +91,7 @@ class Smoothed:
         """As `Form` says."""
         come, arrive = self._log_factors()
         moves = numerics.safe_log(self.transition)
-        return jnp.exp(come[:, :, None] + moves.reshape(*moves.shape, *(1,) * (come.ndim - 2)) + arrive[:, None])
+        return jnp.exp(come[:, :, None] + moves.reshape(1, *moves.shape, *(1,) * (come.ndim - 2)) + arrive[:, None])
 
     def expected_log(self, other: Form, masks: Masks, weights: jax.Array | None = None) -> jax.Array:
         """As `Form` says: log p(first state), and log p(next state | state), whose parts are one state's each."""

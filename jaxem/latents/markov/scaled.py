@@ -54,7 +54,7 @@ def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: ja
         come, arrive = both
         if weights is not None:  # what a lane of weight 0 holds may be NaN
             come, arrive = weighted(come, weights), jnp.where(weights > 0, arrive, 0)
-        return total + (come[:, None] * arrive if apart else jnp.dot(come, arrive.T, precision=_HIGHEST)), None
+        return total + (come[:, None] * arrive[None] if apart else jnp.dot(come, arrive.T, precision=_HIGHEST)), None
 
     start = tree.varying(jnp.zeros(transition.shape, come.dtype), come, arrive)
     return transition * jax.lax.scan(add, start, (come, arrive))[0]
@@ -141,10 +141,10 @@ def _moved(matrix: jax.Array, mass: jax.Array) -> jax.Array:
     """matrix (K, K[, L]) times the distribution of mass (K[, L]): the sum is found beside the product, not before."""
     total = jnp.sum(mass, axis=0)
     if matrix.ndim > 2 and matrix.size > _WIDE:
-        moved = functools.reduce(jnp.add, [matrix[:, i] * mass[i] for i in range(len(mass))])
+        moved = functools.reduce(jnp.add, [matrix[:, i] * mass[None, i] for i in range(len(mass))])
         total = functools.reduce(jnp.add, list(mass))
     elif matrix.ndim > 2 or (mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT):
-        moved = jnp.sum(matrix * mass, axis=1)
+        moved = jnp.sum(matrix * mass[None], axis=1)
     else:
         moved = jnp.dot(matrix, mass, precision=_HIGHEST)
     # A barrier: what is carried on and what is stored would each be computed.
