@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+# Where arrays of different ranks meet, the broadcast is said.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
 # The tests' time is compilation: cheaper code, made sooner, halves it. `XLA_FLAGS= pytest` runs what users run. For
 # these releases only, as XLA ends the process at a flag that it does not know.
 _FLAGS = {

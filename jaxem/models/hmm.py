@@ -136,7 +136,12 @@ class HMM:
     degrees = assembly.degrees
     check_held = assembly.check_held
     constrain = assembly.constrain
-    supports = property(assembly.supports)
+
+    @property
+    def supports(self) -> parameters.Supports:
+        """Where the values of parameters lie."""
+        return {"initial": parameters.simplex, **assembly.supports(self)}
+
     collapses = True
 
     @property
