@@ -59,5 +59,5 @@ def test_restarts_of_hard_em():
 def test_an_unknown_expectation_is_refused():
     model = Mixture(Poisson(), 2)
     counts = np.array([1, 2, 5, 6])
-    with pytest.raises(TypeError, match=r"expect must be Exact\(\), Hard\(\) or Sample\(\)"):
+    with pytest.raises(TypeError, match=r"expect must be Exact\(\), Hard\(\), Sample\(n\), or an object with"):
         em_fit(model, model.init(jax.random.key(0), counts), counts, algorithm=EM(expect=Blocks(2)))

@@ -155,5 +155,5 @@ def test_random_responsibilities_differ_at_every_size(rows):
     model = Mixture(NORMAL, 2)
     keys = jax.random.split(jax.random.key(0), 8)
     means = jax.vmap(lambda key: model.init(key, x, method="random_responsibilities").components.mean)(keys)
-    apart = jnp.max(jnp.abs(means[:, 0] - means[:, 1]) / jnp.std(x, axis=0), axis=-1)
+    apart = jnp.max(jnp.abs(means[:, 0] - means[:, 1]) / jnp.std(x, axis=0)[None], axis=-1)
     assert jnp.median(apart) > 0.1

@@ -263,7 +263,8 @@ class Diagonal:
         return jnp.sqrt(covariance) * noise
 
     def matrix(self, covariance: jax.Array, columns: int) -> jax.Array:
-        return covariance[..., None] * jnp.eye(columns, dtype=covariance.dtype)
+        eye = jnp.eye(columns, dtype=covariance.dtype)
+        return covariance[..., None] * numerics.to_rank(eye, covariance.ndim + 1)
 
     def log_scales(self, covariance: jax.Array, columns: int) -> jax.Array:
         return 0.5 * jnp.log(covariance)
