@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from jaxem import numerics, tree
 from jaxem.latents import lanewise
+from jaxem.numerics import tuning
 
 
 def psd(seed: int, columns: int, rank: int, spread: float) -> np.ndarray:
@@ -192,13 +193,13 @@ def test_steps_as_lanes_are_the_steps(steps, lanes, shared):
     rng = np.random.default_rng(steps)
     a = jnp.asarray(rng.normal(size=(steps, 3, 2, 1 if shared else lanes)), jnp.float32)
     b = jnp.asarray(rng.normal(size=(steps, 3, lanes)), jnp.float32)
-    at_a_time, lanewise._AT_A_TIME = lanewise._AT_A_TIME, 7
+    at_a_time, tuning.LANES_AT_A_TIME = tuning.LANES_AT_A_TIME, 7
     try:
         found, total = lanewise.over_steps(
             lambda at: (lanewise.times(lanewise.transposed(at[0]), at[1]), at[1]), (a, b)
         )
     finally:
-        lanewise._AT_A_TIME = at_a_time
+        tuning.LANES_AT_A_TIME = at_a_time
     np.testing.assert_allclose(
         found, np.einsum("tijb,tib->tjb", np.broadcast_to(a, (steps, 3, 2, lanes)), b), atol=1e-5
     )

@@ -11,12 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import numerics
-
-# Up to here columns are orthogonalised one by one in straight-line code: far quicker than a loop, in XLA.
-UNROLLED_COLUMNS = 16
-
-# Lanes that are worked on at a time, where there are more: their matrices then stay in fast memory.
-_AT_A_TIME = 256
+from ..numerics import tuning
 
 
 def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -24,7 +19,7 @@ def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array
     not the last runs at a fraction of the speed of sums of whole slices."""
     count, rank = a.shape[axis_a], max(a.ndim, b.ndim)
     a, b = numerics.to_rank(a, rank), numerics.to_rank(b, rank)
-    if not 0 < count <= UNROLLED_COLUMNS:
+    if not 0 < count <= tuning.UNROLLED_COLUMNS:
         return jnp.sum(jnp.moveaxis(a, axis_a, 0) * jnp.moveaxis(b, axis_b, 0), axis=0)
     parts = (
         jax.lax.index_in_dim(a, j, axis_a, keepdims=False) * jax.lax.index_in_dim(b, j, axis_b, keepdims=False)
@@ -60,7 +55,7 @@ def square(root: jax.Array) -> jax.Array:
 
 def outer(a: jax.Array, b: jax.Array) -> jax.Array:
     """a bᵀ, lane by lane: (I, N, B), (J, N, B) -> (I, J, B). Where rows are few, one by one: some times the speed."""
-    if len(a) > UNROLLED_COLUMNS:
+    if len(a) > tuning.UNROLLED_COLUMNS:
         return matmul(a, transposed(b))
     return jnp.stack([times(b, a[i]) for i in range(len(a))])
 
@@ -86,7 +81,7 @@ def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax
         direction = once(column * jnp.where(used, jax.lax.rsqrt(jnp.where(used, size, 1)), 0)[None])
         return direction, once(_contract(direction[:, None], whole, 0, 0))
 
-    if count <= UNROLLED_COLUMNS:
+    if count <= tuning.UNROLLED_COLUMNS:
         # What is behind is dropped as it goes: half the work.
         rest = once(jnp.concatenate([columns, others], axis=1))
         directions, rows = [], []
@@ -155,7 +150,7 @@ def over_steps(function: Callable, arrays: Any) -> tuple[Any, Any]:
     leaves = jax.tree.leaves(arrays)
     steps, width = len(leaves[0]), max(leaf.shape[-1] for leaf in leaves)
     # Sequences of one step have no pairs of neighbours: no steps at all.
-    group = max(1, min(steps, _AT_A_TIME // width))
+    group = max(1, min(steps, tuning.LANES_AT_A_TIME // width))
     count = -(-steps // group)
 
     def split(x: jax.Array) -> jax.Array:

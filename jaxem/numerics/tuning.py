@@ -79,3 +79,39 @@ ANCHOR_ROWS = 1024
 # Classes of row numbers, whose farthest rows are the candidates for empty clusters, are a multiple of this: whole
 # vectors. By hand, since no benchmark has empty clusters: N = 131072, D = 16, K = 64.
 CLASSES_MULTIPLE = 32
+
+# --- Chains and linear systems.
+
+# Temporaries in bytes from which on the observations of sequences are looked at in blocks of rows. Blocks keep them
+# small, and cost the recursion's layout another pass. Benchmark: hmm d.
+BLOCKS_OF_STEPS_FROM = 1 << 26
+
+# States up to which a product with one vector is a sum: no call of a matrix library at every step. Benchmark: hmm b.
+UNROLLED_STATES = 12
+
+# States up to which chains side by side under `vmap` are lanes, the last axis. Benchmark: hmm c.
+STATES_OF_LANES = 6
+
+# Numbers in the transitions of such chains from which on sums over states are written out: XLA sums so many on a CPU by
+# a library call a step, up to ten times slower. Benchmark: hmm c.
+WIDE_TRANSITIONS = 4000
+
+# Lanes that a recursion of means over one long sequence should have: more of them make fewer steps, and more work in
+# all. Benchmark: lds b.
+LANES_OF_MEANS = 64
+
+# The same on an accelerator, where a step costs far more than a lane. By hand: one sequence of 100000 steps, 4 states.
+LANES_OF_MEANS_ON_ACCELERATORS = 4096
+
+# Numbers side by side up to which steps of one lane are grouped for a product. Benchmark: lds b.
+GROUPED_WIDTH = 64
+
+# Entries of a matrix up to which its product with vectors is written out, lane by lane. Benchmark: lds a.
+UNROLLED_PRODUCT = 64
+
+# Columns up to which matrices side by side are orthogonalised one by one in straight-line code, quicker than a
+# loop. Benchmark: lds a, b, c.
+UNROLLED_COLUMNS = 16
+
+# Lanes that are worked on at a time, where there are more: their matrices then stay in fast memory. Benchmark: lds c.
+LANES_AT_A_TIME = 256

@@ -6,23 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from ... import numerics
+from ...numerics import tuning
 from .. import lanewise
-
-# Lanes that a recursion of means should have: on a CPU, and on an accelerator, where a step costs far more than a lane.
-_LANES, _LANES_OF_ACCELERATORS = 64, 4096
-
-# Numbers side by side up to which steps of one lane are grouped for a product.
-_GROUPED_WIDTH = 64
-
-# Entries of a matrix up to which its product with vectors is written out, lane by lane.
-_WRITTEN_OUT = 64
 
 
 def apply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     """matrix v for all steps and lanes: (I, J), (T, J, B) -> (T, I, B)."""
     steps, width, lanes = vectors.shape
     height = len(matrix)
-    if lanes > 1 and height * width <= _WRITTEN_OUT:
+    if lanes > 1 and height * width <= tuning.UNROLLED_PRODUCT:
         return lanewise.times(matrix[:, :, None], vectors)
     if lanes >= width > 1:
         # One product a step, whose result is stored: written out, it would be computed anew inside each of its uses.
@@ -31,7 +23,9 @@ def apply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
     if lanes > 1:
         return numerics.product(matrix, vectors, "ij,tjb->tib")
     # Products with a short inner axis run far below a CPU's speed: several steps are taken together, as one vector.
-    group = next(g for g in (8, 4, 2, 1) if g == 1 or (steps % g == 0 and g * max(width, height) <= _GROUPED_WIDTH))
+    group = next(
+        g for g in (8, 4, 2, 1) if g == 1 or (steps % g == 0 and g * max(width, height) <= tuning.GROUPED_WIDTH)
+    )
     block = jnp.kron(jnp.eye(group, dtype=matrix.dtype), matrix) if group > 1 else matrix
     grouped = numerics.product(vectors.reshape(steps // group, group * width), block, "nj,ij->ni")
     return grouped.reshape(steps, height, 1)
@@ -53,7 +47,8 @@ def affine_scan(matrix: jax.Array, inputs: jax.Array, start: jax.Array, *, rever
 
         return jax.lax.scan(step, start, inputs, reverse=reverse)
 
-    wanted = _LANES if jax.default_backend() == "cpu" else _LANES_OF_ACCELERATORS
+    on_cpu = jax.default_backend() == "cpu"
+    wanted = tuning.LANES_OF_MEANS if on_cpu else tuning.LANES_OF_MEANS_ON_ACCELERATORS
     pieces = min(wanted // lanes, math.isqrt(2 * steps))
     if pieces < 2:
         return run(matrix, start, inputs)[1]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import numerics
+from ...numerics import tuning
 from ...record import record
 from .. import lanewise
 from .affine import apply
@@ -131,7 +132,7 @@ def _eliminate(
         axis=1,
     )
 
-    if columns <= lanewise.UNROLLED_COLUMNS:
+    if columns <= tuning.UNROLLED_COLUMNS:
         rows, pivots, rest = [], [], lanewise.once(whole)
         for j in range(columns):
             pivots.append(rest[0, 0])

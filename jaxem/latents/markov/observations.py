@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import capabilities, checks, numerics, parameters, seeding, sequences, tree
+from ...numerics import tuning
 from ...protocols import Data, Family, Params, Stats
 from ...sequences import Sequences
-
-# Bytes of temporaries beyond which observations are looked at in blocks.
-_LARGE = 1 << 26
 
 
 def log_likelihood(family: Family, emissions: Params, x: Sequences, num_states: int) -> jax.Array:
@@ -84,5 +82,5 @@ def _rows_at_a_time(family: Family, emissions: Params, rows: Data, num_states: i
     """All, or as many as fit fast memory once the temporaries of all would be large."""
     floats = 2 * num_states + family.floats_per_row(emissions)
     count, dtype = tree.num_rows(rows), tree.float_dtype(rows)
-    large = count * floats * jnp.dtype(dtype).itemsize > _LARGE
+    large = count * floats * jnp.dtype(dtype).itemsize > tuning.BLOCKS_OF_STEPS_FROM
     return tree.rows_per_block(floats, dtype) if large else count

@@ -12,14 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ... import numerics, tree
+from ...numerics import tuning
 from .chain import Chain
-
-# States up to which a product with one vector is a sum: no call of a matrix library at every step.
-_WRITTEN_OUT = 12
-
-# States up to which chains side by side are lanes, and numbers in their transitions from which on sums over states are
-# written out: XLA sums so many on a CPU by a library call a step, up to ten times slower.
-_FEW, _WIDE = 6, 4000
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -140,10 +134,10 @@ def _backward(chain: Chain, likelihood: jax.Array) -> jax.Array:
 def _moved(matrix: jax.Array, mass: jax.Array) -> jax.Array:
     """matrix (K, K[, L]) times the distribution of mass (K[, L]): the sum is found beside the product, not before."""
     total = jnp.sum(mass, axis=0)
-    if matrix.ndim > 2 and matrix.size > _WIDE:
+    if matrix.ndim > 2 and matrix.size > tuning.WIDE_TRANSITIONS:
         moved = functools.reduce(jnp.add, [matrix[:, i] * mass[None, i] for i in range(len(mass))])
         total = functools.reduce(jnp.add, list(mass))
-    elif matrix.ndim > 2 or (mass.ndim == 1 and len(matrix) <= _WRITTEN_OUT):
+    elif matrix.ndim > 2 or (mass.ndim == 1 and len(matrix) <= tuning.UNROLLED_STATES):
         moved = jnp.sum(matrix * mass[None], axis=1)
     else:
         moved = jnp.dot(matrix, mass, precision=_HIGHEST)
@@ -171,7 +165,7 @@ def _one_or_many(chain: Chain) -> tuple[Found, jax.Array]:
 def _many(size: int, batched: Any, chain: Chain) -> tuple[Any, Any]:
     """Chains of few states side by side as lanes, the last axis: `vmap` would put them first, and the states last."""
     (is_batched,) = batched
-    if chain.log_likelihood.shape[-1] > _FEW or not is_batched.transition:
+    if chain.log_likelihood.shape[-1] > tuning.STATES_OF_LANES or not is_batched.transition:
         leaves, structure = jax.tree.flatten(chain)
         axes = [0 if of_leaf else None for of_leaf in jax.tree.leaves(is_batched)]
         found = jax.vmap(lambda leaves: _smoothed(jax.tree.unflatten(structure, leaves)), (axes,))(leaves)
