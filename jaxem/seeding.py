@@ -59,7 +59,7 @@ def params_like(family: Any, x: Data, num_components: int) -> Params:
 @functools.partial(jax.jit, static_argnames="num_components")
 def _pooled(family: Any, x: Data, num_components: int) -> Params:
     """The whole data as one component, K times over; under jit for its trace to be remembered."""
-    return family.pooled(x, None, num_components)
+    return _complete(family).pooled(x, None, num_components)
 
 
 def family_stats(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, tree
+from .. import capabilities, checks, numerics, tree
 from ..protocols import Data, Params, Stats
 
 # Small enough to vanish beside any real count, large enough not to underflow when it multiplies a parameter.
@@ -86,7 +86,7 @@ def pseudo_rows(family: Any, x: Data, num_rows: float = 1.0) -> Stats:
     one without a prior, as in `Gamma(prior=pseudo_rows(Gamma(), x, 2.0))`.
     """
     family.check(x)
-    params = family.pooled(x, None, 1)
+    params = capabilities.complete("part", family).pooled(x, None, 1)
     rows = jax.tree.leaves(x)[0].shape[0]
     dtype = jax.tree.leaves(params)[0].dtype
     return family.stats(params, x, jnp.full((1, rows), num_rows / rows, dtype))
