@@ -46,7 +46,7 @@ from jaxem import (
     squarem,
     stepwise_em,
 )
-from jaxem.latents.markov import scaled
+from jaxem.numerics import tuning
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -538,8 +538,8 @@ def test_data_known_to_be_complete_give_the_same_statistics(shape):
 @pytest.mark.parametrize("kind", ["plain", "weighted", "packed", "hard zeros", "wide", "many states"])
 def test_many_chains_side_by_side_are_each_what_they_are_alone(kind, monkeypatch):
     """vmap makes lanes of them: over parameters, over data too, twice, and of slopes."""
-    monkeypatch.setattr(scaled, "_WIDE", 0 if kind == "wide" else scaled._WIDE)
-    monkeypatch.setattr(scaled, "_FEW", 2 if kind == "many states" else scaled._FEW)
+    monkeypatch.setattr(tuning, "WIDE_TRANSITIONS", 0 if kind == "wide" else tuning.WIDE_TRANSITIONS)
+    monkeypatch.setattr(tuning, "STATES_OF_LANES", 2 if kind == "many states" else tuning.STATES_OF_LANES)
     support = np.tril(np.ones((3, 3)))[::-1, ::-1] if kind == "hard zeros" else None
     model = HMM(Poisson(), 3, transition_support=support)
     x = jnp.asarray(RNG.poisson(6.0, size=(4, 30)).astype(float))

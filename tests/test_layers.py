@@ -9,6 +9,7 @@ import pytest
 import jaxem
 
 ROOT = Path(jaxem.__file__).parent
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
@@ -117,5 +118,5 @@ def test_every_constant_of_machines_says_what_shows_its_worth():
             text = " ".join(said)
             scripts = re.findall(r"([a-z_]+) [a-e]\b", text.partition("Benchmark: ")[2])
             assert scripts or re.search(r"By hand[^:]*: .*\d", text), line
-            assert all((ROOT.parent / "benchmarks" / f"{script}.py").exists() for script in scripts), line
+            assert all((BENCHMARKS / f"{script}.py").exists() for script in scripts), line
         said = [*said, line.removeprefix("# ")] if line.startswith("#") else []
