@@ -3,6 +3,7 @@
 from . import datasets as datasets
 from . import testing as testing
 from .data import Labelled as Labelled
+from .data import Moments as Moments
 from .diagnostics import FreeEnergy as FreeEnergy
 from .diagnostics import aic as aic
 from .diagnostics import bic as bic

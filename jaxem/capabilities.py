@@ -55,6 +55,9 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "units": lambda model: lambda x: x,
         "sample_size": lambda model: tree.total_weight,
         "partial": lambda model: lambda: model,
+        # Every step needs every row, and plain EM is fast enough where no algorithm is named.
+        "reduced": lambda model: lambda x, weights=None: (model.units(x), weights),
+        "crawls": lambda model: False,
         # No component can die or collapse, there is no prior, and the objective is a log-likelihood.
         "degenerate": lambda model: lambda stats: jnp.zeros(0, bool),
         "log_prior": lambda model: lambda params: 0.0,
