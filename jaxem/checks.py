@@ -194,6 +194,12 @@ def some_observed(message: str) -> None:
         raise ValueError(message)
 
 
+def warn_of_fit(message: str) -> None:
+    """Warn, in the user's own line, where parameters are to be estimated."""
+    if _ESTIMATING.get():
+        warnings.warn(message, stacklevel=_users_frame())
+
+
 @contextlib.contextmanager
 def without_estimation() -> Iterator[None]:
     """Within it rows are looked at for themselves: one of them is enough, and a column of it may be missing."""
