@@ -319,11 +319,11 @@ class LinearGaussianSSM:
         """Temporaries of an E-step, in numbers a sequence."""
         x = self.units(x)
         width, states = params.emission.shape
-        share = 4 * (width + states)
+        a_step = 4 * (width + states)
         missing = self.missing and not x.complete
         if missing or x.lengths is not None:
-            share += 8 * states**2 + (3 * width**2 if self.covariance == "full" and missing else 0)
-        return x.num_steps * share
+            a_step += 8 * states**2 + (3 * width**2 if self.covariance == "full" and missing else 0)
+        return x.num_steps * a_step
 
     def _read(self, x: Sequences) -> tuple[Sequences, jax.Array | None]:
         """Observations alone as sequences, in one floating dtype, and inputs (B, T, U)."""
