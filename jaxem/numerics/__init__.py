@@ -1,4 +1,5 @@
-"""Numerical tools that know nothing of models: elementary operations, and factorisations of small matrices."""
+"""Numerical tools that know nothing of models: elementary operations, factorisations of small
+matrices, and the truncated normal distribution."""
 
 from .elementary import (
     first_argmax,
@@ -22,6 +23,7 @@ from .factorisations import (
     real_to_covariance,
     solve,
 )
+from .truncated import truncated_normal
 
 __all__ = [
     "cholesky",
@@ -41,5 +43,6 @@ __all__ = [
     "simplex_to_real",
     "solve",
     "to_rank",
+    "truncated_normal",
     "weighted_sum",
 ]
