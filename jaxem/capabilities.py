@@ -65,6 +65,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "rebase": lambda model: lambda stats, params: stats,
         # There is no cheaper arithmetic, restarts on the same rows share no temporaries, and how many is not known.
         "coarse": lambda model: lambda: model,
+        # Its M-steps are taken as they are.
+        "expanded": lambda model: lambda params, stats, **statements: params,
         "floats_per_restart": lambda model: model.floats_per_row,
         "floats_per_row": _none,
         # Starts are given, the M-step is a climb of Q or has no need of it, and is one for all parameters.
@@ -86,6 +88,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "check_value": lambda part: lambda name, value: None,
         # There is no cheaper arithmetic.
         "coarse": lambda part: lambda: part,
+        # Its M-steps are taken as they are.
+        "expanded": lambda part: lambda params, stats, **statements: params,
         # To know that no entry is missing saves nothing.
         "without_missing": lambda part: lambda: part,
         # It adds no component by itself.
@@ -109,6 +113,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Those that all components can share, and the common value, None where it is that of the pooled statistics.
         "shareable": lambda inner: (),
         "share": lambda inner: None,
+        # Whether what is shared changes the M-step of others: `m_step_given` is then told, as `shared`.
+        "shares_jointly": lambda inner: False,
+        # Its M-steps are taken as they are.
+        "expanded": lambda inner: lambda params, stats, **statements: params,
         # Whether `degenerate` takes the names of what is held, which cannot collapse.
         "collapses": lambda inner: False,
         # Free parameters by name: as many as each has coordinates.

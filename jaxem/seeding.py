@@ -106,7 +106,7 @@ def statistics(
 
     def again(_: int, values: dict[str, Params]) -> dict[str, Params]:
         of = at(values)
-        return {name: part.m_step(of[name]) for name, part in parts.items()}
+        return {name: part.expanded(part.m_step(of[name]), of[name]) for name, part in parts.items()}
 
     passes = max(part.start_passes for part in parts.values())
     return at(jax.lax.fori_loop(0, passes - 1, again, pooled))

@@ -67,6 +67,7 @@ class Product:
         return ProductStats(count=stats.count, blocks=of)
 
     m_step = assembly.m_step
+    expanded = assembly.expanded
     q_function = assembly.q_function
     log_prior = assembly.log_prior
     rebase = assembly.rebase

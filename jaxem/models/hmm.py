@@ -127,6 +127,7 @@ class HMM:
         return dataclasses.replace(stats, emissions=of["emissions"])
 
     m_step = assembly.m_step
+    expanded = assembly.expanded
     blocks = assembly.blocks
     m_step_for = assembly.m_step_for
     q_function = assembly.q_function
@@ -174,7 +175,7 @@ class HMM:
             emissions=emissions,
             loglik=jnp.zeros((), starts.dtype),
         )
-        return self.m_step(stats)
+        return self.expanded(self.m_step(stats), stats)
 
     def infer(self, params: HMMParams, x: Data, expect: Expect = Exact()) -> markov.Posterior:
         """The posterior of the states: its `states`, `pairs`, and `evidence`, log p(x) of every sequence."""

@@ -88,6 +88,7 @@ class Mixture:
     part_statistics = assembly.part_statistics
     with_part_statistics = assembly.with_part_statistics
     m_step = assembly.m_step
+    expanded = assembly.expanded
     blocks = assembly.blocks
     m_step_for = assembly.m_step_for
     q_function = assembly.q_function
@@ -245,7 +246,7 @@ class Mixture:
         parts, counts = self.parts, {"weights": self.num_weights, "components": self.num_components}
         pooled = {name: part.pooled(rows, weights, counts[name]) for name, part in parts.items()}
         of = seeding.statistics(parts, pooled, rows, share, weights, self.num_weights, smoothing)
-        return self.params_of({name: part.m_step(of[name]) for name, part in parts.items()})
+        return self.params_of({name: part.expanded(part.m_step(of[name]), of[name]) for name, part in parts.items()})
 
 
 def params_from_responsibilities(

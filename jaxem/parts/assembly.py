@@ -59,6 +59,13 @@ def m_step(self: Assembled, stats: Stats) -> Params:
     return self.params_of({name: part.m_step(of[name]) for name, part in self.parts.items()})
 
 
+def expanded(self: Assembled, params: Params, stats: Stats, held: tuple[str, ...] = ()) -> Params:
+    """What each part makes of an M-step's parameters, that are not held; see `protocols.Family`."""
+    of, values = self.part_statistics(stats), fields(params)
+    free = {name: part for name, part in self.parts.items() if name not in held}
+    return replace(params, **{name: part.expanded(values[name], of[name]) for name, part in free.items()})
+
+
 def blocks(self: Assembled, params: Params) -> tuple[str, ...]:
     """Names of parameters with a conditional M-step of their own: parts, or "part.name" within one that has such."""
     names: list[str] = []
