@@ -67,8 +67,8 @@ class LowRankNormalStats:
 class _Told:
     """What rows tell of the factors of every component.
 
-    means   (K, Q, N), posterior means
-    left    (K, D, N), x - mean - loadings · means
+    means   (K, N, Q), posterior means
+    left    (K, N, D), x - mean - loadings · means
     square  (K, N), Mahalanobis distances squared
     """
 
@@ -167,21 +167,21 @@ class LowRankNormal:
         of, told = self._told(params, x)
         noise, pseudo = self._variances(params), columns.PSEUDO_COUNT
         rows = jnp.sum(responsibilities, axis=1)
-        features = jnp.concatenate([told.means, jnp.ones_like(told.means[:, :1])], axis=1)
-        weighted = responsibilities[:, None] * features
+        features = jnp.concatenate([told.means, jnp.ones_like(told.means[..., :1])], axis=-1)
+        weighted = responsibilities[..., None] * features
         spread = rows[:, None, None] * of.covariance
         carried = numerics.product(params.loadings, spread, "kdq,kqr->kdr")
         latents = self.num_latents
-        gram = numerics.product(weighted, features, "kfn,kgn->kfg")
+        gram = numerics.product(weighted, features, "knf,kng->kfg")
         gram = gram.at[:, :latents, :latents].add(spread) + pseudo * jnp.eye(latents + 1, dtype=gram.dtype)[None]
-        cross = numerics.product(weighted, told.left, "kfn,kdn->kfd")
+        cross = numerics.product(weighted, told.left, "knf,knd->kfd")
         cross = cross.at[:, :latents].add(-jnp.swapaxes(carried, 1, 2))
-        square = numerics.product(responsibilities, jnp.square(told.left), "kn,kdn->kd")
+        square = numerics.product(responsibilities, jnp.square(told.left), "kn,knd->kd")
         square = square + jnp.sum(params.loadings * carried, axis=-1) + pseudo * noise
         # -KL(factors || N(0, I)) = (Q - tr C - |m|² + log det C) / 2 of every row.
         half_logdet = of.half_logdet - 0.5 * jnp.sum(jnp.log(noise), axis=1)
         constant = 0.5 * (latents - jnp.trace(of.covariance, axis1=1, axis2=2)) - half_logdet
-        lengths = jnp.sum(weighted[:, :latents] * told.means, axis=(1, 2))
+        lengths = jnp.sum(weighted[..., :latents] * told.means, axis=(1, 2))
         count = rows + pseudo
         return LowRankNormalStats(
             equation=EquationStats(
@@ -360,13 +360,14 @@ class LowRankNormal:
         """
         rows = self._rows(x, expected=params.mean.shape[-1])
         centre = jnp.mean(params.mean, axis=0)
-        about, offset = (rows - centre[None]).T, params.mean - centre[None]
+        about, offset = rows - centre[None], params.mean - centre[None]
         variances = self._variances(params)
         of = factors(params.loadings, variances)
-        means = numerics.product(of.projection, about, "kqd,dn->kqn")
-        means = means - numerics.product(of.projection, offset, "kqd,kd->kq")[:, :, None]
-        left = about[None] - offset[:, :, None] - numerics.product(params.loadings, means, "kdq,kqn->kdn")
-        square = jnp.sum(jnp.square(left) / variances[:, :, None], axis=1) + jnp.sum(jnp.square(means), axis=1)
+        means = numerics.product(about, of.projection, "nd,kqd->knq")
+        means = means - numerics.product(of.projection, offset, "kqd,kd->kq")[:, None]
+        left = about[None] - offset[:, None] - numerics.product(means, params.loadings, "knq,kdq->knd")
+        square = numerics.product(jnp.square(left), 1 / variances, "knd,kd->kn")
+        square = square + jnp.sum(jnp.square(means), axis=-1)
         return of, _Told(means=means, left=left, square=square)
 
 
