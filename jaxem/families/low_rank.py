@@ -13,6 +13,7 @@ from ..record import record, static
 from . import columns, design
 from .covariance import Diagonal, Spherical
 from .linear_equation import EquationParams, EquationStats, LinearEquation
+from .principal_start import principal_start
 
 # The shape of the noise, and the name of its parameter.
 _NOISE: dict[str, tuple[Diagonal | Spherical, str]] = {
@@ -22,12 +23,6 @@ _NOISE: dict[str, tuple[Diagonal | Spherical, str]] = {
 
 # Rounds of an M-step whose loadings are shared and whose noise is not. Each gains several digits.
 _ROUNDS = 12
-
-# Share of its spread that every column leaves to its noise at a start, and that a direction's variance is above it.
-_LEAST = 0.05
-
-# Rounds of orthogonal iteration for the directions that starts have in common.
-_START_ROUNDS = 4
 
 
 @record
@@ -98,7 +93,6 @@ class LowRankNormal:
     noise: str = static(default="diag")
 
     shares_jointly = True
-    collapses = True
 
     def __post_init__(self) -> None:
         checks.positive_integer("num_latents", self.num_latents)
@@ -130,24 +124,7 @@ class LowRankNormal:
         PPCA's closed form (Tipping & Bishop 1999, equations 7 and 8) with these directions, columns standardised where
         noise is "diag". The directions are those of a few orthogonal iterations, from a fixed draw.
         """
-        rows = self._rows(x)
-        each = jnp.ones(rows.shape[0], rows.dtype) if weights is None else weights.astype(rows.dtype)
-        each = (each / jnp.sum(each))[:, None]
-        mean = jnp.sum(each * rows, axis=0)
-        centred = rows - mean[None]
-        variance = jnp.sum(each * jnp.square(centred), axis=0)
-        eps, energy = jnp.finfo(rows.dtype).eps, variance + jnp.square(mean)
-        variance = jnp.maximum(variance, jnp.where(energy > 0, eps**2 * energy, eps**2))
-        scale = jnp.sqrt(variance) if self.noise == "diag" else jnp.ones_like(variance)
-        spread = variance / jnp.square(scale)
-        basis, moments = _leading(centred / scale[None], each, self.num_latents)
-        rest = jnp.maximum(jnp.sum(spread) - jnp.trace(moments), 0) / (len(mean) - self.num_latents)
-        eye = jnp.eye(self.num_latents, dtype=rows.dtype)
-        root, _ = numerics.floored_cholesky(moments - rest * eye, jnp.full(self.num_latents, _LEAST * rest))
-        loadings = numerics.product(basis, root, "dq,qr->dr")
-        left = jnp.maximum(spread - jnp.sum(jnp.square(loadings), axis=1), _LEAST * spread) * jnp.square(scale)
-        noise = left if self.noise == "diag" else jnp.mean(left)
-        start = self._params(mean, scale[:, None] * loadings, noise)
+        start = self._params(*principal_start(self._rows(x), weights, self.num_latents, self.noise == "diag"))
         return jax.tree.map(lambda leaf: jnp.tile(leaf, (num_components,) + (1,) * leaf.ndim), start)
 
     def features(self, x: jax.Array) -> jax.Array:
@@ -369,26 +346,6 @@ class LowRankNormal:
         square = numerics.product(jnp.square(left), 1 / variances, "knd,kd->kn")
         square = square + jnp.sum(jnp.square(means), axis=-1)
         return of, _Told(means=means, left=left, square=square)
-
-
-def _leading(points: jax.Array, shares: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Leading directions (D, Q) of centred points (N, D) of shares (N, 1), and second moments (Q, Q) along them."""
-    basis = jax.random.normal(jax.random.key(0), (points.shape[1], count), points.dtype)
-    for _ in range(_START_ROUNDS):
-        along = numerics.product(points, _orthonormal(basis), "nd,dq->nq")
-        basis = numerics.product(points, shares * along, "nd,nq->dq")
-    basis = _orthonormal(basis)
-    along = numerics.product(points, basis, "nd,dq->nq")
-    return basis, numerics.product(shares * along, along, "nq,nr->qr")
-
-
-def _orthonormal(basis: jax.Array) -> jax.Array:
-    """An orthonormal basis (D, Q) of the same directions; what depends on others becomes small instead."""
-    basis = basis / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(basis), axis=0)), jnp.finfo(basis.dtype).tiny)[None]
-    gram = numerics.product(basis, basis, "dq,dr->qr")
-    floor = jnp.full(len(gram), 16 * len(gram) * jnp.finfo(basis.dtype).eps, basis.dtype)
-    factor, _ = numerics.floored_cholesky(gram, floor)
-    return numerics.product(basis, numerics.inverse_lower(factor), "dq,rq->dr")
 
 
 def _shared_correction(stats: EquationStats, precisions: jax.Array, mean_held: bool) -> jax.Array:
