@@ -51,6 +51,8 @@ from .families import GammaParams as GammaParams
 from .families import LinearRegression as LinearRegression
 from .families import LinearRegressionParams as LinearRegressionParams
 from .families import LogisticRegression as LogisticRegression
+from .families import LowRankNormal as LowRankNormal
+from .families import LowRankNormalParams as LowRankNormalParams
 from .families import Multinomial as Multinomial
 from .families import MultinomialParams as MultinomialParams
 from .families import NegativeBinomial as NegativeBinomial

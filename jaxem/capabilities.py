@@ -68,6 +68,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "rebase": lambda model: lambda stats, params: stats,
         # There is no cheaper arithmetic, how many temporaries there are is not known, and restarts share none of them.
         "coarse": lambda model: lambda: model,
+        # Its M-steps are taken as they are.
+        "expanded": lambda model: lambda params, stats, **statements: params,
         "floats_per_row": _none,
         "shared_floats_per_row": lambda model: lambda params, x: 0,
         # Starts are given, the M-step is a climb of Q or has no need of it, and is one for all parameters.
@@ -89,6 +91,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "check_value": lambda part: lambda name, value: None,
         # There is no cheaper arithmetic.
         "coarse": lambda part: lambda: part,
+        # Its M-steps are taken as they are.
+        "expanded": lambda part: lambda params, stats, **statements: params,
         # To know that no entry is missing saves nothing.
         "without_missing": lambda part: lambda: part,
         # It adds no component by itself.
@@ -112,6 +116,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Those that all components can share, and the common value, None where it is that of the pooled statistics.
         "shareable": lambda inner: (),
         "share": lambda inner: None,
+        # Whether what is shared changes the M-step of others: `m_step_given` is then told, as `shared`.
+        "shares_jointly": lambda inner: False,
+        # Its M-steps are taken as they are.
+        "expanded": lambda inner: lambda params, stats, **statements: params,
         # Free parameters by name: as many as each has coordinates.
         "degrees": lambda inner: functools.partial(_degrees, inner),
         # Other forms of it.

@@ -114,7 +114,7 @@ def statistics(
 
     def again(_: int, values: dict[str, Params]) -> dict[str, Params]:
         of = at(values)
-        return {name: part.m_step(of[name]) for name, part in parts.items()}
+        return {name: part.expanded(part.m_step(of[name]), of[name]) for name, part in parts.items()}
 
     passes = max(part.start_passes for part in parts.values())
     return at(jax.lax.fori_loop(0, passes - 1, again, pooled))
@@ -142,7 +142,7 @@ def estimated(model: Any, x: Data, membership: jax.Array, weights: jax.Array | N
         numbered = membership.ndim == 1
         membership = jnp.where(labels < 0, membership, labels) if numbered else as_labelled(membership.T, x).T
     of = statistics(model.parts, model.counts, rows, membership, weights, smoothing)
-    return model.params_of({name: part.m_step(of[name]) for name, part in model.parts.items()})
+    return model.params_of({name: part.expanded(part.m_step(of[name]), of[name]) for name, part in model.parts.items()})
 
 
 def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -60,7 +60,7 @@ def blocks(inner: Any, params: Params) -> tuple[str, ...]:
     None where one of the parameters has no such M-step: blocks cover all that is free.
     """
     part = capabilities.complete("stated", inner)
-    names = [name for name in fields(params) if name not in part.stated]
+    names = [name for name, value in fields(params).items() if name not in part.stated and value is not None]
     holdable = set(part.holdable)
     return tuple(names) if all(set(names) - {name} <= holdable for name in names) else ()
 
@@ -68,7 +68,8 @@ def blocks(inner: Any, params: Params) -> tuple[str, ...]:
 def m_step_for(inner: Any, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
     """The M-step over these parameters alone, all others held where they are."""
     stated = capabilities.complete("stated", inner).stated
-    held = {name: value for name, value in fields(params).items() if name not in (*names, *stated)}
+    kept = {name: value for name, value in fields(params).items() if name not in (*names, *stated)}
+    held = {name: value for name, value in kept.items() if value is not None}
     return Fixed(inner, held).m_step(stats) if held else inner.m_step(stats)
 
 
@@ -157,6 +158,10 @@ class Fixed:
         given = {**own, **held}
         return self.apply(self.inner.m_step_given(stats, **given) if given else self.inner.m_step(stats))
 
+    def expanded(self, params: Params, stats: Stats, held: tuple[str, ...] = (), **shared: Any) -> Params:
+        """What is made of an M-step's parameters, but for those that are held."""
+        return _inner(self).expanded(params, stats, held=(*held, *self.values), **shared)
+
     def degenerate(self, stats: Stats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components that died or collapsed: what is held does not."""
         return capabilities.degenerate(self.inner, stats, (*held, *self.values))
@@ -243,6 +248,8 @@ class Tied:
 
     def m_step_given(self, stats: Stats, **held: Any) -> Params:
         """The same, with parameters held by a statement around this one."""
+        if _inner(self).shares_jointly:
+            return self.inner.m_step_given(stats, **{**held, "shared": (*self.names, *held.get("shared", ()))})
         params = self.inner.m_step_given(stats, **held) if held else self.inner.m_step(stats)
         share = _inner(self).share
 
@@ -251,6 +258,10 @@ class Tied:
             return jnp.broadcast_to(found, value.shape)
 
         return _changed(params, self.names, shared)
+
+    def expanded(self, params: Params, stats: Stats, shared: tuple[str, ...] = (), **held: Any) -> Params:
+        """What is made of an M-step's parameters; those that are shared stay so."""
+        return _inner(self).expanded(params, stats, shared=(*shared, *self.names), **held)
 
     def blocks(self, params: Params) -> tuple[str, ...]:
         """The model's blocks, but for those that are shared."""
