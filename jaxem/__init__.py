@@ -51,6 +51,7 @@ from .families import Multinomial as Multinomial
 from .families import MultinomialParams as MultinomialParams
 from .families import NegativeBinomial as NegativeBinomial
 from .families import NegativeBinomialParams as NegativeBinomialParams
+from .families import NoisyNormal as NoisyNormal
 from .families import Normal as Normal
 from .families import NormalInverseWishart as NormalInverseWishart
 from .families import NormalParams as NormalParams

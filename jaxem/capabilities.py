@@ -63,6 +63,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "unconstrain": lambda model: lambda params: params,
         "constrain": lambda model: lambda theta: theta,
         "rebase": lambda model: lambda stats, params: stats,
+        # To know that no entry is missing saves nothing.
+        "without_missing": lambda model: lambda: model,
         # There is no cheaper arithmetic, restarts on the same rows share no temporaries, and how many is not known.
         "coarse": lambda model: lambda: model,
         "floats_per_restart": lambda model: model.floats_per_row,
@@ -242,6 +244,11 @@ def states(completed: Any, *names: str) -> bool:
     """Whether an object has all of these by itself, and none by default."""
     inner = original(completed)
     return all(hasattr(inner, name) and not isinstance(getattr(type(inner), name, None), _Default) for name in names)
+
+
+def informed(model: Any, x: Any) -> Any:
+    """The complete model in its form for such data: where it can be seen that nothing is missing, less is compiled."""
+    return model.without_missing() if checks.nothing_missing(x) else model
 
 
 def fitted_model(model: Any) -> Model:

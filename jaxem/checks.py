@@ -222,6 +222,12 @@ def has_nan(value: Any) -> bool:
     return bool(np.any(np.isnan(np.asarray(value))))
 
 
+def nothing_missing(x: Any) -> bool:
+    """Whether it can be seen that no floating-point entry of the data is NaN."""
+    floats = [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    return is_concrete(x) and not any(has_nan(leaf) for leaf in floats)
+
+
 def _users_frame() -> int:
     """The stack level, as the caller of this function counts, of the first frame outside of this package."""
     package = str(Path(__file__).parent)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, parameters, stopping, tree
-from .capabilities import complete, fitted_model, fitting_algorithm
+from .capabilities import complete, fitted_model, fitting_algorithm, informed
 from .em import EM, objective, pose
 from .implicit import refuse_derivatives
 from .protocols import Algorithm, Data, Model, Params
@@ -206,6 +206,7 @@ def em_fit(
     x, weights = checks.native((x, weights))
     model.check(x, weights)
     x = pose(model, x, weights).x
+    model = informed(model, x)
     parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)

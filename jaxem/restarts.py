@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, parameters, stopping, tree
-from .capabilities import fitted_model, fitting_algorithm
+from .capabilities import fitted_model, fitting_algorithm, informed
 from .em import EM, pose
 from .fit import Result, history_capacity
 from .numerics import tuning
@@ -178,6 +178,7 @@ def fit_restarts(
     if screen is not None and not isinstance(screen, Screen):
         raise TypeError(f"screen must be a Screen, as in Screen(steps=20, keep=0.25), or None; got {screen!r}")
     x, weights = _data(model, x, weights)
+    model = informed(model, x)
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
         parameters.check("init", model, starts, x, lead=(num_restarts,))

@@ -24,6 +24,7 @@ from jaxem import (
     Mixture,
     Multinomial,
     NegativeBinomial,
+    NoisyNormal,
     Normal,
     NormalInverseWishart,
     Poisson,
@@ -80,6 +81,7 @@ _design = _rng.normal(size=(40, 2))
 _response = np.where(_labels == 0, 1.0, -1.0) * (_design @ [2.0, 1.0]) + 0.5 * _rng.normal(size=40)
 _binary = (_response + _rng.normal(size=40) > 0).astype(np.int32)
 _mixed = {"size": _holes(_points), "smoker": _holes(_yes)}
+_noise = np.random.default_rng(9).uniform(0.2, 1.0, (40, 2))
 
 
 def _strict(columns: int) -> NormalInverseWishart:
@@ -156,6 +158,13 @@ def zoo() -> dict:
                 Mixture(Normal("spherical", prior=default_prior(jnp.asarray(_points), 2, "spherical")), 2),
                 _holes(_points),
             ),
+            "full, missing": lambda: (Mixture(Normal("full"), 2), _holes(_many)),
+            "tied, prior, missing": lambda: (Mixture(Normal("tied", prior=_strict(2)), 3), _holes(_points)),
+            "noisy normal": lambda: (Mixture(NoisyNormal(), 2), (_holes(_points), _noise)),
+            "noisy normal, diag, correlated noise": lambda: (
+                Mixture(NoisyNormal("diag"), 2),
+                (_points, _noise[:, :, None] * np.array([[1.0, 0.5], [0.5, 1.0]]) * _noise[:, None]),
+            ),
             "labelled": lambda: (Mixture(Normal("full"), 3), _known(_points)),
             "bernoulli": lambda: (Mixture(Bernoulli(), 3), _yes),
             "bernoulli, prior, missing": lambda: (Mixture(Bernoulli(prior=Beta(2.0, 3.0)), 2), _holes(_yes)),
@@ -214,6 +223,7 @@ def zoo() -> dict:
             "hmm": lambda: (HMM(Normal(), 2), Sequences(_gaps(_paths), _lengths)),
             "hmm, logarithms": lambda: (HMM(Normal("diag"), 2, form="log"), Sequences(_gaps(_paths), _lengths)),
             "hmm, parallel": lambda: (HMM(Normal("tied"), 2, parallel=True), Sequences(_paths, _lengths)),
+            "hmm, missing entries": lambda: (HMM(Normal(), 2), Sequences(_holes(_paths), _lengths)),
             "hmm, packed": lambda: (HMM(Normal("diag"), 2, form="scaled"), _packed(_paths)),
             "hmm, priors": lambda: (
                 HMM(Poisson(), 2, initial_prior=Dirichlet(2.0), transition_prior=Dirichlet(1 + 3 * jnp.eye(2))),

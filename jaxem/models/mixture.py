@@ -111,7 +111,7 @@ class Mixture:
         checks.choice("method", method, seeding.METHODS)
         x, weights = checks.native((x, weights))
         self.check(x, weights)
-        return self._init(checks.random_key(key), x, weights, method)
+        return self._informed(x)._init(checks.random_key(key), x, weights, method)
 
     @functools.partial(jax.jit, static_argnames="method")
     def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
@@ -127,7 +127,7 @@ class Mixture:
         x, weights = checks.native((x, weights))
         self.check(x, weights)
         given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), self.num_weights)
-        return self._from_responsibilities(x, given, weights, 0.0)
+        return self._informed(x)._from_responsibilities(x, given, weights, 0.0)
 
     def infer(self, params: MixtureParams, x: Data, expect: Expect = Exact()) -> CategoricalPosterior:
         """The posterior over components of every row; its `evidence` is log p(x_n), (N,)."""
@@ -214,6 +214,11 @@ class Mixture:
         family = capabilities.original(self.parts["components"].coarse())
         return self if family is self.family else dataclasses.replace(self, family=family)
 
+    def without_missing(self) -> "Mixture":
+        """The form for rows in which no entry is missing."""
+        family = capabilities.original(self.parts["components"].without_missing())
+        return self if family is self.family else dataclasses.replace(self, family=family)
+
     @property
     def num_weights(self) -> int:
         """Components, and those that the family adds by itself."""
@@ -232,6 +237,9 @@ class Mixture:
         joint = parts["weights"].log_prob(params.weights, rows)
         joint = joint + parts["components"].log_prob(params.components, rows)
         return joint if labels is None else jnp.where(allowed(labels, joint.shape[0]), joint, -jnp.inf)
+
+    def _informed(self, x: Data) -> "Mixture":
+        return capabilities.original(capabilities.informed(capabilities.complete("model", self), x))
 
     @functools.partial(jax.jit, static_argnames="smoothing")
     def _from_responsibilities(

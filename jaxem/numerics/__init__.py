@@ -3,6 +3,7 @@
 from .elementary import (
     first_argmax,
     first_largest,
+    in_any_lane,
     normalize,
     product,
     real_to_simplex,
@@ -29,6 +30,7 @@ __all__ = [
     "first_argmax",
     "first_largest",
     "floored_cholesky",
+    "in_any_lane",
     "inverse_lower",
     "normalize",
     "product",
