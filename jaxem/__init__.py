@@ -3,6 +3,7 @@
 from . import datasets as datasets
 from . import testing as testing
 from .data import Labelled as Labelled
+from .data import Moments as Moments
 from .diagnostics import FreeEnergy as FreeEnergy
 from .diagnostics import aic as aic
 from .diagnostics import bic as bic
@@ -71,8 +72,12 @@ from .families import default_prior as default_prior
 from .families import pseudo_rows as pseudo_rows
 from .fit import Result as Result
 from .fit import em_fit as em_fit
+from .latents.linear_gaussian.rotations import varimax as varimax
 from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM
+from .models import PPCA as PPCA
+from .models import FactorAnalysis as FactorAnalysis
+from .models import FactorAnalysisParams as FactorAnalysisParams
 from .models import HMMParams as HMMParams
 from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
@@ -80,6 +85,9 @@ from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
+from .models import MultivariateNormal as MultivariateNormal
+from .models import MultivariateNormalParams as MultivariateNormalParams
+from .models import PPCAParams as PPCAParams
 from .models import from_functions as from_functions
 from .models import params_from_responsibilities as params_from_responsibilities
 from .parts import Fixed as Fixed

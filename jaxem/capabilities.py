@@ -55,6 +55,9 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "units": lambda model: lambda x: x,
         "sample_size": lambda model: tree.total_weight,
         "partial": lambda model: lambda: model,
+        # Every step needs every row, and plain EM is fast enough where no algorithm is named.
+        "reduced": lambda model: lambda x, weights=None: (model.units(x), weights),
+        "crawls": lambda model: False,
         # No component can die or collapse, there is no prior, and the objective is a log-likelihood.
         "degenerate": lambda model: lambda stats: jnp.zeros(0, bool),
         "log_prior": lambda model: lambda params: 0.0,
@@ -94,6 +97,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "extra_components": lambda part: 0,
         # Two M-steps make a start: the first centres statistics on the components' own means.
         "start_passes": lambda part: 2,
+        # There are no values to put in place of missing ones.
+        "expected_values": _none,
+        "drawn_values": _none,
+        "completed": _none,
         # Restarts on the same rows share none of its temporaries.
         "shared_floats_per_row": lambda part: lambda params: 0,
     },
@@ -248,7 +255,7 @@ def states(completed: Any, *names: str) -> bool:
 
 def informed(model: Any, x: Any) -> Any:
     """The complete model in its form for such data: where it can be seen that nothing is missing, less is compiled."""
-    return model.without_missing() if checks.nothing_missing(x) else model
+    return model.without_missing() if tree.nothing_missing(x) else model
 
 
 def fitted_model(model: Any) -> Model:

@@ -194,6 +194,12 @@ def some_observed(message: str) -> None:
         raise ValueError(message)
 
 
+def warn_of_fit(message: str) -> None:
+    """Warn, in the user's own line, where parameters are to be estimated."""
+    if _ESTIMATING.get():
+        warnings.warn(message, stacklevel=_users_frame())
+
+
 @contextlib.contextmanager
 def without_estimation() -> Iterator[None]:
     """Within it rows are looked at for themselves: one of them is enough, and a column of it may be missing."""
@@ -220,12 +226,6 @@ def has_nan(value: Any) -> bool:
     if isinstance(value, jax.Array) and jax.default_backend() != "cpu":
         return bool(jnp.any(jnp.isnan(value)))
     return bool(np.any(np.isnan(np.asarray(value))))
-
-
-def nothing_missing(x: Any) -> bool:
-    """Whether it can be seen that no floating-point entry of the data is NaN."""
-    floats = [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
-    return is_concrete(x) and not any(has_nan(leaf) for leaf in floats)
 
 
 def _users_frame() -> int:

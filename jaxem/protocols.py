@@ -91,6 +91,11 @@ class Model(Protocol):
         ...
 
     @property
+    def crawls(self) -> bool:
+        """Whether plain EM takes thousands of steps: a fit is then accelerated where no algorithm is named."""
+        ...
+
+    @property
     def likelihood(self) -> bool:
         """Whether the objective is one; else it has no unit of its own."""
         ...
@@ -144,6 +149,11 @@ class Model(Protocol):
 
     def partial(self) -> "Model":
         """The model as it sees a part of the rows, where an E-step on all of them does more."""
+        ...
+
+    def reduced(self, x: Data, weights: jax.Array | None = None) -> tuple[Data, jax.Array | None]:
+        """Units and weights of the same total with the same statistics, and fewer of them: what a fit whose every step
+        is on all rows can go over in place of the rows."""
         ...
 
     def coarse(self) -> "Model":

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, parameters, stopping, tree
-from .capabilities import fitted_model, fitting_algorithm, informed
-from .em import EM, pose
-from .fit import Result, history_capacity
+from .capabilities import fitted_model, informed
+from .fit import Result, chosen, data_of, history_capacity, sees_all_rows
 from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
@@ -150,7 +149,7 @@ def fit_restarts(
     *,
     num_restarts: int | None = None,
     init: Callable | Params | None = None,
-    algorithm: Any = EM(),
+    algorithm: Any | None = None,
     tol: jax.Array | float = 1e-6,
     max_steps: jax.Array | int = 1000,
     screen: Screen | None = None,
@@ -159,7 +158,7 @@ def fit_restarts(
     """Fit a model by EM from many starts and keep the best.
 
     num_restarts: R; init: a function `(key, x, weights) -> params` (default: `model.init`), or
-    params with a leading axis R; tol, max_steps: as in `em_fit`, for every restart by itself;
+    params with a leading axis R; algorithm, tol, max_steps: as in `em_fit`, for every restart by itself;
     screen: short runs first, and only the best of them to convergence; block_size: restarts that
     run side by side, chosen from shapes and backend when None.
 
@@ -171,13 +170,16 @@ def fit_restarts(
 
     Raises ValueError or TypeError for bad input when called eagerly.
     """
-    model, algorithm = fitted_model(model), fitting_algorithm(algorithm)
+    model = fitted_model(model)
+    algorithm = chosen(model, algorithm)
     checks.limits(tol, max_steps)
     if block_size is not None:
         checks.positive_integer("block_size", block_size)
     if screen is not None and not isinstance(screen, Screen):
         raise TypeError(f"screen must be a Screen, as in Screen(steps=20, keep=0.25), or None; got {screen!r}")
-    x, weights = _data(model, x, weights)
+    # A start of the user's own is drawn from the rows as they are.
+    sees_all = sees_all_rows(model, algorithm) and not callable(init)
+    x, weights = tree.present(*data_of(model, x, weights, sees_all))
     model = informed(model, x)
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
@@ -195,16 +197,6 @@ def fit_restarts(
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)
     return runs
-
-
-def _data(model: Any, x: Data, weights: jax.Array | None) -> tuple[Data, jax.Array | None]:
-    """Checked data, as rows that count and with weights in their dtype."""
-    x, weights = checks.native((x, weights))
-    model.check(x, weights)
-    checks.plain_axes("x", x)
-    checks.plain_axes("weights", weights)
-    x = tree.one_precision(pose(model, x, weights).x)
-    return tree.present(x, None if weights is None else jnp.asarray(weights))
 
 
 def _all_phases(

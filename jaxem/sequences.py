@@ -209,7 +209,7 @@ def as_sequences(x: Any) -> Sequences:
             full = bool(jnp.all(jnp.asarray(x.lengths) == x.num_steps))
             x = dataclasses.replace(x, lengths=None) if full else x
         if x.complete is None and checks.is_concrete(x.values):
-            x = dataclasses.replace(x, complete=checks.nothing_missing(x.values))
+            x = dataclasses.replace(x, complete=tree.nothing_missing(x.values))
     return x
 
 

@@ -14,6 +14,7 @@ learning from incomplete data via an EM approach; Bovy, Hogg & Roweis (2011), Ex
 Statistics 5.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -99,6 +100,50 @@ def means(mean: jax.Array, covariance: jax.Array, rows: Measured) -> jax.Array:
         return jnp.moveaxis(found, -1, 0)
 
     return tree.map_over_blocks(block, rows, _lanes(mean, rows))
+
+
+def draws(key: jax.Array, mean: jax.Array, covariance: jax.Array, rows: Measured, labels: jax.Array) -> jax.Array:
+    """Joint draws (N, M, D) of the values given what was measured of them, from the components of labels (N, M).
+
+    Values and measurements are drawn as if nothing were known, and the values then corrected by what is expected of
+    them given how far the measurements are from those that there are: exact, without a factorisation for every row
+    (Matheron's rule; Durbin & Koopman 2002, Biometrika 89).
+    """
+    shape, dtype = (*labels.shape, mean.shape[1]), mean.dtype
+    key_values, key_noise = jax.random.split(key)
+    white, errors = jax.random.normal(key_values, shape, dtype), jnp.zeros(shape, dtype)
+    if rows.noise is not None:
+        errors = _coloured(rows.noise, jax.random.normal(key_noise, shape, dtype))
+    factor = numerics.cholesky(covariance)
+
+    def block(data: tuple[Measured, jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        rows, labels, white, errors = data
+
+        def of(mean: jax.Array, covariance: jax.Array, factor: jax.Array) -> jax.Array:
+            def one(white: jax.Array, error: jax.Array) -> jax.Array:
+                free = mean[None] + numerics.product(white, factor, "bj,ij->bi")
+                away = dataclasses.replace(rows, values=rows.values - free - error)
+                return free + conditional(jnp.zeros_like(mean), covariance, away).shift.T
+
+            return jax.vmap(one, (1, 1), 1)(white, errors)
+
+        whole = jnp.broadcast_to(covariance, (mean.shape[0], *covariance.shape[1:]))
+        each = jnp.broadcast_to(factor, whole.shape)
+        drawn = jax.lax.map(lambda part: of(*part), (mean, whole, each))
+        chosen = labels[None] == jnp.arange(mean.shape[0])[:, None, None]
+        return jnp.sum(jnp.where(chosen[..., None], drawn, 0), axis=0)
+
+    return tree.map_over_blocks(block, (rows, labels, white, errors), _lanes(mean, rows))
+
+
+def _coloured(noise: jax.Array, white: jax.Array) -> jax.Array:
+    """White noise (N, M, D) with variances (N, D) or covariances (N, D, D) given to its rows."""
+    if noise.ndim == 2:
+        return jnp.sqrt(noise)[:, None] * white
+    variances = jnp.diagonal(noise, axis1=1, axis2=2)
+    eps = jnp.finfo(noise.dtype).eps
+    factor, _ = numerics.floored_cholesky(noise, eps * jnp.where(variances > 0, variances, 1))
+    return numerics.product(factor, white, "nij,nmj->nmi")
 
 
 def conditional(mean: jax.Array, covariance: jax.Array, rows: Measured) -> Conditional:

@@ -66,6 +66,18 @@ class NoisyNormal:
         parts = self._values.components(params)
         return self._values.stats_of(parts, normal_moments.expected(parts, found))
 
+    def expected_values(self, params: NormalParams, x: Data) -> jax.Array:
+        """What is expected of the values behind the noise, under every component: (N, K, D)."""
+        return conditional.means(params.mean, self._matrices(params), _measured(params, x))
+
+    def drawn_values(self, key: jax.Array, params: NormalParams, x: Data, labels: jax.Array) -> jax.Array:
+        """Joint draws of the values behind the noise, from the components of labels (N, M): (N, M, D)."""
+        return conditional.draws(key, params.mean, self._matrices(params), _measured(params, x), labels)
+
+    def completed(self, x: Data, values: jax.Array) -> jax.Array:
+        """Values (N, D) in the shape of the rows: behind noise nothing is known as it is."""
+        return values.reshape(jnp.shape(_pair(x)[0]))
+
     def m_step(self, stats: NormalStats) -> NormalParams:
         return self._values.m_step(stats)
 

@@ -10,8 +10,8 @@ from .. import capabilities, checks, numerics, parameters
 from ..numerics import tuning
 from ..record import record, static
 from . import columns as columns_of
+from . import conditional, normal_moments
 from . import covariance as shapes
-from . import normal_moments
 from .normal_prior import NormalInverseWishart
 
 
@@ -161,6 +161,20 @@ class Normal:
             base=sums.base,
         )
 
+    def expected_values(self, params: NormalParams, x: jax.Array) -> jax.Array:
+        """What is expected of every row given what is observed of it, under every component: (N, K, D)."""
+        return conditional.means(params.mean, self.covariance_matrix(params), self._measured(params, x))
+
+    def drawn_values(self, key: jax.Array, params: NormalParams, x: jax.Array, labels: jax.Array) -> jax.Array:
+        """Joint draws given what is observed, from the components of labels (N, M): (N, M, D)."""
+        rows = self._measured(params, x)
+        return conditional.draws(key, params.mean, self.covariance_matrix(params), rows, labels)
+
+    def completed(self, x: jax.Array, values: jax.Array) -> jax.Array:
+        """The rows with these values (N, D) where they are missing, in their own shape."""
+        rows = checks.matrix("x", x)
+        return jnp.where(jnp.isnan(rows), values, rows).reshape(jnp.shape(x))
+
     def m_step(self, stats: NormalStats) -> NormalParams:
         """Weighted means and covariances; with a prior, the posterior mode."""
         return self._estimate(stats)[0]
@@ -289,6 +303,11 @@ class Normal:
     def components(self, params: NormalParams) -> normal_moments.Components:
         """What densities and moments make of the parameters."""
         return normal_moments.components(self.shape, params.mean, self._each(params), self.tied)
+
+    def _measured(self, params: NormalParams, x: jax.Array) -> conditional.Measured:
+        rows, observed = dataclasses.replace(self, missing=True)._rows(params, x)
+        assert observed is not None
+        return conditional.Measured(values=rows, observed=observed.T > 0)
 
     def _rows(self, params: NormalParams, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Rows (N, D), something finite in place of missing entries, and which entries are observed.

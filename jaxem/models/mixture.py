@@ -15,6 +15,7 @@ from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
 from ..protocols import Data, Expect, Family, Gate, Params, Stats
 from ..record import fields, record, static
+from .imputation import filled_in
 
 
 @record
@@ -174,6 +175,19 @@ class Mixture:
     predict = categorical.likeliest
     sample = categorical.sample
     sample_with_labels = categorical.sample_with_labels
+
+    @parameters.at_rows
+    def impute(
+        self, params: MixtureParams, x: Data, *, key: jax.Array | None = None, num_draws: int | None = None
+    ) -> jax.Array:
+        """The rows with what is missing of them filled in; what is observed stays as it is.
+
+        Without a key by conditional means, (N, D); with one by draws from the components' posterior and all that is
+        missing of a row together, (num_draws, N, D), for multiple imputation (Rubin 1987). Of a `NoisyNormal` these are
+        the values behind the noise.
+        """
+        shares = self.posterior(params, x)
+        return filled_in(self.family, tree.no_whole_numbers(params, x).components, split(x)[0], shares, key, num_draws)
 
     def num_parameters(self, params: MixtureParams) -> int:
         """Free parameters: K - 1 weights and the components'."""
