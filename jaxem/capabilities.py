@@ -97,6 +97,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "extra_components": lambda part: 0,
         # Two M-steps make a start: the first centres statistics on the components' own means.
         "start_passes": lambda part: 2,
+        # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
+        "correlated": lambda part: False,
         # There are no values to put in place of missing ones.
         "expected_values": _none,
         "drawn_values": _none,

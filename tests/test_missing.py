@@ -8,7 +8,22 @@ import numpy as np
 import pytest
 import scipy.stats as st
 
-from jaxem import HMM, Fixed, Mixture, MixtureParams, Normal, NormalParams, Sequences, Status, em_fit, fit_restarts
+from jaxem import (
+    HMM,
+    Fixed,
+    Mixture,
+    MixtureParams,
+    Moments,
+    MultivariateNormal,
+    MultivariateNormalParams,
+    Normal,
+    NormalParams,
+    Poisson,
+    Sequences,
+    Status,
+    em_fit,
+    fit_restarts,
+)
 from jaxem.capabilities import complete, informed
 from jaxem.families import conditional
 
@@ -313,3 +328,85 @@ def test_conditional_covariances_vanish_where_entries_are_observed():
     np.testing.assert_allclose(own, spread, atol=1e-10)
     np.testing.assert_allclose(mean + np.asarray(found.shift).T, means, atol=1e-10)
     np.testing.assert_allclose(found.log_density, logs, atol=1e-10)
+
+
+def drawn_moments(x, mean, covariance, draws):
+    """How far draws are from the conditional moments of the textbook, in standard errors of both."""
+    means, spread, _ = given_observed(x, mean, covariance)
+    gone, m = np.isnan(x), len(draws)
+    away = draws - means
+    variances = np.einsum("nii->ni", spread)[gone]
+    in_mean = away.mean(axis=0)[gone] / np.sqrt(variances / m)
+    products = np.einsum("mni,mnj->nij", away, away) / m
+    both = gone[:, :, None] & gone[:, None]
+    size = np.einsum("nii,njj->nij", spread, spread) + spread**2
+    return in_mean, ((products - spread) / np.sqrt(size / m + ~both))[both]
+
+
+def test_imputed_values_are_the_conditional_ones():
+    """Means are the textbook's, draws have its means and covariances, and what is observed stays to the bit."""
+    x = holes(normal_rows(40, 5), 0.3)
+    model = MultivariateNormal()
+    params = model.init(jax.random.key(0), x)
+    means, spread, logs = given_observed(x, params.mean, params.covariance)
+    seen = ~np.isnan(x)
+    filled, draws = model.impute(params, x), model.impute(params, x, key=jax.random.key(1), num_draws=4000)
+    np.testing.assert_allclose(filled, means, rtol=1e-9, atol=1e-10)
+    for values in (filled, *draws[:3]):
+        np.testing.assert_array_equal(np.asarray(values)[seen], x[seen])
+    for errors in drawn_moments(x, params.mean, params.covariance, np.asarray(draws)):
+        assert np.max(np.abs(errors)) < 5
+        assert 0.8 < np.sqrt(np.mean(errors**2)) < 1.2
+    posterior = model.posterior(params, x)
+    np.testing.assert_allclose(posterior.covariances, spread, atol=1e-10)
+    np.testing.assert_allclose(model.log_prob(params, x), logs, rtol=1e-10, atol=1e-12)
+    assert model.impute(params, x, key=jax.random.key(1)).shape == (1, 40, 5)
+    with pytest.raises(TypeError, match="num_draws needs a key"):
+        model.impute(params, x, num_draws=3)
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied"])
+def test_a_mixture_imputes_from_its_components(covariance):
+    """Means shared by responsibilities; draws have the moments of that mixture."""
+    x = two_clusters()[:, :2]
+    model = Mixture(Normal(covariance), 2)
+    params = model.init(jax.random.key(1), x)
+    matrices = np.asarray(model.family.covariance_matrix(params.components))
+    each = [given_observed(x, m, c) for m, c in zip(params.components.mean, matrices, strict=True)]
+    share = np.asarray(model.posterior(params, x)).T
+    means = sum(r[:, None] * found for r, (found, _, _) in zip(share, each, strict=True))
+    np.testing.assert_allclose(model.impute(params, x), means, rtol=1e-9)
+    draws = np.asarray(model.impute(params, x, key=jax.random.key(2), num_draws=3000))
+    square = sum(
+        r[:, None] * (np.einsum("nii->ni", spread) + (found - means) ** 2)
+        for r, (found, spread, _) in zip(share, each, strict=True)
+    )
+    gone = np.isnan(x)
+    np.testing.assert_array_equal(draws[:, ~gone], np.broadcast_to(x[~gone], (3000, np.sum(~gone))))
+    errors = (draws.mean(axis=0) - means)[gone] / np.sqrt(square[gone] / 3000)
+    assert np.max(np.abs(errors)) < 5
+    np.testing.assert_allclose(draws.var(axis=0)[gone], square[gone], rtol=0.2)
+    counts, other = np.arange(12.0).reshape(6, 2), Mixture(Poisson(), 1)
+    of_counts = other.init(jax.random.key(0), counts)
+    with pytest.raises(TypeError, match="Poisson has no values"):
+        other.impute(of_counts, counts)
+
+
+def test_one_multivariate_normal_is_the_mixture_of_one():
+    """With missing values, with a known mean, and of complete rows and their moments, of which one step is all."""
+    x = two_clusters()
+    one, mixture = MultivariateNormal(), Mixture(Normal(), 1)
+    fits = [em_fit(model, model.init(jax.random.key(0), x), x, tol=1e-11) for model in (one, mixture)]
+    np.testing.assert_allclose(fits[0].loglik, fits[1].loglik, rtol=1e-9)
+    np.testing.assert_allclose(fits[0].params.covariance, fits[1].params.components.covariance[0], rtol=1e-4)
+    known = Fixed(one, {"mean": jnp.zeros(2)})
+    start = MultivariateNormalParams(mean=jnp.zeros(2), covariance=2.0 * jnp.array([[1.0, 0.3], [0.3, 1.0]]))
+    np.testing.assert_allclose(em_fit(known, start, MURRAY, tol=1e-12).loglik, -29.9742864, atol=5e-8)
+    full = normal_rows(30, 2)
+    moments = Moments(full.mean(axis=0), np.cov(full.T, bias=True), 30)
+    law = st.multivariate_normal(full.mean(axis=0), np.cov(full.T, bias=True))
+    for data in (full, moments):
+        fit = em_fit(one, start, data, tol=-1.0, max_steps=1)
+        np.testing.assert_allclose(fit.params.mean, full.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(fit.params.covariance, np.cov(full.T, bias=True), rtol=1e-11)
+        np.testing.assert_allclose(fit.loglik, law.logpdf(full).sum(), rtol=1e-12)

@@ -100,15 +100,15 @@ class Normal:
         return shapes.NAMES[self.covariance][1]
 
     @property
-    def _by_column(self) -> bool:
-        """Whether columns are independent given the component."""
-        return not isinstance(self.shape, shapes.Full)
+    def correlated(self) -> bool:
+        """Whether columns are, given the component."""
+        return isinstance(self.shape, shapes.Full)
 
     def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalParams:
         """The data's mean and covariance, in every component."""
         x = checks.matrix("x", x)
         weights = jnp.ones(x.shape[0], x.dtype) if weights is None else weights.astype(x.dtype)
-        if self._by_column:
+        if not self.correlated:
             values, observed = columns_of.read(x, x.dtype)
             share = weights[:, None] * observed
             total = jnp.sum(share, axis=0)
@@ -131,7 +131,7 @@ class Normal:
 
     def features(self, x: jax.Array) -> jax.Array:
         rows = checks.matrix("x", x)
-        return columns_of.filled(rows, rows.dtype) if self._by_column or self.missing else rows
+        return columns_of.filled(rows, rows.dtype) if self.missing or not self.correlated else rows
 
     def log_prob(self, params: NormalParams, x: jax.Array) -> jax.Array:
         """Log-density of every row under every component: (N, D) -> (K, N)."""
@@ -154,7 +154,7 @@ class Normal:
         second = sums.second + pseudo * self.shape.repeats(parts.mean.shape[1]) * parts.covariance
         return NormalStats(
             count=sums.count + pseudo,
-            observed=entries if self._by_column else None,
+            observed=None if self.correlated else entries,
             reference=entries * parts.mean,
             first=sums.first,
             second=jnp.sum(second, axis=0) if self.tied else second,
