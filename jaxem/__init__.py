@@ -41,6 +41,9 @@ from .families import Binomial as Binomial
 from .families import BinomialParams as BinomialParams
 from .families import Categorical as Categorical
 from .families import CategoricalParams as CategoricalParams
+from .families import CensoredNormal as CensoredNormal
+from .families import CensoredNormalParams as CensoredNormalParams
+from .families import CensoredRegression as CensoredRegression
 from .families import Exponential as Exponential
 from .families import ExponentialParams as ExponentialParams
 from .families import Gamma as Gamma

@@ -12,6 +12,8 @@ from jaxem import (
     Beta,
     Binomial,
     Categorical,
+    CensoredNormal,
+    CensoredRegression,
     Dirichlet,
     Exponential,
     FactorAnalysis,
@@ -84,6 +86,18 @@ _zeros = np.where(_rng.random(40) < 0.3, 0, _counts[:, 1])
 _design = _rng.normal(size=(40, 2))
 _response = np.where(_labels == 0, 1.0, -1.0) * (_design @ [2.0, 1.0]) + 0.5 * _rng.normal(size=40)
 _binary = (_response + _rng.normal(size=40) > 0).astype(np.int32)
+
+
+def _bounds(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What may be known of values: two in five exactly, others from one side or to a whole number, and one missing."""
+    kind = np.arange(40) % 5
+    lower = np.select([kind < 2, kind == 2, kind == 3], [y, -np.inf, y - 0.3], np.floor(y))
+    upper = np.select([kind < 2, kind == 2, kind == 3], [y, y + 0.3, np.inf], np.floor(y) + 1)
+    lower[6] = upper[6] = np.nan
+    return lower, upper
+
+
+_censored = (_design, *_bounds(_response))
 _mixed = {"size": _holes(_points), "smoker": _holes(_yes)}
 _noise = np.random.default_rng(9).uniform(0.2, 1.0, (40, 2))
 
@@ -201,6 +215,12 @@ def zoo() -> dict:
                 Mixture(LinearRegression(prior=pseudo_rows(LinearRegression(), (_design, _response), 3.0)), 2),
                 (_design, _response),
             ),
+            "censored normal": lambda: (Mixture(CensoredNormal(), 2), _bounds(_points[:, 0])),
+            "censored regression, prior": lambda: (
+                Mixture(CensoredRegression(prior=pseudo_rows(CensoredRegression(), _censored, 3.0)), 2),
+                _censored,
+            ),
+            "censored regression, shared": lambda: (Mixture(Tied(CensoredRegression(), "variance"), 2), _censored),
             "logistic regression": lambda: (Mixture(LogisticRegression(ridge=0.5), 2), (_design, _binary)),
             "poisson regression": lambda: (Mixture(PoissonRegression(ridge=0.5), 2), (_design, _counts[:, 0])),
             "product": lambda: (Mixture(Product({"size": Normal("diag"), "smoker": Bernoulli()}), 2), _mixed),

@@ -10,6 +10,10 @@ from .categorical import Categorical as Categorical
 from .categorical import CategoricalParams as CategoricalParams
 from .categorical import Multinomial as Multinomial
 from .categorical import MultinomialParams as MultinomialParams
+from .censored import CensoredNormal as CensoredNormal
+from .censored import CensoredNormalParams as CensoredNormalParams
+from .censored import CensoredRegression as CensoredRegression
+from .censored import CensoredStats as CensoredStats
 from .columns import pseudo_rows as pseudo_rows
 from .gamma import Gamma as Gamma
 from .gamma import GammaParams as GammaParams

@@ -1,4 +1,5 @@
-"""Numerical tools that know nothing of models: elementary operations, and factorisations of small matrices."""
+"""Numerical tools that know nothing of models: elementary operations, factorisations of small
+matrices, and the truncated normal distribution."""
 
 from .elementary import (
     first_argmax,
@@ -23,6 +24,7 @@ from .factorisations import (
     singular_values,
     solve,
 )
+from .truncated import truncated_normal
 
 __all__ = [
     "cholesky",
@@ -43,5 +45,6 @@ __all__ = [
     "singular_values",
     "solve",
     "to_rank",
+    "truncated_normal",
     "weighted_sum",
 ]
