@@ -57,6 +57,7 @@ from .families import Multinomial as Multinomial
 from .families import MultinomialParams as MultinomialParams
 from .families import NegativeBinomial as NegativeBinomial
 from .families import NegativeBinomialParams as NegativeBinomialParams
+from .families import NoisyNormal as NoisyNormal
 from .families import Normal as Normal
 from .families import NormalInverseWishart as NormalInverseWishart
 from .families import NormalParams as NormalParams
@@ -89,6 +90,8 @@ from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
+from .models import MultivariateNormal as MultivariateNormal
+from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
 from .models import from_functions as from_functions
 from .parts import Fixed as Fixed

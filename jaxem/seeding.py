@@ -34,7 +34,8 @@ def start(*methods: str) -> Callable:
                 checks.choice("method", options["method"], methods)
             x, weights = checks.native((x, weights))
             self.check(x, weights)
-            return init(self, checks.random_key(key), self.units(x), weights, **options)
+            known = capabilities.informed(capabilities.complete("model", self), x)
+            return init(capabilities.original(known), checks.random_key(key), known.units(x), weights, **options)
 
         return checked
 
@@ -127,7 +128,8 @@ def params_from_responsibilities(
     x, weights = checks.native((x, weights))
     model.check(x, weights)
     given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), model.num_weights)
-    return estimated(model, x, given, weights, 0.0)
+    known = capabilities.original(capabilities.informed(capabilities.complete("model", model), x))
+    return estimated(known, x, given, weights, 0.0)
 
 
 @functools.partial(jax.jit, static_argnames="smoothing")

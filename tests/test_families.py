@@ -149,9 +149,24 @@ def _elliptic(params, matrices, laws, law_of_square):
     return Rows(lambda x: np.stack([law.logpdf(x) for law in laws]), p_value)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Observed:
+    """A normal distribution of what is observed of rows."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def logpdf(self, x):
+        def one(row, seen):
+            law = st.multivariate_normal(self.mean[seen], self.covariance[np.ix_(seen, seen)]) if np.any(seen) else None
+            return law.logpdf(row[seen]) if law else 0.0
+
+        return np.array([one(row, seen) for row, seen in zip(x, ~np.isnan(x), strict=True)])
+
+
 def _normal(params, _):
     matrices = np.asarray(params.covariance)
-    laws = [st.multivariate_normal(np.asarray(m), c) for m, c in zip(params.mean, matrices, strict=True)]
+    laws = [_Observed(np.asarray(m), c) for m, c in zip(params.mean, matrices, strict=True)]
     return _elliptic(params, matrices, laws, st.chi2(2))
 
 
@@ -297,7 +312,7 @@ def cases() -> dict[str, Case]:
             negative_binomial,
             NegativeBinomialParams(mean=none, concentration=scarce.at[1].set(jnp.array([1e-3, 1e2, 1e5]))),
         ),
-        "normal": Case(Normal("full"), NormalParams(mean=mean, covariance=covariance), plane, _normal, missing=False),
+        "normal": Case(Normal("full"), NormalParams(mean=mean, covariance=covariance), plane, _normal),
         "normal, diag": Case(
             Normal("diag"),
             NormalParams(mean=rate, covariance=scarce),

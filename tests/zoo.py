@@ -29,7 +29,9 @@ from jaxem import (
     Mixture,
     Moments,
     Multinomial,
+    MultivariateNormal,
     NegativeBinomial,
+    NoisyNormal,
     Normal,
     NormalInverseWishart,
     Poisson,
@@ -98,6 +100,7 @@ def _bounds(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 _censored = (_design, *_bounds(_response))
 _mixed = {"size": _holes(_points), "smoker": _holes(_yes)}
+_noise = np.random.default_rng(9).uniform(0.2, 1.0, (40, 2))
 
 
 def _strict(columns: int) -> NormalInverseWishart:
@@ -181,6 +184,13 @@ def zoo() -> dict:
                 Mixture(Normal("spherical", prior=default_prior(jnp.asarray(_points), 2, "spherical")), 2),
                 _holes(_points),
             ),
+            "full, missing": lambda: (Mixture(Normal("full"), 2), _holes(_many)),
+            "tied, prior, missing": lambda: (Mixture(Normal("tied", prior=_strict(2)), 3), _holes(_points)),
+            "noisy normal": lambda: (Mixture(NoisyNormal(), 2), (_holes(_points), _noise)),
+            "noisy normal, diag, correlated noise": lambda: (
+                Mixture(NoisyNormal("diag"), 2),
+                (_points, _noise[:, :, None] * np.array([[1.0, 0.5], [0.5, 1.0]]) * _noise[:, None]),
+            ),
             "labelled": lambda: (Mixture(Normal("full"), 3), _known(_points)),
             "bernoulli": lambda: (Mixture(Bernoulli(), 3), _yes),
             "bernoulli, prior, missing": lambda: (Mixture(Bernoulli(prior=Beta(2.0, 3.0)), 2), _holes(_yes)),
@@ -252,6 +262,7 @@ def zoo() -> dict:
             "hmm, factor analysers": lambda: (HMM(LowRankNormal(1), 2), Sequences(_gaps(_paths), _lengths)),
             "hmm, logarithms": lambda: (HMM(Normal("diag"), 2, form="log"), Sequences(_gaps(_paths), _lengths)),
             "hmm, parallel": lambda: (HMM(Normal("tied"), 2, parallel=True), Sequences(_paths, _lengths)),
+            "hmm, missing entries": lambda: (HMM(Normal(), 2), Sequences(_holes(_paths), _lengths)),
             "hmm, packed": lambda: (HMM(Normal("diag"), 2, form="scaled"), _packed(_paths)),
             "hmm, priors": lambda: (
                 HMM(Poisson(), 2, initial_prior=Dirichlet(2.0), transition_prior=Dirichlet(1 + 3 * jnp.eye(2))),
@@ -278,6 +289,8 @@ def zoo() -> dict:
             ),
             "linear system, missing, packed": lambda: (LinearGaussianSSM(2), _packed(_holes(_series))),
             "linear system, held, prior, missing": lambda: (_held_system(), _holes(_series)),
+            "multivariate normal, missing": lambda: (MultivariateNormal(), _holes(_many)),
+            "multivariate normal, prior, moments": lambda: (MultivariateNormal(prior=_strict(5)), _grouped(_many)),
             "factor analysis": lambda: (FactorAnalysis(2, missing=False), _many),
             "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
             "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),

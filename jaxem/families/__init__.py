@@ -29,6 +29,7 @@ from .low_rank import LowRankNormalStats as LowRankNormalStats
 from .negative_binomial import NegativeBinomial as NegativeBinomial
 from .negative_binomial import NegativeBinomialParams as NegativeBinomialParams
 from .negative_binomial import NegativeBinomialStats as NegativeBinomialStats
+from .noisy_normal import NoisyNormal as NoisyNormal
 from .normal import Normal as Normal
 from .normal import NormalParams as NormalParams
 from .normal import NormalStats as NormalStats

@@ -15,6 +15,7 @@ from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
 from ..protocols import Data, Expect, Family, Gate, Params, Stats
 from ..record import fields, record, static
+from .imputation import impute
 
 
 @record
@@ -135,6 +136,7 @@ class Mixture:
     predict = categorical.likeliest
     sample = categorical.sample
     sample_with_labels = categorical.sample_with_labels
+    impute = impute
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
@@ -167,6 +169,11 @@ class Mixture:
     def coarse(self) -> "Mixture":
         """The same model in its cheapest arithmetic, for the bulk of many restarts; itself where there is none."""
         family = capabilities.original(self.parts["components"].coarse())
+        return self if family is self.family else dataclasses.replace(self, family=family)
+
+    def without_missing(self) -> "Mixture":
+        """The form for rows in which no entry is missing."""
+        family = capabilities.original(self.parts["components"].without_missing())
         return self if family is self.family else dataclasses.replace(self, family=family)
 
     @property

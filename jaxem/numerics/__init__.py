@@ -4,6 +4,7 @@ matrices, and the truncated normal distribution."""
 from .elementary import (
     first_argmax,
     first_largest,
+    in_any_lane,
     normalize,
     product,
     real_to_simplex,
@@ -21,6 +22,7 @@ from .factorisations import (
     floored_cholesky,
     inverse_lower,
     real_to_covariance,
+    singular_values,
     solve,
 )
 from .truncated import truncated_normal
@@ -32,6 +34,7 @@ __all__ = [
     "first_argmax",
     "first_largest",
     "floored_cholesky",
+    "in_any_lane",
     "inverse_lower",
     "normalize",
     "product",
@@ -41,6 +44,7 @@ __all__ = [
     "safe_divide",
     "safe_log",
     "simplex_to_real",
+    "singular_values",
     "solve",
     "to_rank",
     "truncated_normal",

@@ -13,7 +13,9 @@ from ...sequences import Sequences
 def log_likelihood(family: Family, emissions: Params, x: Sequences, num_states: int) -> jax.Array:
     """log p(x_t | z_t = k) (T, K[, B]), 0 where nothing is observed."""
     rows, seen = x.rows()
-    # Not by `without_missing`: the branch on missing entries keeps XLA from computing densities anew for each use.
+    part = capabilities.complete("part", family)
+    # Else not by `without_missing`: the branch on missing entries keeps XLA from computing densities anew for each use.
+    family = part.without_missing() if x.complete and part.correlated else family
     size = _rows_at_a_time(family, emissions, rows, num_states)
     scores = tree.map_over_blocks(lambda rows: family.log_prob(emissions, rows).T, rows, size)
     scores = jnp.where(seen, scores.T, 0)
