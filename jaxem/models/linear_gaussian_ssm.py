@@ -26,16 +26,20 @@ from .linear_gaussian_params import LinearGaussianSSMStats as LinearGaussianSSMS
 @completed("model")
 @record(kw_only=False)
 class LinearGaussianSSM:
-    """Linear dynamics of a hidden state of `state_size` numbers, observed linearly, Gaussian noise in both.
+    """Linear dynamics of a hidden state, observed linearly, with Gaussian noise in both.
 
-    covariance: of the observations' noise, "full" or "diag"; dynamics_bias, emission_bias: whether there are constant
-    terms; dynamics_inputs, emission_inputs: whether known inputs u_t enter the state and the observation of their own
-    step; missing: False promises that no observation is NaN, and saves compiling for it; parallel: all time steps at
-    once, by an associative scan of log T depth, for accelerators: the same result up to some ten times the rounding
-    of the sequential recursions; prior: pseudo-statistics, as `pseudo_steps` makes them.
-    Data: observations (T,) or (T, D) of one sequence, (B, T, D) of several, or `Sequences` of any lengths; with inputs
-    a pair (observations, inputs (T, U) or (B, T, U)). NaN is a missing observation, by entry or of whole steps. Row
-    weights count sequences: 2 is the sequence twice.
+    state_size: S, how many numbers the state has.
+    covariance: the shape of the observation noise, "full" or "diag".
+    dynamics_bias, emission_bias: whether there are constant terms.
+    dynamics_inputs, emission_inputs: whether known inputs u_t enter the state and the observation of their own step.
+    missing: False promises that no observation is NaN, and saves compiling for it.
+    parallel: whether all time steps are taken at once, by an associative scan of depth log T, for accelerators. The
+        result is the same up to some ten times the rounding of the sequential recursions.
+    prior: pseudo-statistics, as `pseudo_steps` makes them.
+
+    Data are observations (T,) or (T, D) of one sequence, (B, T, D) of several, or `Sequences` of any lengths; with
+    inputs they are a pair (observations, inputs (T, U) or (B, T, U)). NaN is a missing observation, by entry or of
+    whole steps. Row weights count sequences: 2 is the sequence twice.
     Parameters are determined up to an invertible change of the state's coordinates, unless some are held by `Fixed`.
     Source: Shumway & Stoffer (1982), An approach to time series smoothing and forecasting using the EM algorithm, J.
     Time Series Analysis 3; Ghahramani & Hinton (1996), Parameter estimation for linear dynamical systems.

@@ -49,8 +49,8 @@ def start(
     if weights is not None:
         each = each * jnp.tile(weights.astype(dtype), x.num_steps)
     membership = seeding.membership(key, family, rows, each, num_states, method)
-    parts, counts = {"": capabilities.complete("part", family)}, {"": num_states}
-    stats = seeding.statistics(parts, counts, rows, membership, each, seeding.SMOOTHING)[""]
+    parts, counts = {"emissions": capabilities.complete("part", family)}, {"emissions": num_states}
+    stats = seeding.statistics(parts, counts, rows, membership, each, seeding.SMOOTHING)["emissions"]
     states = seeding.responsibilities(membership, num_states, seeding.SMOOTHING, dtype)
     states = (states * each[None]).reshape(num_states, x.num_steps, x.num_rows)
     links = x.links(dtype)
