@@ -170,6 +170,10 @@ class Model(Protocol):
         ...
 
 
+# A model as it comes in: it may leave out what `capabilities` knows.
+AnyModel = Model | Any
+
+
 @record
 class Problem:
     """What is to be fitted: a complete model and its data, with a leading axis of independent units; see `pose`."""
@@ -339,13 +343,7 @@ class Maximize(Protocol):
         ...
 
     def step(
-        self,
-        problem: Problem,
-        params: Params,
-        stats: Stats,
-        state: Any,
-        index: jax.Array | int,
-        key: jax.Array | None,
+        self, problem: Problem, params: Params, stats: Stats, state: Any, index: jax.Array | int, key: jax.Array | None
     ) -> tuple[Params, Any]:
         """Parameters from statistics; key: for its draws, where its nature is stochastic and the algorithm has one."""
         ...

@@ -20,7 +20,7 @@ from .capabilities import complete, states
 from .diagnostics import free_energy
 from .em import EM, Blocks
 from .fit import em_fit
-from .protocols import Data, Model, Params
+from .protocols import AnyModel, Data, Params
 
 LAWS: dict[str, Callable[["_Case"], None]] = {}
 
@@ -115,7 +115,7 @@ class _Case:
 
 
 def check_model(
-    model: Model | Any, params: Params, x: Data, *, key: jax.Array | None = None, skip: Iterable[str] = ()
+    model: AnyModel, params: Params, x: Data, *, key: jax.Array | None = None, skip: Iterable[str] = ()
 ) -> tuple[str, ...]:
     """Check every law that applies to this model at these parameters and data.
 

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from .. import checks, numerics, tree
 from ..capabilities import completed
-from ..protocols import Data, Model, Nature, Params, Problem
+from ..protocols import AnyModel, Data, Model, Nature, Params, Problem
 from ..record import record, static
 from .gather import pose
 from .maximize import surrogate
@@ -65,22 +65,17 @@ class Squarem:
     inner: EM
     growth: float = static(default=4.0)
 
-    def nature(self, model: Model | Any) -> Nature:
+    def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
     def init(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> SquaremState:
         inner = _start(self.inner, pose(model, x, weights), params, key)
         one = jnp.ones((), inner.num_passes.dtype)
         return SquaremState(inner=inner, longest=one, rate=_SLOW * one, left=jnp.inf * one)
 
-    def step(self, model: Model | Any, state: SquaremState, x: Data, weights: jax.Array | None = None) -> SquaremState:
+    def step(self, model: AnyModel, state: SquaremState, x: Data, weights: jax.Array | None = None) -> SquaremState:
         start, problem = state, pose(model, x, weights)
         model = problem.model
 
@@ -196,16 +191,11 @@ class Anderson:
     inner: EM
     memory: int | None = static(default=None)
 
-    def nature(self, model: Model | Any) -> Nature:
+    def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
     def init(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> AndersonState:
         inner = _start(self.inner, pose(model, x, weights), params, key)
         point, _ = ravel_pytree(params)
@@ -225,9 +215,7 @@ class Anderson:
             left=jnp.inf * one,
         )
 
-    def step(
-        self, model: Model | Any, state: AndersonState, x: Data, weights: jax.Array | None = None
-    ) -> AndersonState:
+    def step(self, model: AnyModel, state: AndersonState, x: Data, weights: jax.Array | None = None) -> AndersonState:
         problem, inner = pose(model, x, weights), state.inner
         model = problem.model
         mapped, remembering = self.inner.maximized(problem, inner)

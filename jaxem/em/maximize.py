@@ -31,13 +31,7 @@ class ClosedForm:
         return Gradient().init(problem, params) if problem.model.m_step is None else None
 
     def step(
-        self,
-        problem: Problem,
-        params: Params,
-        stats: Stats,
-        state: Any,
-        index: jax.Array | int,
-        key: jax.Array | None,
+        self, problem: Problem, params: Params, stats: Stats, state: Any, index: jax.Array | int, key: jax.Array | None
     ) -> tuple[Params, Any]:
         if problem.model.m_step is None:
             return Gradient().step(problem, params, stats, state, index, key)
@@ -175,13 +169,7 @@ class Conditional:
         return len(self._blocks(problem.model, params)) if self.multicycle else 1
 
     def step(
-        self,
-        problem: Problem,
-        params: Params,
-        stats: Stats,
-        state: None,
-        index: jax.Array | int,
-        key: jax.Array | None,
+        self, problem: Problem, params: Params, stats: Stats, state: None, index: jax.Array | int, key: jax.Array | None
     ) -> tuple[Params, None]:
         model = problem.model
         m_steps: list[Callable] = [

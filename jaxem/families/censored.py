@@ -242,7 +242,6 @@ class CensoredNormal:
 
     separable = shareable = ("variance",)
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
-    collapses = True
 
     pooled = _pooled
     log_prob = _log_prob
@@ -302,7 +301,6 @@ class CensoredRegression:
 
     separable = shareable = ("variance",)
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
-    collapses = True
 
     pooled = _pooled
     log_prob = _log_prob

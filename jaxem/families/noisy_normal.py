@@ -34,7 +34,6 @@ class NoisyNormal:
     prior: NormalInverseWishart | None = dataclasses.field(default=None, kw_only=True)
 
     separable = ("covariance",)
-    collapses = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covariance", shapes.canonical(self.covariance))

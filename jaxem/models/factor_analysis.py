@@ -53,7 +53,6 @@ class FactorAnalysis:
     noise: str = static(default="diag")
     missing: bool = static(default=True, kw_only=True)
 
-    collapses = True
     crawls = True
 
     def __post_init__(self) -> None:

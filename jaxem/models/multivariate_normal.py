@@ -67,7 +67,6 @@ class MultivariateNormal:
     missing: bool = static(default=True, kw_only=True)
 
     separable = ("covariance",)
-    collapses = True
 
     @property
     def family(self) -> Normal:
