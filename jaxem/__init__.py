@@ -73,8 +73,12 @@ from .families import default_prior as default_prior
 from .families import pseudo_rows as pseudo_rows
 from .fit import Result as Result
 from .fit import em_fit as em_fit
+from .latents.linear_gaussian.rotations import varimax as varimax
 from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM
+from .models import PPCA as PPCA
+from .models import FactorAnalysis as FactorAnalysis
+from .models import FactorAnalysisParams as FactorAnalysisParams
 from .models import HMMParams as HMMParams
 from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
@@ -82,6 +86,7 @@ from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
+from .models import PPCAParams as PPCAParams
 from .models import from_functions as from_functions
 from .parts import Fixed as Fixed
 from .parts import Tied as Tied

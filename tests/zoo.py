@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxem import (
     HMM,
+    PPCA,
     Background,
     Bernoulli,
     Beta,
@@ -13,6 +14,7 @@ from jaxem import (
     Categorical,
     Dirichlet,
     Exponential,
+    FactorAnalysis,
     Fixed,
     Gamma,
     GammaPrior,
@@ -23,6 +25,7 @@ from jaxem import (
     LogisticRegression,
     LowRankNormal,
     Mixture,
+    Moments,
     Multinomial,
     NegativeBinomial,
     Normal,
@@ -121,6 +124,13 @@ def _packed(x: np.ndarray) -> Sequences:
     """Eighteen sequences, two in every row."""
     parts = [part for row, length in zip(x, _lengths, strict=True) for part in (row[:length], row[length - 3 :])]
     return pack_sequences(parts, 9)
+
+
+def _grouped(x: np.ndarray) -> Moments:
+    """Moments of forty groups of eight rows."""
+    groups = x[np.random.default_rng(9).integers(0, 40, (40, 8))]
+    apart = groups - groups.mean(axis=1, keepdims=True)
+    return Moments(groups.mean(axis=1), np.einsum("gni,gnj->gij", apart, apart) / 8, np.full(40, 8.0))
 
 
 class _Lazy(dict):
@@ -248,6 +258,10 @@ def zoo() -> dict:
             ),
             "linear system, missing, packed": lambda: (LinearGaussianSSM(2), _packed(_holes(_series))),
             "linear system, held, prior, missing": lambda: (_held_system(), _holes(_series)),
+            "factor analysis": lambda: (FactorAnalysis(2, missing=False), _many),
+            "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
+            "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),
+            "ppca, missing": lambda: (PPCA(2), _holes(_many)),
         }
     )
 

@@ -1,5 +1,11 @@
 """Models: latent structure x observation family."""
 
+from .factor_analysis import PPCA as PPCA
+from .factor_analysis import FactorAnalysis as FactorAnalysis
+from .factor_analysis import FactorAnalysisParams as FactorAnalysisParams
+from .factor_analysis import FactorStats as FactorStats
+from .factor_analysis import FitTest as FitTest
+from .factor_analysis import PPCAParams as PPCAParams
 from .functions import from_functions as from_functions
 from .hmm import HMM as HMM
 from .hmm import HMMParams as HMMParams
