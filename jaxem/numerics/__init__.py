@@ -20,6 +20,7 @@ from .factorisations import (
     floored_cholesky,
     inverse_lower,
     real_to_covariance,
+    singular_values,
     solve,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "safe_divide",
     "safe_log",
     "simplex_to_real",
+    "singular_values",
     "solve",
     "to_rank",
     "weighted_sum",
