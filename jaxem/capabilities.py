@@ -58,6 +58,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Every step needs every row, and plain EM is fast enough where no algorithm is named.
         "reduced": lambda model: lambda x, weights=None: (model.units(x), weights),
         "crawls": lambda model: False,
+        # It is part of no larger model with the same likelihoods.
+        "m_step_expanded": _none,
         # No component can die or collapse, there is no prior, and the objective is a log-likelihood.
         "degenerate": lambda model: lambda stats: jnp.zeros(0, bool),
         "log_prior": lambda model: lambda params: 0.0,

@@ -71,6 +71,11 @@ class Model(Protocol):
         ...
 
     @property
+    def m_step_expanded(self) -> Any:
+        """(stats) -> params, the M-step of a larger model with the same likelihoods; None where there is none."""
+        ...
+
+    @property
     def blocks(self) -> Any:
         """(params) -> names of parameters with an M-step of their own; None where there are none."""
         ...
