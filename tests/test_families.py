@@ -28,6 +28,8 @@ from jaxem import (
     LinearRegression,
     LinearRegressionParams,
     LogisticRegression,
+    LowRankNormal,
+    LowRankNormalParams,
     Mixture,
     Multinomial,
     MultinomialParams,
@@ -147,10 +149,15 @@ def _elliptic(params, matrices, laws, law_of_square):
     return Rows(lambda x: np.stack([law.logpdf(x) for law in laws]), p_value)
 
 
-def _normal(params, _):
-    matrices = np.asarray(params.covariance)
+def _normal(params, _, matrices=None):
+    matrices = np.asarray(params.covariance) if matrices is None else matrices
     laws = [st.multivariate_normal(np.asarray(m), c) for m, c in zip(params.mean, matrices, strict=True)]
-    return _elliptic(params, matrices, laws, st.chi2(2))
+    return _elliptic(params, matrices, laws, st.chi2(matrices.shape[-1]))
+
+
+def _low_rank(params, _):
+    loadings, own = np.asarray(params.loadings), np.asarray(params.uniquenesses)
+    return _normal(params, None, loadings @ np.swapaxes(loadings, 1, 2) + own[:, :, None] * np.eye(own.shape[1]))
 
 
 def _student_t(params, _):
@@ -289,6 +296,13 @@ def cases() -> dict[str, Case]:
             NormalParams(mean=rate, covariance=scarce),
             waits,
             lambda p, _: st.norm(p.mean[:, None], np.sqrt(p.covariance[:, None])),
+        ),
+        "low rank": Case(
+            LowRankNormal(1),
+            LowRankNormalParams(mean=rate, loadings=(2 * edge - share)[..., None], uniquenesses=scarce),
+            waits,
+            _low_rank,
+            missing=False,
         ),
         "student t": Case(
             StudentT(),
