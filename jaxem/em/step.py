@@ -170,11 +170,9 @@ class EM:
 
     def maximized(self, problem: Problem, state: EMState, index: jax.Array | int = 0) -> tuple[Params, EMState]:
         """The parameters that a state's statistics lead to, and the state with what the slot remembers then."""
-        _, gather, maximize = self.slots
+        maximize = self.slots[2]
         key, own = _split(state.key, maximize)
         params, memory = maximize.step(problem, state.params, state.stats, state.maximize, index, own)
-        if Nature.of((gather.nature, maximize.nature)).complete and not maximize.nature.stochastic:
-            params = problem.model.expanded(params, state.stats)
         return params, dataclasses.replace(state, maximize=memory, key=key)
 
     def moved(self, problem: Problem, state: EMState, params: Params, index: jax.Array | int = 0) -> EMState:
