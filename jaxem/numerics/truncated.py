@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .elementary import product
-
 # Nodes that make the longest interval, the whole line, exact to rounding; and in how many standard deviations bounds
 # count as infinite, whose square is still inside the range of float32.
 _NODES = {"float64": 40}
@@ -36,6 +34,7 @@ class TruncatedNormal(NamedTuple):
     entropy: jax.Array
 
 
+@jax.jit
 def truncated_normal(lower: jax.Array, upper: jax.Array, width: jax.Array) -> TruncatedNormal:
     """A standard normal variable within [lower, upper], arrays of one shape, whose bounds may be infinite.
 
@@ -56,9 +55,7 @@ def truncated_normal(lower: jax.Array, upper: jax.Array, width: jax.Array) -> Tr
     # The width itself wherever it is within reach: a difference of bounds would round its derivatives.
     length = jnp.where((near >= -reach) & (right <= reach), width, jnp.minimum(right, reach) - left)
     length = jnp.where(length == 0, jnp.finfo(near.dtype).tiny, length)
-    powers, nodes = map(jnp.asarray, _rule(near.dtype))
-    offset = left[None] + length[None] * nodes.reshape(-1, *(1,) * near.ndim)
-    total, first, second = product(powers, jnp.exp(-offset * (mode[None] + 0.5 * offset)), "sn,n...->s...")
+    total, first, second = _moments(mode, left, length)
     share = first / total
     excess, variance = left + length * share, jnp.square(length) * (second / total - jnp.square(share))
     log_total = jnp.log(length) + jnp.log(total)
@@ -70,8 +67,16 @@ def truncated_normal(lower: jax.Array, upper: jax.Array, width: jax.Array) -> Tr
     )
 
 
-def _rule(dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the moments 0, 1 and 2 (3, n) over [0, 1], and nodes (n,)."""
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES.get(jnp.dtype(dtype).name, _NODES_BELOW))
-    nodes = 0.5 * (nodes + 1)
-    return (0.5 * weights * np.stack([np.ones_like(nodes), nodes, nodes**2])).astype(dtype), nodes.astype(dtype)
+def _moments(mode: jax.Array, left: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Moments 0, 1 and 2 of exp(-t (mode + t/2)) over t = left + length x, with x in [0, 1] and its powers."""
+    rule = np.polynomial.legendre.leggauss(_NODES.get(mode.dtype.name, _NODES_BELOW))
+    nodes, weights = (jnp.asarray(part, mode.dtype) for part in (0.5 * (rule[0] + 1), 0.5 * rule[1]))
+
+    def add(node: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        offset = left + length * nodes[node]
+        density = weights[node] * jnp.exp(-offset * (mode + 0.5 * offset))
+        return sums[0] + density, sums[1] + density * nodes[node], sums[2] + density * jnp.square(nodes[node])
+
+    # A loop, and not one reduction: XLA computes all that comes before again for every node of that, bounds and all.
+    nothing = jnp.zeros_like(left)
+    return jax.lax.fori_loop(0, len(nodes), add, (nothing, nothing, nothing), unroll=2)
