@@ -34,7 +34,7 @@ from jaxem.em import EM, Blocks
 X = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32) + 4 * (np.arange(30) % 2)[:, None]
 X = X.astype(np.float32)
 KEY = jax.random.key(0)
-MODEL = Mixture(Normal("full"), 2)
+MODEL = Mixture(Normal("full", missing=False), 2)
 START = MixtureParams(
     weights=jnp.array([0.5, 0.5]),
     components=NormalParams(mean=jnp.array([[0.0, 0.0], [4.0, 4.0]]), covariance=jnp.stack([jnp.eye(2)] * 2)),
