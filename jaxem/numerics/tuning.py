@@ -70,7 +70,7 @@ TOURNAMENT_ROWS = 8
 CONDITIONAL_NUMBERS = 1 << 16
 
 # Such rows at least, a power of two: whole vectors. By hand: N = 20000, D = 100, a fifth of the entries missing.
-FEWEST_CONDITIONAL_LANES = 1 << 4
+FEWEST_CONDITIONAL_LANES = 1 << 6
 
 # --- k-means.
 
