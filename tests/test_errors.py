@@ -137,8 +137,9 @@ def test_bad_weights_are_refused(case, door):
     refused(lambda: DOORS[door](x, weights), exception, *parts)
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
+@pytest.mark.parametrize("case", sorted(set(BAD_ROWS) - {"NaN"}))
 def test_a_prior_refuses_bad_rows(case):
+    """Missing entries are none of them."""
     x, exception, *parts = BAD_ROWS[case]
     refused(lambda: default_prior(x, 2), exception, *parts)
 

@@ -49,8 +49,9 @@ class NormalInverseWishart:
 def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -> NormalInverseWishart:
     """Weakly informative prior scaled to the data (Fraley & Raftery 2007, section 3.3).
 
-    x (N, D) or (N,), NaN where an entry is missing; mean = the data's mean, shrinkage = 0.01, degrees_of_freedom = D + 2,
-    scale = cov(x) / K^(2/D), of which diagonal covariances keep the diagonal and spherical its mean.
+    x (N, D) or (N,), NaN where an entry is missing; mean = the data's mean, shrinkage = 0.01,
+    degrees_of_freedom = D + 2, scale = cov(x) / K^(2/D), of which diagonal covariances keep the diagonal and spherical
+    its mean.
     Raises ValueError for an unknown covariance or bad data.
     """
     covariance = shapes.canonical(covariance)
