@@ -51,6 +51,8 @@ from .families import GammaParams as GammaParams
 from .families import LinearRegression as LinearRegression
 from .families import LinearRegressionParams as LinearRegressionParams
 from .families import LogisticRegression as LogisticRegression
+from .families import LowRankNormal as LowRankNormal
+from .families import LowRankNormalParams as LowRankNormalParams
 from .families import Multinomial as Multinomial
 from .families import MultinomialParams as MultinomialParams
 from .families import NegativeBinomial as NegativeBinomial
@@ -92,7 +94,6 @@ from .models import MultivariateNormal as MultivariateNormal
 from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
 from .models import from_functions as from_functions
-from .models import params_from_responsibilities as params_from_responsibilities
 from .parts import Fixed as Fixed
 from .parts import Tied as Tied
 from .priors import Beta as Beta
@@ -101,6 +102,7 @@ from .priors import GammaPrior as GammaPrior
 from .restarts import Restarts as Restarts
 from .restarts import Screen as Screen
 from .restarts import fit_restarts as fit_restarts
+from .seeding import params_from_responsibilities as params_from_responsibilities
 from .sequences import Sequences as Sequences
 from .sequences import pack_sequences as pack_sequences
 from .sequences import pad_sequences as pad_sequences

@@ -86,13 +86,13 @@ class Model(Protocol):
         ...
 
     @property
-    def floats_per_restart(self) -> Any:
-        """(params, x) -> int, the part of these that restarts on the same rows do not share; None likewise."""
+    def crawls(self) -> bool:
+        """Whether plain EM takes thousands of steps: a fit is then accelerated where no algorithm is named."""
         ...
 
     @property
-    def crawls(self) -> bool:
-        """Whether plain EM takes thousands of steps: a fit is then accelerated where no algorithm is named."""
+    def expanded(self) -> Any:
+        """(params, stats) -> params, what parts make of an M-step's parameters beyond Q; see `Family`."""
         ...
 
     @property
@@ -132,7 +132,8 @@ class Model(Protocol):
     def constrain(self, theta: Any) -> Params: ...
 
     def degenerate(self, stats: Stats) -> jax.Array:
-        """Components that died or collapsed."""
+        """Components (K,) that died or collapsed. A further argument `held=()` names parameters that are held, if any
+        of these can collapse."""
         ...
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
@@ -154,6 +155,10 @@ class Model(Protocol):
     def reduced(self, x: Data, weights: jax.Array | None = None) -> tuple[Data, jax.Array | None]:
         """Units and weights of the same total with the same statistics, and fewer of them: what a fit whose every step
         is on all rows can go over in place of the rows."""
+        ...
+
+    def shared_floats_per_row(self, params: Params, x: Data) -> int:
+        """The part of `floats_per_row` that restarts on the same rows share."""
         ...
 
     def coarse(self) -> "Model":
@@ -201,7 +206,7 @@ class Part(Protocol):
     def log_prior(self, params: Params) -> jax.Array: ...
 
     def degenerate(self, stats: Stats) -> jax.Array:
-        """Components (K,) that died or collapsed; (0,) where there are none that could."""
+        """Components (K,) that died or collapsed, (0,) where there are none that could; `held` as in `Model`."""
         ...
 
     def num_parameters(self, params: Params) -> int: ...
@@ -233,7 +238,8 @@ class Family(Part, Protocol):
     Of its optional members, which stand in `capabilities`, some are about statements: `separable` names parameters
     whose being held or shared leaves the M-step of the others as it is, `m_step_given(stats, **held)` holds others,
     `shareable` names what components can share, and `share(stats, name, params)` is the common value given the M-step
-    of all others (see `Fixed` and `Tied`).
+    of all others (see `Fixed` and `Tied`). `expanded(params, stats)` is what parameter expansion makes of an M-step
+    from statistics of all rows: parameters of no lower likelihood (Liu, Rubin & Wu 1998, PX-EM, Biometrika 85).
     """
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
@@ -294,7 +300,7 @@ class Gather(Protocol):
 
     @property
     def rate(self) -> Any:
-        """The share of its statistics that an update renews: a number, or a function of the update's number."""
+        """The fraction of its statistics that an update renews: a number, or a function of the update's number."""
         ...
 
     @property
@@ -325,11 +331,6 @@ class Maximize(Protocol):
 
     @property
     def nature(self) -> Nature: ...
-
-    @property
-    def multicycle(self) -> bool:
-        """Whether a turn has several E-steps, as many as `rounds`."""
-        ...
 
     def init(self, problem: Problem, params: Params) -> Any: ...
 

@@ -23,6 +23,9 @@ from .generalized_linear import PoissonRegression as PoissonRegression
 from .generalized_linear import RegressionParams as RegressionParams
 from .linear_regression import LinearRegression as LinearRegression
 from .linear_regression import LinearRegressionParams as LinearRegressionParams
+from .low_rank import LowRankNormal as LowRankNormal
+from .low_rank import LowRankNormalParams as LowRankNormalParams
+from .low_rank import LowRankNormalStats as LowRankNormalStats
 from .negative_binomial import NegativeBinomial as NegativeBinomial
 from .negative_binomial import NegativeBinomialParams as NegativeBinomialParams
 from .negative_binomial import NegativeBinomialStats as NegativeBinomialStats

@@ -6,8 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities, checks, numerics, tree
+from .. import capabilities, checks, numerics, parameters, tree
+from ..data import split
 from ..protocols import Data, Params
+
+
+@parameters.at_rows
+def impute(
+    model: Any, params: Params, x: Data, *, key: jax.Array | None = None, num_draws: int | None = None
+) -> jax.Array:
+    """The rows with what is missing of them filled in; what is observed stays as it is. A method of mixtures.
+
+    Without a key by conditional means, (N, D); with one by draws from the components' posterior and all that is missing
+    of a row together, (num_draws, N, D), for multiple imputation (Rubin 1987). Of a `NoisyNormal` these are the values
+    behind the noise.
+    """
+    shares = model.posterior(params, x)
+    return filled_in(model.family, tree.no_whole_numbers(params, x).components, split(x)[0], shares, key, num_draws)
 
 
 def filled_in(

@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics, parameters, seeding, tree
+from .. import checks, latents, numerics, parameters, seeding, tree
 from ..capabilities import completed
-from ..latents import Exact, Hard, ask
+from ..latents import Exact, Hard
 from ..numerics import tuning
 from ..protocols import Data, Expect
 from ..record import record, static
@@ -24,16 +24,20 @@ _ROUNDS = 5
 
 @record
 class KMeansParams:
-    """centers (K, D)."""
+    """centers: (K, D)."""
 
     centers: jax.Array
 
 
 @record
 class KMeansStats:
-    """count (K,), reference = count c (K, D), first = sum r (x - c) (K, D), about the centres c of the E-step.
+    """Sums over the rows x of each cluster, about the centres c of the E-step.
 
-    scatter: sum r |x - c|^2; loglik: minus the inertia at the centres of the E-step.
+    count: (K,), how many rows there are.
+    reference: (K, D), count times c.
+    first: (K, D), the sum of x - c.
+    scatter: the sum of |x - c|² over all clusters.
+    loglik: minus the inertia at the centres of the E-step.
     """
 
     count: jax.Array
@@ -69,16 +73,18 @@ class NearestCentre:
 class KMeans:
     """Lloyd's algorithm: rows go to the nearest centre whole, centres go to the mean of their rows.
 
-    num_clusters: K; refill: give an empty cluster one of the farthest rows, as scikit-learn does.
-    Data: (N, D), or (N,) for one column; raw columns, so their units matter. Row weights count rows.
+    num_clusters: K.
+    refill: whether an empty cluster is given one of the farthest rows, as by scikit-learn.
 
-    It is hard EM for a mixture of spherical normals of equal weight, whose common variance goes to
-    0: of likelihood and posterior, only distances are left. The objective, `loglik`, is minus the
-    inertia, the sum of squared distances to the nearest centre: the classification log-likelihood up
-    to scale and constant. So `tol` is in squared units of x per row; `tol=0` runs to the fixed point.
-    The only posterior is hard, so Exact() and Hard() are the same here. Of equally near centres the
-    first is taken. A row that refills a cluster leaves its own, so that the inertia never rises;
-    statistics add over parts of the data only where no part has an empty cluster, or without `refill`.
+    Data are (N, D), or (N,) for one column. Columns are taken as they are, so that their units matter. Row weights
+    count rows: 2 is the row twice.
+
+    It is hard EM for a mixture of spherical normals of equal weight, whose common variance goes to 0: of likelihood and
+    posterior, only distances are left. The objective, `loglik`, is minus the inertia, the sum of squared distances to
+    the nearest centre: the classification log-likelihood up to scale and constant. So `tol` is in squared units of x
+    per row, and `tol=0` runs to the fixed point. The only posterior is hard, so that Exact() and Hard() are the same
+    here. Of equally near centres the first is taken. A row that refills a cluster leaves its own, so that the inertia
+    never rises; statistics add over parts of the data only where no part has an empty cluster, or without `refill`.
     Source: Lloyd, Least squares quantization in PCM (1982); Bishop, PRML, sections 9.1 and 9.3.2.
     Raises TypeError or ValueError for a num_clusters that is not a whole number of at least 1.
     """
@@ -91,6 +97,8 @@ class KMeans:
     def __post_init__(self) -> None:
         checks.positive_integer("num_clusters", self.num_clusters)
 
+    @seeding.start(*INITS)
+    @functools.partial(jax.jit, static_argnames="method")
     def init(
         self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++"
     ) -> KMeansParams:
@@ -100,13 +108,6 @@ class KMeans:
         2 + log K candidates for every seed), "k-means||" (Bahmani et al. 2012: candidates drawn
         many at a time, then k-means++ among them) or "random_rows".
         """
-        checks.choice("method", method, INITS)
-        x, weights = checks.native((x, weights))
-        self.check(x, weights)
-        return self._init(checks.random_key(key), x, weights, method)
-
-    @functools.partial(jax.jit, static_argnames="method")
-    def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> KMeansParams:
         x, weights = tree.present(x, weights)
         rows, count = checks.matrix("x", x), self.num_clusters
         if method == "k-means||":
@@ -162,12 +163,7 @@ class KMeans:
 
         return jax.lax.cond(jnp.any(self.degenerate(stats)), refilled, lambda stats: stats, stats)
 
-    def e_step(
-        self, params: KMeansParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
-    ) -> KMeansStats:
-        """Counts and moments of the rows nearest to each centre, and minus the inertia."""
-        x = checks.present(x, weights)
-        return self.statistics(params, x, ask(expect, self, params, x), weights)
+    e_step = latents.e_step
 
     def m_step(self, stats: KMeansStats) -> KMeansParams:
         """The mean of each cluster's rows; an empty cluster keeps its centre."""

@@ -18,6 +18,7 @@ from .elementary import (
 from .factorisations import (
     cholesky,
     covariance_to_real,
+    damped_least_squares,
     floored_cholesky,
     inverse_lower,
     real_to_covariance,
@@ -29,6 +30,7 @@ from .truncated import truncated_normal
 __all__ = [
     "cholesky",
     "covariance_to_real",
+    "damped_least_squares",
     "first_argmax",
     "first_largest",
     "floored_cholesky",
