@@ -66,7 +66,7 @@ TOURNAMENT_ROWS = 8
 # --- Missing values.
 
 # Numbers of the conditional covariances of one component, of rows side by side: over all entries of a row they stay in
-# the second-level cache of a CPU's core. By hand: N = 20000, D = 20, a fifth of the entries missing.
+# the second-level cache of a CPU's core. Benchmark: latents b.
 CONDITIONAL_NUMBERS = 1 << 16
 
 # Such rows at least, a power of two: whole vectors. By hand: N = 20000, D = 100, a fifth of the entries missing.
