@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tree
-from .capabilities import complete, states
+from .capabilities import complete, informed, states
 from .diagnostics import free_energy
 from .em import EM, Blocks
 from .fit import em_fit
@@ -130,7 +130,7 @@ def check_model(
     x = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), x)
     double = tree.float_dtype(x) == jnp.float64
     seed = 0 if key is None else int(jax.random.bits(key))
-    case = _Case(complete("model", model), params, x, seed, 1e-9 if double else 2e-3)
+    case = _Case(informed(complete("model", model), x), params, x, seed, 1e-9 if double else 2e-3)
     checked = []
     for name, law in LAWS.items():
         if name in skip:
