@@ -16,7 +16,8 @@ from ..protocols import Data, Params
 from ..record import record
 from . import bounds, columns, design
 from .bounds import Bounds
-from .linear_regression import LinearRegression, LinearRegressionParams, LinearRegressionStats, expected_stats
+from .linear_equation import EquationStats
+from .linear_regression import LinearRegression, LinearRegressionParams, expected_stats
 
 
 @record
@@ -42,7 +43,7 @@ class CensoredStats:
     kinds: jax.Array
     certainty: jax.Array
     base: jax.Array
-    equations: LinearRegressionStats
+    equations: EquationStats
 
 
 @record
@@ -100,7 +101,7 @@ def _pooled(family: "_Censored", x: Data, weights: jax.Array | None, num_compone
         stats = expected_stats(line, matrix, weights, off, jnp.square(off), jnp.square(points)[None])
         line = plain.m_step(stats)
     # Where no point lies off the line, the responses' own size is the only scale that there is.
-    size = stats.energy / stats.count
+    size = numerics.weighted_sum(jnp.square(points)[None], weights) / stats.count
     some = jnp.where(size > 0, 0.01 * size, 1)
     line = dataclasses.replace(line, variance=jnp.where(plain.degenerate(stats), some, line.variance))
     return family._from_line(jax.tree.map(lambda leaf: jnp.repeat(leaf, num_components, axis=0), line))
