@@ -42,6 +42,9 @@ from .families import Binomial as Binomial
 from .families import BinomialParams as BinomialParams
 from .families import Categorical as Categorical
 from .families import CategoricalParams as CategoricalParams
+from .families import CensoredNormal as CensoredNormal
+from .families import CensoredNormalParams as CensoredNormalParams
+from .families import CensoredRegression as CensoredRegression
 from .families import Exponential as Exponential
 from .families import ExponentialParams as ExponentialParams
 from .families import Gamma as Gamma
@@ -55,6 +58,7 @@ from .families import Multinomial as Multinomial
 from .families import MultinomialParams as MultinomialParams
 from .families import NegativeBinomial as NegativeBinomial
 from .families import NegativeBinomialParams as NegativeBinomialParams
+from .families import NoisyNormal as NoisyNormal
 from .families import Normal as Normal
 from .families import NormalInverseWishart as NormalInverseWishart
 from .families import NormalParams as NormalParams
@@ -87,6 +91,8 @@ from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
+from .models import MultivariateNormal as MultivariateNormal
+from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
 from .models import from_functions as from_functions
 from .parts import Fixed as Fixed

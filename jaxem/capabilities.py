@@ -69,6 +69,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "unconstrain": lambda model: lambda params: params,
         "constrain": lambda model: lambda theta: theta,
         "rebase": lambda model: lambda stats, params: stats,
+        # To know that no entry is missing saves nothing.
+        "without_missing": lambda model: lambda: model,
         # There is no cheaper arithmetic, how many temporaries there are is not known, and restarts share none of them.
         "coarse": lambda model: lambda: model,
         "floats_per_row": _none,
@@ -101,6 +103,12 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "extra_components": lambda part: 0,
         # Two M-steps make a start: the first centres statistics on the components' own means.
         "start_passes": lambda part: 2,
+        # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
+        "correlated": lambda part: False,
+        # There are no values to put in place of missing ones.
+        "expected_values": _none,
+        "drawn_values": _none,
+        "completed": _none,
         # Restarts on the same rows share none of its temporaries.
         "shared_floats_per_row": lambda part: lambda params: 0,
     },
@@ -258,6 +266,11 @@ def states(completed: Any, *names: str) -> bool:
     """Whether an object has all of these by itself, and none by default."""
     inner = original(completed)
     return all(hasattr(inner, name) and not isinstance(getattr(type(inner), name, None), _Default) for name in names)
+
+
+def informed(model: Any, x: Any) -> Any:
+    """The complete model in its form for such data: where it can be seen that nothing is missing, less is compiled."""
+    return model.without_missing() if tree.nothing_missing(x) else model
 
 
 def fitted_model(model: Any) -> Model:

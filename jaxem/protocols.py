@@ -303,7 +303,7 @@ class Gather(Protocol):
 
     @property
     def rate(self) -> Any:
-        """The share of its statistics that an update renews: a number, or a function of the update's number."""
+        """The fraction of its statistics that an update renews: a number, or a function of the update's number."""
         ...
 
     @property

@@ -121,6 +121,10 @@ class Background:
         family = capabilities.original(self._inside.coarse())
         return self if family is self.family else dataclasses.replace(self, family=family)
 
+    def without_missing(self) -> "Background":
+        family = capabilities.original(self._inside.without_missing())
+        return self if family is self.family else dataclasses.replace(self, family=family)
+
 
 def bounding_volume(x: jax.Array) -> jax.Array:
     """Volume of a box around the rows (N, D) or (N,), along the axes or the principal ones, whichever is smaller.

@@ -19,3 +19,6 @@ from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStat
 from .mixture import Mixture as Mixture
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
+from .multivariate_normal import MultivariateNormal as MultivariateNormal
+from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
+from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats

@@ -1,8 +1,10 @@
-"""Numerical tools that know nothing of models: elementary operations, and factorisations of small matrices."""
+"""Numerical tools that know nothing of models: elementary operations, factorisations of small
+matrices, and the truncated normal distribution."""
 
 from .elementary import (
     first_argmax,
     first_largest,
+    in_any_lane,
     normalize,
     product,
     real_to_simplex,
@@ -23,6 +25,7 @@ from .factorisations import (
     singular_values,
     solve,
 )
+from .truncated import truncated_normal
 
 __all__ = [
     "cholesky",
@@ -31,6 +34,7 @@ __all__ = [
     "first_argmax",
     "first_largest",
     "floored_cholesky",
+    "in_any_lane",
     "inverse_lower",
     "normalize",
     "product",
@@ -43,5 +47,6 @@ __all__ = [
     "singular_values",
     "solve",
     "to_rank",
+    "truncated_normal",
     "weighted_sum",
 ]

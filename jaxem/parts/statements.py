@@ -1,7 +1,7 @@
-"""Statements about parameters: held fixed, or shared by all components.
+"""Statements about parameters: that they are held fixed, or shared by all components.
 
-Both wrap a model or a part and are one themselves, so they compose. An M-step under them is still an exact conditional
-maximisation; what cannot be honoured exactly is refused when it is stated.
+Both wrap a model or a part and are one themselves, so that they compose. An M-step under them is still an exact
+conditional maximisation; a statement that the M-step cannot keep exactly is refused when it is made.
 """
 
 import functools
@@ -89,10 +89,12 @@ def _refuse(inner: Any, what: str, names: Any, known: tuple[str, ...]) -> None:
 class Fixed:
     """A model or family with some of its parameters held at given values.
 
-    inner: the model or family; values: name -> value, broadcast to the parameter's shape, as in
-    `Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})` or
-    `Mixture(Fixed(Normal("diag"), {"mean": centres}), 3)`. Starts take the values too, and held
-    parameters do not count as free. Values may be traced.
+    inner: the model or family.
+    values: name -> value, broadcast to the parameter's shape, as in
+        `Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})` or
+        `Mixture(Fixed(Normal("diag"), {"mean": centres}), 3)`. They may be traced.
+
+    Starts take the values too, and held parameters do not count as free.
     Raises TypeError for a parameter that the M-step cannot hold exactly, or that `inner` states already.
     """
 
@@ -206,10 +208,11 @@ class Fixed:
 class Tied:
     """A family some of whose parameters all components share.
 
-    inner: the family; names: of its parameters, one or several, as in
-    `Mixture(Tied(StudentT(), "degrees_of_freedom"), 3)`. They keep their shape, component axis
-    first, all components equal: the maximum given the sum of the components' statistics.
-    For covariances there are the tied shapes of `Normal` itself.
+    inner: the family.
+    names: of its parameters, one or several, as in `Mixture(Tied(StudentT(), "degrees_of_freedom"), 3)`.
+
+    Shared parameters keep their shape, component axis first, with all components equal: the maximum given the sum of
+    the components' statistics. For covariances there are the tied shapes of `Normal` itself.
     Raises TypeError for a parameter that the M-step cannot share exactly, or that `inner` states already.
     """
 
