@@ -98,10 +98,15 @@ def pooled(x: Moments, weights: jax.Array | None = None) -> Moments:
 
 @jax.jit
 def moments_of(x: jax.Array, weights: jax.Array | None = None) -> Moments:
-    """Moments of complete rows (N, D), as one group: in two passes over the rows, about their mean, block by block."""
+    """Moments of complete rows (N, D), as one group, block by block about a centre: NaN in the mean of a column that
+    has one.
+
+    Rows without weights are all alike: the mean of a thousand of them, spread over all, is as good a centre as any.
+    """
     x, weights = tree.present(checks.matrix("x", x), weights)
     total = tree.total_weight(x, weights)
-    centre = jnp.mean(x, axis=0) if weights is None else numerics.product(weights, x, "n,nd->d") / total
+    some = x[:: max(1, len(x) // 1000)]
+    centre = jnp.mean(some, axis=0) if weights is None else numerics.product(weights, x, "n,nd->d") / total
 
     def sums(rows: jax.Array, inside: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         apart = rows - centre[None]
@@ -125,9 +130,11 @@ def as_moments(x: Any, weights: jax.Array | None, missing: bool) -> tuple[Any, j
         found = pooled(x, weights)
     else:
         rows, columns = checks.row_shape("x", x)
-        if rows <= columns or (checks.has_nan(checks.present(x, weights)) if checks.is_concrete(x) else missing):
+        if rows <= columns or (missing and not checks.is_concrete(x)):
             return x, weights
         found = moments_of(x, weights)
+        if checks.is_concrete(x) and checks.has_nan(found.mean):
+            return x, weights
     return Moments(found.mean, found.covariance, jnp.ones_like(found.count)), found.count
 
 
