@@ -119,11 +119,22 @@ def times(gram: jax.Array, delta: jax.Array) -> jax.Array:
 
 
 def solve(gram: jax.Array, cross: jax.Array) -> jax.Array:
-    """gram⁻¹ cross (K, P), columns scaled to unit length; directions that the features lack stay where they are."""
+    """gram⁻¹ cross (..., P), columns scaled to unit length; directions that the features lack stay where they are."""
+    scale, inverse = _whitening(gram)
+    whitened = jnp.sum(inverse * (scale * cross)[..., None, :], axis=-1)
+    return scale * jnp.sum(inverse * whitened[..., :, None], axis=-2)
+
+
+def solve_together(gram: jax.Array, cross: jax.Array) -> jax.Array:
+    """`solve` for many responses on the same features: gram (..., P, P), cross (..., O, P) -> (..., O, P)."""
+    scale, inverse = _whitening(gram)
+    whitened = numerics.product(scale[..., None, :] * cross, inverse, "...oq,...pq->...op")
+    return scale[..., None, :] * numerics.product(whitened, inverse, "...op,...pq->...oq")
+
+
+def _whitening(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The scale (..., P) of columns, and the inverse of the Cholesky factor (..., P, P) of the matrix so scaled."""
     scale = jax.lax.rsqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    eps = jnp.finfo(gram.dtype).eps
-    floor = jnp.full_like(scale, 16 * gram.shape[-1] * eps)
-    factor, _ = numerics.floored_cholesky(gram * scale[:, :, None] * scale[:, None, :], floor)
-    inverse = numerics.inverse_lower(factor)
-    whitened = jnp.sum(inverse * (scale * cross)[:, None, :], axis=-1)
-    return scale * jnp.sum(inverse * whitened[:, :, None], axis=-2)
+    floor = jnp.full_like(scale, 16 * gram.shape[-1] * jnp.finfo(gram.dtype).eps)
+    factor, _ = numerics.floored_cholesky(gram * scale[..., :, None] * scale[..., None, :], floor)
+    return scale, numerics.inverse_lower(factor)

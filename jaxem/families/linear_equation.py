@@ -229,13 +229,14 @@ class LinearEquation:
 
 def _correction(stats: EquationStats, free: np.ndarray) -> jax.Array:
     """What least squares adds to the line (O, F), in its free columns."""
-    lead, every = stats.reference.shape[:-1], len(free) == stats.reference.shape[-1]
+    every = len(free) == stats.reference.shape[-1]
     gram, cross = stats.gram, jnp.swapaxes(stats.cross, -1, -2)
     if not every:
         gram, cross = gram[..., free, :][..., free], cross[..., free]
-    gram = jnp.broadcast_to(gram[..., None, :, :], (*lead, len(free), len(free)))
-    flat = design.solve(gram.reshape(-1, len(free), len(free)), cross.reshape(-1, len(free)))
-    delta = flat.reshape(cross.shape)
+    if cross.shape[-2] == 1:  # fused with what follows
+        delta = design.solve(gram, cross[..., 0, :])[..., None, :]
+    else:
+        delta = design.solve_together(gram, cross)
     return delta if every else jnp.zeros_like(stats.reference).at[..., free].set(delta)
 
 
