@@ -62,6 +62,7 @@ from .families import NegativeBinomial as NegativeBinomial
 from .families import NegativeBinomialParams as NegativeBinomialParams
 from .families import NoisyNormal as NoisyNormal
 from .families import Normal as Normal
+from .families import NormalInverseGamma as NormalInverseGamma
 from .families import NormalInverseWishart as NormalInverseWishart
 from .families import NormalParams as NormalParams
 from .families import Poisson as Poisson

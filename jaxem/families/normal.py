@@ -277,8 +277,6 @@ class Normal:
     def log_expected_prob(self, q: NormalInverseWishart, x: jax.Array) -> jax.Array:
         """log E_q[p(x)] (K, N): Student's t."""
         rows, observed = self._rows(self.plugged(q), x)
-        if self.correlated and observed is not None:
-            raise TypeError("the predictive density of correlated columns needs complete rows; Normal(missing=False)")
         return log_predictive(q, rows, observed)
 
     def sample(self, key: jax.Array, params: NormalParams, labels: jax.Array) -> jax.Array:

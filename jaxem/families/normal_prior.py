@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from .. import checks, numerics, special
 from ..priors import GammaPrior, like
 from ..record import record
+from . import conditional
 from . import covariance as shapes
 from .columns import available_moments
 
@@ -232,7 +233,10 @@ def log_predictive(q: NormalInverseWishart, x: jax.Array, observed: jax.Array | 
     widening = 1 + 1 / q.pseudo_rows
     if shape.trailing == 2:
         degrees = (jnp.asarray(q.degrees_of_freedom) - columns + 1)[:, None]
-        whitener, half_logdet = shape.whitener(q.scale * (widening / degrees)[..., None], columns)
+        spread = q.scale * (widening / degrees)[..., None]
+        if observed is not None:
+            return _log_t(degrees, *_observed_square(q.mean, spread, x, observed, size), size)
+        whitener, half_logdet = shape.whitener(spread, columns)
         return _log_t(degrees, shape.square(whitener, deviations), half_logdet[:, None], size)
     scale, degrees = q.plugged()[1], jnp.asarray(q.degrees_of_freedom)
     squares = jnp.square(deviations)
@@ -244,6 +248,16 @@ def log_predictive(q: NormalInverseWishart, x: jax.Array, observed: jax.Array | 
         return _log_t(degrees[:, None], jnp.sum(squares / variance, axis=1), total, size)
     seen = jnp.ones_like(squares[:1]) if observed is None else observed[None]
     return jnp.sum(_log_t(degrees[..., None], squares / variance, scales, seen), axis=1)
+
+
+def _observed_square(
+    mean: jax.Array, spread: jax.Array, x: jax.Array, observed: jax.Array, size: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Squares and log-scales (K, N) of what is observed of rows, told by normal densities at two spreads."""
+    rows = conditional.Measured(values=x, observed=observed.T > 0)
+    once, twice = (conditional.log_prob(mean, factor * spread, rows) for factor in (1.0, 2.0))
+    square = 4 * (twice - once) + 2 * size * math.log(2)
+    return square, -once - 0.5 * (size * math.log(2 * math.pi) + square)
 
 
 def _log_t(degrees: jax.Array, square: jax.Array, log_scale: jax.Array, size: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ def sample(self: Any, key: jax.Array, q: Any) -> Params:
     if not isinstance(q, Mapping):
         return self.given(q.sample(key))
     parts, keys = self.parts, jax.random.split(key, len(q))
-    return self.given({name: sample(parts[name], k, q[name]) for k, name in zip(keys, q, strict=True)})
+    return {name: sample(parts[name], k, q[name]) for k, name in zip(keys, q, strict=True)}
 
 
 def draw(self: Any, key: jax.Array, stats: Stats) -> Params:
