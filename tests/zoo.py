@@ -265,13 +265,11 @@ def zoo() -> dict:
             "variational": lambda: (VariationalMixture(Normal(prior=_strict(2)), 3, 0.5), _holes(_points)),
             "variational, process": lambda: (
                 VariationalMixture(
-                    Product({"size": Normal("diag", prior=_diagonal), "smoker": Bernoulli()}), 3, process=True
+                    Product({"size": Normal("diag", prior=_diagonal), "line": LinearRegression(prior=_line)}),
+                    2,
+                    process=True,
                 ),
-                _mixed,
-            ),
-            "variational regressions": lambda: (
-                Mixture(Variational(LinearRegression(prior=_line)), 2),
-                (_design, _response),
+                {"size": _holes(_points), "line": (_design, _response)},
             ),
             "kmeans": lambda: (KMeans(3), _points),
             "exponential": lambda: (Mixture(Exponential(), 3), _holes(_waits)),

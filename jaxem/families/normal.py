@@ -266,8 +266,10 @@ class Normal:
         params = self.plugged(q)
         rows, observed = self._rows(params, x)
         density = normal_moments.log_prob(self.components(params), rows, observed, self.form)
-        if self.correlated or observed is None:
+        if observed is None:
             return density + jnp.sum(q.slack, axis=1, keepdims=True)
+        if self.correlated:  # what is missing of a row is latent, but for rows of which nothing is observed
+            return density + q.slack * jnp.max(observed, axis=0, keepdims=True)
         return density + numerics.product(q.slack, observed, "kd,dn->kn")
 
     def expected_q(self, q: NormalInverseWishart, stats: NormalStats) -> jax.Array:
