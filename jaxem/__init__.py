@@ -9,6 +9,7 @@ from .diagnostics import aic as aic
 from .diagnostics import bic as bic
 from .diagnostics import free_energy as free_energy
 from .diagnostics import icl as icl
+from .diagnostics import kl as kl
 from .em import EM as EM
 from .em import Blocks as Blocks
 from .em import ClosedForm as ClosedForm

@@ -114,6 +114,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # It has no conjugate prior, and nothing to draw its parameters from.
         "conjugate_of": _none,
         "draw": _none,
+        # The divergence of two of its distributions has no closed form.
+        "kl": _none,
         # There are no values to put in place of missing ones.
         "expected_values": _none,
         "drawn_values": _none,

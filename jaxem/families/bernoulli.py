@@ -66,6 +66,12 @@ def _natural(params: BernoulliParams) -> jax.Array:
     return jnp.concatenate([numerics.safe_log(p), numerics.safe_log(1 - p)], axis=1)
 
 
+def _divergence(p: BernoulliParams, q: BernoulliParams) -> jax.Array:
+    """KL(p ‖ q) of one trial in every column: (K, D)."""
+    pairs = (jnp.stack([each.probability, 1 - each.probability], axis=-1) for each in (p, q))
+    return numerics.divergence(*pairs)
+
+
 def _m_step(family: "Bernoulli | Binomial", stats: BernoulliStats) -> BernoulliParams:
     """Successes / (successes + failures); with a prior, the posterior mode."""
     outcomes = stats.successes, stats.failures
@@ -178,6 +184,10 @@ class Bernoulli:
     conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
     draw, pooled_posterior = conjugacy.common
 
+    def kl(self, p: BernoulliParams, q: BernoulliParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        return jnp.sum(_divergence(p, q), axis=1)
+
     def log_expected_prob(self, q: Beta, x: jax.Array) -> jax.Array:
         """log E_q[p(x)] (K, N): the log-probability at the mean."""
         return self.log_prob(self.plugged(q), x)
@@ -248,6 +258,12 @@ class Binomial:
     m_step, q_function, log_prior, degenerate, num_parameters, unconstrain, constrain = _COMMON
     conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
     draw, pooled_posterior = conjugacy.common
+
+    def kl(self, p: BernoulliParams, q: BernoulliParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,); of one trial where `trials` is not given."""
+        each = _divergence(p, q)
+        trials = jnp.asarray(1 if self.trials is None else self.trials, each.dtype)
+        return jnp.sum(jnp.broadcast_to(trials, each.shape) * each, axis=1)
 
     def log_expected_prob(self, q: Beta, x: Data) -> jax.Array:
         """log E_q[p(x)] (K, N): beta-binomial."""

@@ -113,6 +113,10 @@ class Categorical:
         """The mean."""
         return self.given(q.expected())
 
+    def kl(self, p: CategoricalParams, q: CategoricalParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        return jnp.sum(numerics.divergence(p.probability, q.probability), axis=1)
+
     def expected_log_prob(self, q: Dirichlet, x: jax.Array) -> jax.Array:
         """E_q[log p(x)]: (K, N)."""
         return self.log_prob(self.given(jnp.exp(q.expected_log())), x)
@@ -272,6 +276,10 @@ class Multinomial:
     def plugged(self, q: Dirichlet) -> MultinomialParams:
         """The mean."""
         return self.given(q.expected())
+
+    def kl(self, p: MultinomialParams, q: MultinomialParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,); of one trial where `trials` is not given."""
+        return (self.trials or 1) * numerics.divergence(p.probability, q.probability)
 
     def expected_log_prob(self, q: Dirichlet, x: jax.Array) -> jax.Array:
         """E_q[log p(x)]: (K, N)."""

@@ -224,6 +224,10 @@ class Normal:
             second=stats.second + (jnp.sum(change, axis=0) if self.tied else change),
         )
 
+    def kl(self, p: NormalParams, q: NormalParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        return normal_moments.divergence(self.components(p), self.components(q))
+
     # What follows from the conjugate prior; see `protocols.Conjugate`.
 
     def conjugate_of(self) -> NormalInverseWishart:

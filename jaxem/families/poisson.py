@@ -195,6 +195,11 @@ class Poisson:
     conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
     draw, pooled_posterior = conjugacy.common
 
+    def kl(self, p: RateParams, q: RateParams) -> jax.Array:
+        """KL(p ‖ q) of a row of exposure 1, under every component: (K,)."""
+        logs = numerics.safe_log(jnp.where(p.rate > 0, p.rate, 1)) - numerics.safe_log(jnp.where(p.rate > 0, q.rate, 1))
+        return jnp.sum(q.rate - p.rate + p.rate * logs, axis=1)
+
     def log_expected_prob(self, q: GammaPrior, x: Data) -> jax.Array:
         """log E_q[p(x)] (K, N): negative binomial."""
         features, base = self._read(x, jnp.result_type(q.rate))
@@ -273,6 +278,11 @@ class Exponential:
     m_step, q_function, log_prior, num_parameters, unconstrain, constrain = _COMMON
     conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
     draw, pooled_posterior = conjugacy.common
+
+    def kl(self, p: RateParams, q: RateParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        ratio = q.rate / p.rate
+        return jnp.sum(ratio - 1 - jnp.log(ratio), axis=1)
 
     def log_expected_prob(self, q: GammaPrior, x: jax.Array) -> jax.Array:
         """log E_q[p(x)] (K, N): Lomax, a Pareto distribution from 0."""

@@ -95,6 +95,13 @@ class Product:
         found = {name: f.stats(params[name], rows, responsibilities) for name, f, rows in self._split(x)}
         return ProductStats(count=next(iter(found.values())).count, families=found)
 
+    def kl(self, p: Params, q: Params) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        lacking = [name for name, family in self.parts.items() if family.kl is None]
+        if lacking:
+            raise TypeError(f"{type(self.families[lacking[0]]).__name__} has no divergence in closed form")
+        return _sum(f.kl(p[name], q[name]) for name, f in self.parts.items())
+
     # What follows from the families' conjugate priors; see `protocols.Conjugate`.
 
     def conjugate_of(self) -> dict[str, Any]:
