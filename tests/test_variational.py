@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.special
 import scipy.stats
 from scipy.special import betaln, gammaln, multigammaln
 from sklearn.exceptions import ConvergenceWarning
@@ -356,6 +357,15 @@ def test_two_sticks_are_a_dirichlet():
         ),
     ]
     np.testing.assert_allclose(fits[0].objective, fits[1].objective, rtol=1e-12)
+    # Below the evidence, which is the sum over all labels, by no more than the labels' two orders and their doubt.
+    labels = (np.arange(2**14)[:, None] >> np.arange(14)) & 1
+    rows = np.stack([14 - labels.sum(axis=1), labels.sum(axis=1)])
+    events = np.stack([(1 - labels) @ _counts, labels @ _counts])
+    each = gammaln(3.0 + events) - gammaln(3.0) + 3.0 * np.log(1.5)
+    each = each.sum(axis=2) - ((3.0 + events) * np.log(1.5 + rows)[..., None]).sum(axis=2)
+    sizes = gammaln(np.array([[1.0], [0.6]]) + rows) - gammaln(np.array([[1.0], [0.6]]))
+    total = (each + sizes).sum(axis=0) + gammaln(1.6) - gammaln(15.6) - gammaln(_counts + 1).sum()
+    assert 0 < scipy.special.logsumexp(total) - fits[0].objective < 2.0
     np.testing.assert_allclose(
         sticks.expected(fits[0].params).weights, other.expected(fits[1].params).weights, rtol=1e-6
     )

@@ -88,23 +88,25 @@ class NormalInverseGamma:
     def kl(self, other: "NormalInverseGamma") -> jax.Array:
         """KL(this ‖ other), summed over components."""
         lead, size, dtype = self.mean.shape[:-1], self.mean.shape[-1], self.mean.dtype
+        whole = self.over(lead, size, dtype)
         other, shape = other.over(lead, size, dtype), Full()
-        whitener, away = self.whitener, self.mean - other.mean
+        whitener, away = whole.whitener, whole.mean - other.mean
         covariance = shape.precision(whitener)
         logdet = -2 * jnp.sum(jnp.log(jnp.diagonal(whitener, axis1=-2, axis2=-1)), axis=-1)
         other_logdet = -2 * shape.whitener(jnp.asarray(other.precision), size)[1]
         square = jnp.sum(away * shape.precision_times(jnp.asarray(other.precision), away), axis=-1)
         spread = shape.trace(jnp.asarray(other.precision), covariance) - size + logdet + other_logdet
-        lines = 0.5 * jnp.sum(spread + square / self.plugged()[1])
-        return lines + GammaPrior(self.shape, self.rate).kl(GammaPrior(other.shape, other.rate))
+        lines = 0.5 * jnp.sum(spread + square / whole.plugged()[1])
+        return lines + GammaPrior(whole.shape, whole.rate).kl(GammaPrior(other.shape, other.rate))
 
     def sample(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Lines and variances."""
+        whole = self.over(self.mean.shape[:-1], self.mean.shape[-1], self.mean.dtype)
         of_variance, of_line = jax.random.split(key)
-        variance = self.rate / jnp.exp(jax.random.loggamma(of_variance, jnp.asarray(self.shape)))
-        noise = jax.random.normal(of_line, self.mean.shape, self.mean.dtype)
-        spread = numerics.product(self.whitener, noise, "...ji,...j->...i")
-        return self.mean + jnp.sqrt(variance)[..., None] * spread, variance
+        variance = whole.rate / jnp.exp(jax.random.loggamma(of_variance, jnp.asarray(whole.shape)))
+        noise = jax.random.normal(of_line, whole.mean.shape, whole.mean.dtype)
+        spread = numerics.product(whole.whitener, noise, "...ji,...j->...i")
+        return whole.mean + jnp.sqrt(variance)[..., None] * spread, variance
 
     def log_prob(self, line: jax.Array, variance: jax.Array) -> jax.Array:
         """Log-density, summed over K components: lines (K, P + 1), variances (K,)."""

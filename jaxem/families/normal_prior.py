@@ -122,23 +122,24 @@ class NormalInverseWishart:
 
     def kl(self, other: "NormalInverseWishart") -> jax.Array:
         """KL(this ‖ other), summed over components. Written so that no two large terms cancel."""
-        shape, lead, columns = self.shape, self.mean.shape[:-1], self.mean.shape[-1]
+        whole = self._whole()
+        shape, lead, columns = whole.shape, whole.mean.shape[:-1], whole.mean.shape[-1]
         # Once, where one prior is that of all components.
-        other_logdet = 2 * shape.whitener(0.5 * jnp.asarray(other.scale, self.mean.dtype), columns)[1]
-        other = other.over(shape, lead, columns, self.mean.dtype)
-        whitener, half_logdet = shape.whitener(self.plugged()[1], columns)
-        precision, away = shape.precision(whitener), self.mean - other.mean
-        ratio = other.pseudo_rows / self.pseudo_rows
+        other_logdet = 2 * shape.whitener(0.5 * jnp.asarray(other.scale, whole.mean.dtype), columns)[1]
+        other = other.over(shape, lead, columns, whole.mean.dtype)
+        whitener, half_logdet = shape.whitener(whole.plugged()[1], columns)
+        precision, away = shape.precision(whitener), whole.mean - other.mean
+        ratio = other.pseudo_rows / whole.pseudo_rows
         square = jnp.sum(shape.trace(precision, shape.cross(other.pseudo_rows * away, away)))
-        spread = jnp.sum(jnp.broadcast_to(ratio - 1 - jnp.log(ratio), self.mean.shape))
+        spread = jnp.sum(jnp.broadcast_to(ratio - 1 - jnp.log(ratio), whole.mean.shape))
         means = 0.5 * (square + spread)
         if shape.trailing < 2:
-            inverses = [GammaPrior(0.5 * q.degrees_of_freedom, 0.5 * q.scale) for q in (self, other)]
+            inverses = [GammaPrior(0.5 * q.degrees_of_freedom, 0.5 * q.scale) for q in (whole, other)]
             return means + inverses[0].kl(inverses[1])
-        halves, others, step = self._halves, other._halves, 0.5 * jnp.arange(columns, dtype=self.mean.dtype)
+        halves, others, step = whole._halves, other._halves, 0.5 * jnp.arange(columns, dtype=whole.mean.dtype)
         logs = special.digamma(halves)
         lost = jnp.sum(special.gamma_entropy_gap(halves) + numerics.to_rank(step, logs.ndim) * (logs - 1), axis=-1)
-        degrees = jnp.asarray(self.degrees_of_freedom)
+        degrees = jnp.asarray(whole.degrees_of_freedom)
         # E[log det precision] + log det(scale of the other / 2).
         logdet = jnp.sum(logs - jnp.log(0.5 * degrees)[..., None], axis=-1) - 2 * half_logdet + other_logdet
         before = jnp.sum(jax.lax.lgamma(others), axis=-1) - 0.5 * jnp.asarray(other.degrees_of_freedom) * logdet
@@ -146,21 +147,22 @@ class NormalInverseWishart:
 
     def sample(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Means and covariances, of Wishart precisions by Bartlett's decomposition."""
-        shape, columns = self.shape, self.mean.shape[-1]
+        whole = self._whole()
+        shape, columns = whole.shape, whole.mean.shape[-1]
         of_scale, of_corner, of_mean = jax.random.split(key, 3)
-        noise = jax.random.normal(of_mean, self.mean.shape, self.mean.dtype) / jnp.sqrt(self.pseudo_rows)
+        noise = jax.random.normal(of_mean, whole.mean.shape, whole.mean.dtype) / jnp.sqrt(whole.pseudo_rows)
         if shape.trailing < 2:
-            rate = jnp.exp(jax.random.loggamma(of_scale, 0.5 * jnp.asarray(self.degrees_of_freedom)))
-            covariance = 0.5 * self.scale / rate
+            rate = jnp.exp(jax.random.loggamma(of_scale, 0.5 * jnp.asarray(whole.degrees_of_freedom)))
+            covariance = 0.5 * whole.scale / rate
             root = jnp.sqrt(covariance)
-            return self.mean + (root[..., None] if shape.trailing == 0 else root) * noise, covariance
-        diagonal = jnp.sqrt(2 * jnp.exp(jax.random.loggamma(of_scale, self._halves)))
-        eye = numerics.to_rank(jnp.eye(columns, dtype=self.mean.dtype), self.scale.ndim)
-        corner = jnp.tril(jax.random.normal(of_corner, self.scale.shape, self.mean.dtype), -1)
+            return whole.mean + (root[..., None] if shape.trailing == 0 else root) * noise, covariance
+        diagonal = jnp.sqrt(2 * jnp.exp(jax.random.loggamma(of_scale, whole._halves)))
+        eye = numerics.to_rank(jnp.eye(columns, dtype=whole.mean.dtype), whole.scale.ndim)
+        corner = jnp.tril(jax.random.normal(of_corner, whole.scale.shape, whole.mean.dtype), -1)
         inverse = numerics.inverse_lower(corner + diagonal[..., None] * eye)
-        root = numerics.product(numerics.cholesky(self.scale), inverse, "...ij,...kj->...ik")
+        root = numerics.product(numerics.cholesky(whole.scale), inverse, "...ij,...kj->...ik")
         covariance = numerics.product(root, root, "...ik,...jk->...ij")
-        return self.mean + numerics.product(root, noise, "...ij,...j->...i"), covariance
+        return whole.mean + numerics.product(root, noise, "...ij,...j->...i"), covariance
 
     def log_prob(
         self, mean: jax.Array, covariance: jax.Array, shape: shapes.Shape | None = None, tied: bool = False
@@ -205,6 +207,12 @@ class NormalInverseWishart:
             degrees_of_freedom=jnp.exp(self.degrees_of_freedom) + (columns - 1 if full else 0),
             scale=shape.constrain(self.scale, columns),
         )
+
+    def _whole(self) -> "NormalInverseWishart":
+        """The same, every field in its full shape."""
+        mean = jnp.asarray(self.mean)
+        dtype = jnp.result_type(mean, jnp.asarray(self.scale), float(0))
+        return self.over(self.shape, mean.shape[:-1], mean.shape[-1], dtype)
 
     @property
     def _degrees(self) -> jax.Array:
