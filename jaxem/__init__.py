@@ -2,6 +2,7 @@
 
 from . import datasets as datasets
 from . import testing as testing
+from .data import Gated as Gated
 from .data import Labelled as Labelled
 from .data import Moments as Moments
 from .diagnostics import FreeEnergy as FreeEnergy
@@ -90,13 +91,17 @@ from .models import KMeansParams as KMeansParams
 from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
+from .models import MixtureOfExperts as MixtureOfExperts
 from .models import MixtureParams as MixtureParams
 from .models import MultivariateNormal as MultivariateNormal
 from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
 from .models import from_functions as from_functions
 from .parts import Fixed as Fixed
+from .parts import GateParams as GateParams
+from .parts import SoftmaxGate as SoftmaxGate
 from .parts import Tied as Tied
+from .parts import TwoLevelGate as TwoLevelGate
 from .priors import Beta as Beta
 from .priors import Dirichlet as Dirichlet
 from .priors import GammaPrior as GammaPrior

@@ -56,6 +56,10 @@ class LinearRegression:
         """All lines at once: a leading axis of components, one response, and z for features."""
         return LinearEquation(noise=Spherical(), widths=(None,), prior=self.prior)
 
+    def mean(self, params: LinearRegressionParams, features: jax.Array) -> jax.Array:
+        """E[y | features] under every component: (K, N)."""
+        return design.predict(params, design.matrix(features, params.intercept.dtype))
+
     def log_prob(self, params: LinearRegressionParams, x: Data) -> jax.Array:
         """Log-density of every response under every component: (K, N)."""
         matrix, response = design.read(x)

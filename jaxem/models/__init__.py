@@ -19,6 +19,7 @@ from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStat
 from .mixture import Mixture as Mixture
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
+from .mixture_of_experts import MixtureOfExperts as MixtureOfExperts
 from .multivariate_normal import MultivariateNormal as MultivariateNormal
 from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
 from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats
