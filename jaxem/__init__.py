@@ -83,6 +83,10 @@ from .latents.linear_gaussian.rotations import varimax as varimax
 from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM
 from .models import PPCA as PPCA
+from .models import BayesianLinearRegression as BayesianLinearRegression
+from .models import BayesianLogisticParams as BayesianLogisticParams
+from .models import BayesianLogisticRegression as BayesianLogisticRegression
+from .models import BayesianRegressionParams as BayesianRegressionParams
 from .models import FactorAnalysis as FactorAnalysis
 from .models import FactorAnalysisParams as FactorAnalysisParams
 from .models import HMMParams as HMMParams

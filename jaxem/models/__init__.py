@@ -1,5 +1,9 @@
 """Models: latent structure x observation family."""
 
+from .bayesian_logistic import BayesianLogisticParams as BayesianLogisticParams
+from .bayesian_logistic import BayesianLogisticRegression as BayesianLogisticRegression
+from .bayesian_regression import BayesianLinearRegression as BayesianLinearRegression
+from .bayesian_regression import BayesianRegressionParams as BayesianRegressionParams
 from .factor_analysis import PPCA as PPCA
 from .factor_analysis import FactorAnalysis as FactorAnalysis
 from .factor_analysis import FactorAnalysisParams as FactorAnalysisParams
