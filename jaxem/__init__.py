@@ -2,6 +2,7 @@
 
 from . import datasets as datasets
 from . import testing as testing
+from .data import Gated as Gated
 from .data import Labelled as Labelled
 from .data import Moments as Moments
 from .diagnostics import FreeEnergy as FreeEnergy
@@ -86,6 +87,10 @@ from .latents.linear_gaussian.rotations import varimax as varimax
 from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM
 from .models import PPCA as PPCA
+from .models import BayesianLinearRegression as BayesianLinearRegression
+from .models import BayesianLogisticParams as BayesianLogisticParams
+from .models import BayesianLogisticRegression as BayesianLogisticRegression
+from .models import BayesianRegressionParams as BayesianRegressionParams
 from .models import FactorAnalysis as FactorAnalysis
 from .models import FactorAnalysisParams as FactorAnalysisParams
 from .models import HMMParams as HMMParams
@@ -94,6 +99,7 @@ from .models import KMeansParams as KMeansParams
 from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
+from .models import MixtureOfExperts as MixtureOfExperts
 from .models import MixtureParams as MixtureParams
 from .models import MultivariateNormal as MultivariateNormal
 from .models import MultivariateNormalParams as MultivariateNormalParams
@@ -101,7 +107,10 @@ from .models import PPCAParams as PPCAParams
 from .models import VariationalMixture as VariationalMixture
 from .models import from_functions as from_functions
 from .parts import Fixed as Fixed
+from .parts import GateParams as GateParams
+from .parts import SoftmaxGate as SoftmaxGate
 from .parts import Tied as Tied
+from .parts import TwoLevelGate as TwoLevelGate
 from .parts import Variational as Variational
 from .priors import Beta as Beta
 from .priors import Dirichlet as Dirichlet

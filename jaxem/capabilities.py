@@ -91,6 +91,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "pooled": lambda part: part.init,
         # Its statistics have no reference to be moved.
         "rebase": lambda part: lambda stats, params: stats,
+        # It takes any data. (A gate; families say what they take.)
+        "check": lambda part: lambda x, name="x": None,
         # Its values may lie anywhere.
         "supports": lambda part: {},
         # Any value may be held.

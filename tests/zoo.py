@@ -20,6 +20,7 @@ from jaxem import (
     Fixed,
     Gamma,
     GammaPrior,
+    Gated,
     KMeans,
     Labelled,
     LinearGaussianSSM,
@@ -27,6 +28,7 @@ from jaxem import (
     LogisticRegression,
     LowRankNormal,
     Mixture,
+    MixtureOfExperts,
     Moments,
     Multinomial,
     MultivariateNormal,
@@ -39,8 +41,10 @@ from jaxem import (
     PoissonRegression,
     Product,
     Sequences,
+    SoftmaxGate,
     StudentT,
     Tied,
+    TwoLevelGate,
     Variational,
     VariationalMixture,
     VonMisesFisher,
@@ -230,6 +234,17 @@ def zoo() -> dict:
             "censored regression, shared": lambda: (Mixture(Tied(CensoredRegression(), "variance"), 2), _censored),
             "logistic regression": lambda: (Mixture(LogisticRegression(ridge=0.5), 2), (_design, _binary)),
             "poisson regression": lambda: (Mixture(PoissonRegression(ridge=0.5), 2), (_design, _counts[:, 0])),
+            "experts": lambda: (MixtureOfExperts(LinearRegression(), 2), (_design, _response)),
+            "experts, two levels, own features": lambda: (
+                MixtureOfExperts(
+                    LogisticRegression(ridge=0.5), 4, gate=TwoLevelGate(num_groups=2, gate=SoftmaxGate(ridge=0.5))
+                ),
+                Gated((_design, _binary), _points),
+            ),
+            "bernoulli, concomitant": lambda: (
+                Mixture(Bernoulli(), 2, gate=SoftmaxGate(ridge=0.1)),
+                Gated(_yes, _points[:, 0]),
+            ),
             "product": lambda: (Mixture(Product({"size": Normal("diag"), "smoker": Bernoulli()}), 2), _mixed),
             "background": lambda: (
                 Mixture(Background(Normal("full"), bounding_volume(jnp.asarray(_points))), 2),

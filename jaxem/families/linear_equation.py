@@ -241,9 +241,9 @@ def _correction(stats: EquationStats, free: np.ndarray) -> jax.Array:
     if not every:
         gram, cross = gram[..., free, :][..., free], cross[..., free]
     if cross.shape[-2] == 1:  # fused with what follows
-        delta = design.solve(gram, cross[..., 0, :])[..., None, :]
+        delta = numerics.least_squares(gram, cross[..., 0, :])[..., None, :]
     else:
-        delta = design.solve_together(gram, cross)
+        delta = numerics.least_squares_together(gram, cross)
     return delta if every else jnp.zeros_like(stats.reference).at[..., free].set(delta)
 
 

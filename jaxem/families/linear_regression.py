@@ -64,6 +64,10 @@ class LinearRegression:
     def _equation_of(self, stats: EquationStats) -> LinearEquation:
         return self._equation(stats.count.shape[0], stats.gram.shape[-1], stats.gram.dtype)
 
+    def mean(self, params: LinearRegressionParams, features: jax.Array) -> jax.Array:
+        """E[y | features] under every component: (K, N)."""
+        return design.predict(params, design.matrix(features, params.intercept.dtype))
+
     def log_prob(self, params: LinearRegressionParams, x: Data) -> jax.Array:
         """Log-density of every response under every component: (K, N)."""
         matrix, response = design.read(x)

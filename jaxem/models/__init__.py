@@ -1,5 +1,9 @@
 """Models: latent structure x observation family."""
 
+from .bayesian_logistic import BayesianLogisticParams as BayesianLogisticParams
+from .bayesian_logistic import BayesianLogisticRegression as BayesianLogisticRegression
+from .bayesian_regression import BayesianLinearRegression as BayesianLinearRegression
+from .bayesian_regression import BayesianRegressionParams as BayesianRegressionParams
 from .factor_analysis import PPCA as PPCA
 from .factor_analysis import FactorAnalysis as FactorAnalysis
 from .factor_analysis import FactorAnalysisParams as FactorAnalysisParams
@@ -17,6 +21,7 @@ from .linear_gaussian_ssm import LinearGaussianSSM as LinearGaussianSSM
 from .linear_gaussian_ssm import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStats
 from .mixture import Mixture as Mixture
+from .mixture import MixtureOfExperts as MixtureOfExperts
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
 from .mixture import VariationalMixture as VariationalMixture

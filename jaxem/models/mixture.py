@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import capabilities, checks, latents, numerics, parameters, seeding, tree
-from ..data import allowed, as_labelled, split
+from ..data import allowed, as_labelled, seen_by, split
 from ..latents import Exact, categorical
 from ..latents.categorical import CategoricalPosterior
 from ..parts import Probabilities, Sticks, Variational, assembly
+from ..parts.gates import SoftmaxGate
 from ..priors import Beta, Dirichlet
 from ..protocols import Data, Expect, Family, Gate, Params, Stats
 from ..record import fields, record, static
+from . import prediction
 from .imputation import impute
 
 
@@ -62,8 +64,9 @@ class Mixture:
     gate: a part that gives log p(component k | x_n) in place of constant weights (`protocols.Gate`): a mixture of
         experts.
 
-    Data are N rows as the family takes them, or these as `Labelled(x, labels)` where the components of some rows are
-    known. Row weights count rows: 2 is the row twice.
+    Data are N rows as the family takes them, these as `Gated(x, features)` for a gate with features of its own, and
+    either as `Labelled(x, labels)` where the components of some rows are known. Row weights count rows: 2 is the row
+    twice.
     Source: McLachlan & Peel, Finite Mixture Models, section 2.8; Bishop, PRML, section 9.2.
     Raises TypeError or ValueError for a num_components that is not a whole number of at least 1.
     """
@@ -134,7 +137,7 @@ class Mixture:
         parts = self.parts
         return MixtureStats(
             weights=parts["weights"].stats(params.weights, rows, responsibilities),
-            components=parts["components"].stats(params.components, rows, responsibilities),
+            components=parts["components"].stats(params.components, seen_by("components", rows), responsibilities),
             loglik=numerics.weighted_sum(evidence, weights),
         )
 
@@ -146,13 +149,15 @@ class Mixture:
     predict = categorical.likeliest
     sample = categorical.sample
     sample_with_labels = categorical.sample_with_labels
+    mean, gate_probabilities = prediction.mean, prediction.gate_probabilities
     impute = impute
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
         checks.complete_family(self.family)
         inside, labels = split(checks.present(x, weights))
-        self.family.check(inside)
+        self.parts["weights"].check(inside)
+        self.family.check(seen_by("components", inside))
         rows = tree.num_rows(x)
         checks.row_weights(weights, rows)
         checks.enough_rows(rows, weights, self.num_components)
@@ -163,7 +168,7 @@ class Mixture:
         """The shapes that parameters have for such data."""
         rows, counts = split(x)[0], self.counts
         return self.params_of(
-            {name: seeding.params_like(part, rows, counts[name]) for name, part in self.parts.items()}
+            {name: seeding.params_like(part, seen_by(name, rows), counts[name]) for name, part in self.parts.items()}
         )
 
     def floats_per_row(self, params: MixtureParams, x: Data) -> int:
@@ -207,7 +212,7 @@ class Mixture:
         rows, labels = split(x)
         params, parts = tree.no_whole_numbers(params, rows), self.parts
         joint = parts["weights"].log_prob(params.weights, rows)
-        joint = joint + parts["components"].log_prob(params.components, rows)
+        joint = joint + parts["components"].log_prob(params.components, seen_by("components", rows))
         return joint if labels is None else jnp.where(allowed(labels, joint.shape[0]), joint, -jnp.inf)
 
 
@@ -313,3 +318,25 @@ class VariationalMixture:
 
     def _of(self, family: Family) -> "VariationalMixture":
         return self if family is self.family else dataclasses.replace(self, family=family)
+
+
+def MixtureOfExperts(expert: Family, num_components: int, *, gate: Gate = SoftmaxGate()) -> Mixture:
+    """p(y | features) = sum_k p(k | features) p(y | features, expert k): `Mixture(expert, num_components, gate=gate)`.
+
+    expert: a regression family, as LinearRegression(), LogisticRegression() or PoissonRegression().
+    num_components: K.
+    gate: by default a softmax; `TwoLevelGate(num_groups=G)` makes the hierarchical mixture of experts.
+
+    Data: pairs (features (N, P) or (N,), response (N,)), the gate looking at the features of the experts, or
+    `Gated((features, response), gate_features)`, which gives it its own. Params: `.weights`, the gate's, with
+    `.coefficients` (K, P) and `.intercept` (K,), those of the last component 0; `.components`, the experts'.
+    `log_prob(params, (features, response))` is the predictive density; `mean(params, features)`,
+    `gate_probabilities(params, features)` and `sample(key, params, n, features=features)` ask of features alone.
+    Source: Jacobs, Jordan, Nowlan & Hinton (1991), Adaptive mixtures of local experts, Neural Computation 3; Jordan &
+    Jacobs (1994), Hierarchical mixtures of experts and the EM algorithm, Neural Computation 6.
+    Raises TypeError or ValueError as `Mixture` does, and TypeError for a family that is no regression.
+    """
+    model = Mixture(expert, num_components, gate=gate)
+    if not capabilities.states(expert, "mean"):
+        raise TypeError(f"expert must be a regression family, as LinearRegression(); got {expert!r}")
+    return model

@@ -26,6 +26,7 @@ from .factorisations import (
     singular_values,
     solve,
 )
+from .normal_equations import least_squares, least_squares_together
 from .truncated import truncated_normal
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "floored_cholesky",
     "in_any_lane",
     "inverse_lower",
+    "least_squares",
+    "least_squares_together",
     "normalize",
     "product",
     "real_to_covariance",
