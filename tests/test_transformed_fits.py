@@ -168,8 +168,8 @@ def test_a_gradient_of_many_chains_side_by_side():
     def value(params):
         return jnp.sum(model.log_prob(params, x)) + model.e_step(params, x).loglik
 
-    together = jax.grad(lambda both: jnp.sum(jax.vmap(value)(both)))(both)
-    alone = jax.vmap(jax.grad(value))(both)
+    together = jax.jit(jax.grad(lambda both: jnp.sum(jax.vmap(value)(both))))(both)
+    alone = jax.jit(jax.vmap(jax.grad(value)))(both)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         assert np.all(np.isfinite(a))
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

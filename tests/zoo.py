@@ -119,11 +119,11 @@ def _strict(columns: int) -> NormalInverseWishart:
 _diagonal = NormalInverseWishart(mean=np.full(2, 0.5), shrinkage=2.0, degrees_of_freedom=3.0, scale=np.ones(2))
 _line = NormalInverseGamma(mean=np.zeros(3), precision=0.5, shape=2.0, rate=1.0)
 
-# Nine sequences of six steps, two states that take turns.
-_states = (np.arange(6) // 2 + _rng.integers(0, 2, (9, 1))) % 2
-_paths = np.array([[0.0, 0.0], [2.0, 1.0]])[_states] + _rng.normal(size=(9, 6, 2))
+# Eight sequences of six steps, an even number so that halves have one shape; two states that take turns.
+_states = (np.arange(6) // 2 + _rng.integers(0, 2, (8, 1))) % 2
+_paths = np.array([[0.0, 0.0], [2.0, 1.0]])[_states] + _rng.normal(size=(8, 6, 2))
 _events = _rng.poisson(np.array([2.0, 7.0])[_states])[..., None]
-_lengths = _rng.integers(3, 7, 9)
+_lengths = _rng.integers(3, 7, 8)
 
 
 def _gaps(x: np.ndarray) -> np.ndarray:
@@ -132,11 +132,11 @@ def _gaps(x: np.ndarray) -> np.ndarray:
 
 
 def _level(columns: int) -> np.ndarray:
-    """Nine sequences of six steps that follow one slow state."""
-    return np.cumsum(_rng.normal(size=(9, 6, 1)), axis=1) / 2 + _rng.normal(size=(9, 6, columns))
+    """Eight sequences of six steps that follow one slow state."""
+    return np.cumsum(_rng.normal(size=(8, 6, 1)), axis=1) / 2 + _rng.normal(size=(8, 6, columns))
 
 
-_series, _inputs = _level(3), _rng.normal(size=(9, 6, 2))
+_series, _inputs = _level(3), _rng.normal(size=(8, 6, 2))
 
 
 def _held_system() -> Fixed:
@@ -148,9 +148,9 @@ def _held_system() -> Fixed:
 
 
 def _packed(x: np.ndarray) -> Sequences:
-    """Eighteen sequences, two in every row."""
+    """Sixteen sequences, two in every row."""
     parts = [part for row, length in zip(x, _lengths, strict=True) for part in (row[:length], row[length - 3 :])]
-    return pack_sequences(parts, 9)
+    return pack_sequences(parts, 8)
 
 
 def _grouped(x: np.ndarray) -> Moments:
@@ -158,6 +158,10 @@ def _grouped(x: np.ndarray) -> Moments:
     groups = x[np.random.default_rng(9).integers(0, 40, (40, 8))]
     apart = groups - groups.mean(axis=1, keepdims=True)
     return Moments(groups.mean(axis=1), np.einsum("gni,gnj->gij", apart, apart) / 8, np.full(40, 8.0))
+
+
+# Op by op it would be a hundred programs.
+_pseudo_rows = jax.jit(pseudo_rows)
 
 
 class _Lazy(dict):
@@ -217,18 +221,18 @@ def zoo() -> dict:
             "student t": lambda: (Mixture(StudentT(), 2), _points),
             "student t, held, tied": lambda: (Mixture(StudentT("tied", 4.0), 2), _points),
             "student t, diag, prior": lambda: (
-                Mixture(StudentT("diag", prior=pseudo_rows(StudentT("diag"), jnp.asarray(_points), 3.0)), 2),
+                Mixture(StudentT("diag", prior=_pseudo_rows(StudentT("diag"), jnp.asarray(_points), 3.0)), 2),
                 _points,
             ),
             "zero-inflated poisson": lambda: (Mixture(ZeroInflated(Poisson(), prior=Beta(2.0, 3.0)), 2), _zeros),
             "linear regression": lambda: (Mixture(LinearRegression(), 2), (_design, _response)),
             "linear regression, prior": lambda: (
-                Mixture(LinearRegression(prior=pseudo_rows(LinearRegression(), (_design, _response), 3.0)), 2),
+                Mixture(LinearRegression(prior=_pseudo_rows(LinearRegression(), (_design, _response), 3.0)), 2),
                 (_design, _response),
             ),
             "censored normal": lambda: (Mixture(CensoredNormal(), 2), _bounds(_points[:, 0])),
             "censored regression, prior": lambda: (
-                Mixture(CensoredRegression(prior=pseudo_rows(CensoredRegression(), _censored, 3.0)), 2),
+                Mixture(CensoredRegression(prior=_pseudo_rows(CensoredRegression(), _censored, 3.0)), 2),
                 _censored,
             ),
             "censored regression, shared": lambda: (Mixture(Tied(CensoredRegression(), "variance"), 2), _censored),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters, tree
-from ..data import Gated, split
+from ..data import Gated, seen_by, split
 from ..protocols import Data, Params, Stats
 from ..record import record
 from .expect import Exact, Hard, Sample
