@@ -383,6 +383,13 @@ def test_stochastic_variational_inference():
     assert 0 <= batch.objective - online.objective < 1e-3 * 2000
 
 
+def test_hyperparameters_below_0_are_refused():
+    model = VariationalMixture(Poisson(prior=GammaPrior(3.0, 1.5)), 2)
+    components = GammaPrior(np.full((2, 2), 2.0), np.array([[1.0, 1.0], [-1.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"params.components.rate must be at least 0; got -1 at index \(1, 0\)"):
+        em_fit(model, MixtureParams(weights=Dirichlet(np.ones(2)), components=components), _counts)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [

@@ -41,6 +41,8 @@ class NormalInverseWishart:
     degrees_of_freedom: jax.Array | float
     scale: jax.Array
 
+    positive = ("shrinkage", "degrees_of_freedom")
+
     @property
     def shape(self) -> shapes.Shape:
         """The shape of the covariances, told by the scale; a number is a spherical one's."""
