@@ -52,52 +52,47 @@ def _chain(model, x, steps, seed=0):
 
 def test_one_component_draws_from_its_posterior():
     """Draws are independent then: their moments are those of the posterior, which has a closed form."""
-    draws = _chain(Mixture(Normal(prior=_prior), 1), _points, 20_000).components
-    n, mean = 12, _points.mean(axis=0)
-    kappa, nu = 0.7 + n, 9.0 + n
-    centre = (0.7 * np.array([0.5, -1.0]) + n * mean) / kappa
-    away = mean - np.array([0.5, -1.0])
-    scale = (
-        np.array([[1.2, 0.3], [0.3, 0.8]])
-        + (_points - mean).T @ (_points - mean)
-        + 0.7 * n / kappa * np.outer(away, away)
-    )
-    means, covariances = np.asarray(draws.mean[1:, 0]), np.asarray(draws.covariance[1:, 0])
-    expected = scipy.stats.invwishart(nu, scale)
-    np.testing.assert_allclose(covariances.mean(axis=0), expected.mean(), rtol=0.03)
-    np.testing.assert_allclose(covariances.var(axis=0), expected.var(), rtol=0.12)
-    np.testing.assert_allclose(means.mean(axis=0), centre, atol=0.01)
-    np.testing.assert_allclose(np.cov(means.T), expected.mean() / kappa, rtol=0.06)
-
-
-def test_regressions_and_rates_draw_from_their_posteriors():
     features = _rng.normal(size=(12, 1))
     y = 0.3 + features[:, 0] + 0.5 * _rng.normal(size=12)
-    prior = NormalInverseGamma(mean=np.zeros(2), precision=0.5, shape=3.0, rate=1.0)
     counts = _rng.poisson(3.0, (12, 1))
-    family = Product({"line": LinearRegression(prior=prior), "n": Poisson(prior=GammaPrior(2.0, 1.0))})
-    draws = _chain(Mixture(family, 1), {"line": (features, y), "n": counts}, 20_000).components
+    family = Product(
+        {
+            "size": Normal(prior=_prior),
+            "line": LinearRegression(prior=NormalInverseGamma(mean=np.zeros(2), precision=0.5, shape=3.0, rate=1.0)),
+            "n": Poisson(prior=GammaPrior(2.0, 1.0)),
+        }
+    )
+    draws = _chain(Mixture(family, 1), {"size": _points, "line": (features, y), "n": counts}, 8000).components
+    draws = jax.tree.map(lambda leaf: np.asarray(leaf[1:, 0]), draws)
+
+    mean, kappa = _points.mean(axis=0), 0.7 + 12
+    away = mean - np.array([0.5, -1.0])
+    about = (_points - mean).T @ (_points - mean) + 0.7 * 12 / kappa * np.outer(away, away)
+    covariance = scipy.stats.invwishart(9 + 12, np.array([[1.2, 0.3], [0.3, 0.8]]) + about)
+    np.testing.assert_allclose(draws["size"].covariance.mean(axis=0), covariance.mean(), rtol=0.03, atol=3e-3)
+    np.testing.assert_allclose(draws["size"].covariance.var(axis=0), covariance.var(), rtol=0.2)
+    np.testing.assert_allclose(draws["size"].mean.mean(axis=0), mean - 0.7 / kappa * away, atol=0.01)
+    np.testing.assert_allclose(np.cov(draws["size"].mean.T), covariance.mean() / kappa, rtol=0.08, atol=1e-3)
+
     z = np.column_stack([np.ones(12), features])
     precision = z.T @ z + 0.5 * np.eye(2)
     line = np.linalg.solve(precision, z.T @ y)
-    rate = 1 + 0.5 * (y @ y - line @ precision @ line)
-    found = draws["line"]
-    variance = scipy.stats.invgamma(3 + 6, scale=rate)
-    np.testing.assert_allclose(found.variance[1:, 0].mean(), variance.mean(), rtol=0.02)
-    np.testing.assert_allclose(found.variance[1:, 0].var(), variance.var(), rtol=0.1)
-    lines = np.column_stack([found.intercept[1:, 0], found.coefficients[1:, 0, 0]])
+    variance = scipy.stats.invgamma(3 + 6, scale=1 + 0.5 * (y @ y - line @ precision @ line))
+    np.testing.assert_allclose(draws["line"].variance.mean(), variance.mean(), rtol=0.03)
+    np.testing.assert_allclose(draws["line"].variance.var(), variance.var(), rtol=0.2)
+    lines = np.column_stack([draws["line"].intercept, draws["line"].coefficients[:, 0]])
     np.testing.assert_allclose(lines.mean(axis=0), line, atol=0.01)
-    np.testing.assert_allclose(np.cov(lines.T), variance.mean() * np.linalg.inv(precision), rtol=0.05, atol=2e-3)
-    rates = draws["n"].rate[1:, 0, 0]
-    np.testing.assert_allclose(rates.mean(), (2 + counts.sum()) / 13, rtol=0.01)
-    np.testing.assert_allclose(rates.var(), (2 + counts.sum()) / 13**2, rtol=0.05)
+    np.testing.assert_allclose(np.cov(lines.T), variance.mean() * np.linalg.inv(precision), rtol=0.08, atol=2e-3)
+
+    np.testing.assert_allclose(draws["n"].rate.mean(), (2 + counts.sum()) / 13, rtol=0.01)
+    np.testing.assert_allclose(draws["n"].rate.var(), (2 + counts.sum()) / 13**2, rtol=0.08)
 
 
 def test_two_components_agree_with_enumeration():
     """Counts whose posterior over the labels is summed out: the expected weight, and the rates in either order."""
     x, prior = np.array([0, 1, 1, 5, 7, 4]), (2.0, 0.7)
     model = Mixture(Poisson(prior=GammaPrior(*prior)), 2, prior=Dirichlet(1.5))
-    draws = _chain(model, x, 40_000)
+    draws = _chain(model, x, 10_000)
     labels = np.array(np.meshgrid(*[[0, 1]] * 6)).reshape(6, -1).T
     counts = np.stack([6 - labels.sum(axis=1), labels.sum(axis=1)])
     events = np.stack([(1 - labels) @ x, labels @ x])
@@ -108,8 +103,8 @@ def test_two_components_agree_with_enumeration():
     product = np.prod(a / b, axis=0) @ weight
     highest = (1.5 + counts[0]) * (1.5 + counts[1]) / (9 * 10) @ weight
     rates, weights = np.asarray(draws.components.rate[1:, :, 0]), np.asarray(draws.weights[1:])
-    np.testing.assert_allclose(rates.prod(axis=1).mean(), product, rtol=0.02)
-    np.testing.assert_allclose(weights.prod(axis=1).mean(), highest, rtol=0.02)
+    np.testing.assert_allclose(rates.prod(axis=1).mean(), product, rtol=0.04)
+    np.testing.assert_allclose(weights.prod(axis=1).mean(), highest, rtol=0.04)
 
 
 def _mixture():
@@ -153,7 +148,7 @@ def test_geweke(name):
 
     @jax.jit
     def direct(key):
-        return jax.vmap(lambda key: look(*prior(key)))(jax.random.split(key, 40_000))
+        return jax.vmap(lambda key: look(*prior(key)))(jax.random.split(key, 10_000))
 
     @jax.jit
     def successive(key):
@@ -166,9 +161,9 @@ def test_geweke(name):
             return (params, x), look(params, x)
 
         def lane(key):
-            return jax.lax.scan(step, prior(key), jax.random.split(jax.random.fold_in(key, 1), 500))[1].mean(axis=0)
+            return jax.lax.scan(step, prior(key), jax.random.split(jax.random.fold_in(key, 1), 200))[1].mean(axis=0)
 
-        return jax.vmap(lane)(jax.random.split(key, 80))
+        return jax.vmap(lane)(jax.random.split(key, 60))
 
     one, many = np.asarray(direct(jax.random.key(1))), np.asarray(successive(jax.random.key(2)))
     errors = np.sqrt(one.var(axis=0) / len(one) + many.var(axis=0, ddof=1) / len(many))

@@ -163,7 +163,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_bound_of_one_component_is_the_evidence(name):
-    """And the predictive density what one more row adds to it."""
+    """The predictive density is what one more row adds to it; the mode is the M-step; and Bayes' rule holds."""
     family, x, evidence = CASES[name]
     x, last = (jax.tree.map(lambda leaf, part=part: leaf[part], x) for part in (slice(13), slice(13, None)))
     whole = CASES[name][1]
@@ -176,10 +176,23 @@ def test_the_bound_of_one_component_is_the_evidence(name):
         stats = model.e_step(params, x)
         params = model.m_step(stats)
         bound = model.e_step(params, x).loglik + model.log_prior(params)
-        return bound, model.parts["components"].predictive(params.components, last)[0, 0]
+        q, seen = params.components, stats.components
+        predictive = model.parts["components"].predictive(q, last)[0, 0]
+        if name == "product":
+            return bound, predictive, (0, 0), bound
+        values = q.expected()
+        at = values if isinstance(values, tuple) else (values,)
+        support = (q.concentration > 0,) if isinstance(q, Dirichlet) else ()
+        prior = family.conjugate_of().log_prob(*at, *support) - q.log_prob(*at, *support)
+        mode = family.m_step(seen), family.given(q.mode())
+        return bound, predictive, mode, prior + jnp.sum(family.log_prob(family.given(values), x))
 
-    bound, predictive = at(x, last)
-    np.testing.assert_allclose(bound, evidence(x), rtol=1e-10)
+    x_seen = evidence(x)
+    bound, predictive, mode, by_rule = at(x, last)
+    np.testing.assert_allclose(by_rule, x_seen, rtol=1e-10)
+    for a, b in zip(*map(jax.tree.leaves, mode), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+    np.testing.assert_allclose(bound, x_seen, rtol=1e-10)
     np.testing.assert_allclose(predictive, evidence(whole) - evidence(x), rtol=1e-8)
 
 
@@ -381,6 +394,13 @@ def test_stochastic_variational_inference():
     online = em_fit(model, start, x, key=KEY, algorithm=stepwise_em(100), max_steps=100)
     assert online.num_passes < 8
     assert 0 <= batch.objective - online.objective < 1e-3 * 2000
+
+
+def test_hyperparameters_below_0_are_refused():
+    model = VariationalMixture(Poisson(prior=GammaPrior(3.0, 1.5)), 2)
+    components = GammaPrior(np.full((2, 2), 2.0), np.array([[1.0, 1.0], [-1.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"params.components.rate must be at least 0; got -1 at index \(1, 0\)"):
+        em_fit(model, MixtureParams(weights=Dirichlet(np.ones(2)), components=components), _counts)
 
 
 @pytest.mark.parametrize(

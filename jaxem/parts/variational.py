@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities
+from .. import capabilities, parameters
 from ..protocols import Data, Params, Stats
 from ..record import record
 from . import conjugacy
@@ -50,6 +50,15 @@ class Variational:
     @property
     def _part(self) -> Any:
         return capabilities.complete("part", self.family)
+
+    @property
+    def supports(self) -> parameters.Supports:
+        """Hyperparameters that are not below 0."""
+
+        def of(prior: Any) -> parameters.Supports:
+            return dict.fromkeys(prior.positive, parameters.at_least_zero)
+
+        return conjugacy.each(of, self._part.conjugate_of())
 
     @property
     def start_passes(self) -> int:
@@ -105,8 +114,8 @@ class Variational:
 
     def sample(self, key: jax.Array, q: Any, labels: jax.Array) -> Data:
         """One row from the component that each label (N,) names, of parameters that are drawn from q first."""
-        parameters, rows = jax.random.split(key)
-        return self.family.sample(rows, self.sample_parameters(parameters, q), labels)
+        of_parameters, rows = jax.random.split(key)
+        return self.family.sample(rows, self.sample_parameters(of_parameters, q), labels)
 
     def sample_parameters(self, key: jax.Array, q: Any) -> Params:
         """The family's parameters, drawn from q."""
