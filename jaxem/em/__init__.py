@@ -14,6 +14,7 @@ from .maximize import ClosedForm as ClosedForm
 from .maximize import Conditional as Conditional
 from .maximize import Expanded as Expanded
 from .maximize import Gradient as Gradient
+from .maximize import surrogate as surrogate
 from .minibatch import Incremental as Incremental
 from .minibatch import PowerRate as PowerRate
 from .minibatch import Stepwise as Stepwise

@@ -25,6 +25,7 @@ from .factorisations import (
     singular_values,
     solve,
 )
+from .spectrum import krylov, leading_eigenvalues, leading_pairs, scattered, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [
@@ -36,6 +37,9 @@ __all__ = [
     "floored_cholesky",
     "in_any_lane",
     "inverse_lower",
+    "krylov",
+    "leading_eigenvalues",
+    "leading_pairs",
     "normalize",
     "product",
     "real_to_covariance",
@@ -43,9 +47,11 @@ __all__ = [
     "repaired",
     "safe_divide",
     "safe_log",
+    "scattered",
     "simplex_to_real",
     "singular_values",
     "solve",
+    "symmetric_eigen",
     "to_rank",
     "truncated_normal",
     "weighted_sum",
