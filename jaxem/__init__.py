@@ -36,6 +36,7 @@ from .em import anderson as anderson
 from .em import annealed as annealed
 from .em import annealed_em as annealed_em
 from .em import averaged as averaged
+from .em import certified as certified
 from .em import ecm as ecm
 from .em import generalized_em as generalized_em
 from .em import hard_em as hard_em

@@ -7,6 +7,7 @@ from .accelerate import anderson as anderson
 from .accelerate import squarem as squarem
 from .annealing import annealed as annealed
 from .averaging import averaged as averaged
+from .certified import certified as certified
 from .gather import Blocks as Blocks
 from .gather import Full as Full
 from .gather import pose as pose
