@@ -174,6 +174,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "algorithm": {
         "nature": _nature_of_algorithm,
         "begin": lambda algorithm: algorithm.init,
+        # Its own step is a map whose fixed points are its limits.
+        "limit": lambda algorithm: algorithm,
+        # Where it seems to have ended is not looked at again.
+        "certify": _none,
         # The log-likelihood that its states show is that of all rows at their parameters.
         "evaluated": lambda algorithm: lambda model, state, x, weights=None: state,
     },
@@ -183,6 +187,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "waiting": _none,
         "missed": lambda state: 0.0,
         "settled": lambda state: True,
+        # Nobody has looked for a direction in which more is left.
+        "certified": lambda state: False,
         # What is still to be gained is for the loop to tell.
         "left": _none,
     },

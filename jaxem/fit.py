@@ -40,6 +40,7 @@ class Result:
         `jax_debug_nans` would stop at a NaN. Before the last step it is the algorithm's own account of it, where that
         sees a part of the rows at a time, or a tempered posterior.
     largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
+    certified: whether it converged, and no direction was found in which more than tol is left (see `certified`).
     """
 
     params: Params
@@ -50,6 +51,7 @@ class Result:
     status: jax.Array
     history: jax.Array
     largest_decrease: jax.Array
+    certified: jax.Array
 
     @property
     def converged(self) -> jax.Array:
@@ -109,7 +111,42 @@ def advance(
     state = algorithm.step(model, fit.state, x, weights)
     total = tree.total_weight(x, weights).astype(fit.objective.dtype)
     terms = stopping.Terms(algorithm.nature(model), model.likelihood, total, tol, max_steps)
-    return stopping.judged(fit, state, objective(model, state), terms)
+    after = stopping.judged(fit, state, objective(model, state), terms)
+    return after if algorithm.certify is None else _certified(model, algorithm, after, x, weights, terms)
+
+
+def _certified(
+    model: Model,
+    algorithm: Algorithm,
+    fit: Progress,
+    x: Data,
+    weights: jax.Array | None,
+    terms: stopping.Terms,
+) -> Progress:
+    """A fit that seems to have ended, after the algorithm's own verdict: it has converged, or goes on elsewhere."""
+    at_rest = (fit.status == Status.CONVERGED) | (fit.status == Status.STALLED)
+    # No more than rounding can be asked for.
+    size = jnp.maximum(jnp.abs(fit.objective), terms.total if terms.likelihood else 0)
+    allowed = jnp.maximum(terms.tol * terms.total, 4 * jnp.finfo(size.dtype).eps * size)
+
+    def verdict(_: jax.Array, fit: Progress) -> Progress:
+        state, better = algorithm.certify(model, fit.state, x, weights, allowed)
+        # A state that waits for its first E-step has no objective yet.
+        waiting = complete("state", state).waiting
+        value = jnp.where(False if waiting is None else waiting, -jnp.inf, objective(model, state))
+        going_on = fit.num_steps < terms.max_steps
+        moved = dataclasses.replace(
+            fit,
+            state=state,
+            objective=jnp.where(better, value, fit.objective),
+            watch=tree.where(better, stopping.watch(value, state.params), fit.watch),
+            status=jnp.where(better, Status.RUNNING, Status.CONVERGED).astype(jnp.int32),
+        )
+        ended = dataclasses.replace(fit, status=jnp.full_like(fit.status, Status.MAX_STEPS))
+        return tree.where(better & ~going_on, ended, moved)
+
+    # A loop of one round or none: side by side with other fits it runs only where one of them asks for it.
+    return jax.lax.fori_loop(0, at_rest.astype(jnp.int32), verdict, fit)
 
 
 def ended(model: Model, algorithm: Algorithm, fit: Progress, x: Data, weights: jax.Array | None) -> Progress:
@@ -168,6 +205,7 @@ def _fit(
         status=fit.status,
         history=history,
         largest_decrease=fit.largest_decrease,
+        certified=(fit.status == Status.CONVERGED) & complete("state", fit.state).certified,
     )
 
 

@@ -432,12 +432,28 @@ class State(Protocol):
         """False while the objective itself is still being changed."""
         ...
 
+    @property
+    def certified(self) -> jax.Array | bool:
+        """Whether no direction was found in which more is left."""
+        ...
+
 
 class Algorithm(Protocol):
     """An EM step, or what is around one."""
 
     def nature(self, model: Model) -> Nature:
         """What it is where it fits this model."""
+        ...
+
+    @property
+    def limit(self) -> "Algorithm":
+        """One whose step is a smooth map of parameters alone, with fixed points where this algorithm ends."""
+        ...
+
+    @property
+    def certify(self) -> Any:
+        """(model, state, x, weights, allowed) -> the state to go on from and whether it is higher by more than
+        `allowed` nats, asked where a fit seems to have ended; None where nothing is looked at again."""
         ...
 
     def init(

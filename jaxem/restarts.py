@@ -136,8 +136,9 @@ def _finish(
     history = jnp.where(leader.number == index, history, jnp.pad(best.history, (0, len(history) - len(best.history))))
     past = best.objective if finite else jnp.nan
     best = dataclasses.replace(best, history=jnp.where(jnp.arange(len(history)) <= best.num_steps, history, past))
+    shown = {name: value for name, value in fields(best).items() if name not in ("key", "watch")}
     return Restarts(
-        best=Result(**{name: value for name, value in fields(best).items() if name not in ("key", "watch")}),
+        best=Result(**shown, certified=jnp.array(False)),
         index=index,
         params=jobs.params,
         objective=jobs.objective,

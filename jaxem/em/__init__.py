@@ -7,6 +7,7 @@ from .accelerate import anderson as anderson
 from .accelerate import squarem as squarem
 from .annealing import annealed as annealed
 from .averaging import averaged as averaged
+from .certified import certified as certified
 from .gather import Blocks as Blocks
 from .gather import Full as Full
 from .gather import pose as pose
@@ -15,6 +16,7 @@ from .maximize import Conditional as Conditional
 from .maximize import Draw as Draw
 from .maximize import Expanded as Expanded
 from .maximize import Gradient as Gradient
+from .maximize import surrogate as surrogate
 from .minibatch import Incremental as Incremental
 from .minibatch import PowerRate as PowerRate
 from .minibatch import Stepwise as Stepwise

@@ -68,6 +68,11 @@ class Squarem:
     def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
+    @property
+    def limit(self) -> EM:
+        """The EM map that it accelerates."""
+        return self.inner.limit
+
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> SquaremState:
@@ -193,6 +198,11 @@ class Anderson:
 
     def nature(self, model: AnyModel) -> Nature:
         return Nature()
+
+    @property
+    def limit(self) -> EM:
+        """The EM map that it accelerates."""
+        return self.inner.limit
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None

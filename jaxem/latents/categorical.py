@@ -30,6 +30,15 @@ class CategoricalPosterior:
     responsibilities: jax.Array
     evidence: jax.Array
 
+    @property
+    def shares(self) -> jax.Array:
+        """The responsibilities, labels last: (N, K)."""
+        return self.responsibilities.T
+
+    def relabelled(self, order: jax.Array) -> "CategoricalPosterior":
+        """The same with its component order[k] as component k."""
+        return dataclasses.replace(self, responsibilities=self.responsibilities[order])
+
     def entropy(self, weights: jax.Array | None = None) -> jax.Array:
         """Entropy in nats, summed over rows x weights (N,)."""
         return -self._expected_log(self, weights)

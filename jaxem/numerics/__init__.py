@@ -27,6 +27,7 @@ from .factorisations import (
     solve,
 )
 from .normal_equations import least_squares, least_squares_together
+from .spectrum import krylov, leading_eigenvalues, leading_pairs, scattered, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [
@@ -39,6 +40,9 @@ __all__ = [
     "floored_cholesky",
     "in_any_lane",
     "inverse_lower",
+    "krylov",
+    "leading_eigenvalues",
+    "leading_pairs",
     "least_squares",
     "least_squares_together",
     "normalize",
@@ -48,9 +52,11 @@ __all__ = [
     "repaired",
     "safe_divide",
     "safe_log",
+    "scattered",
     "simplex_to_real",
     "singular_values",
     "solve",
+    "symmetric_eigen",
     "to_rank",
     "truncated_normal",
     "weighted_sum",

@@ -46,6 +46,10 @@ COARSE_WORK = 1 << 23
 # every sequence: a product is quick where the axis that it sums over is long. Benchmark: lds a, b.
 MANY_SEQUENCES = 32
 
+# Parameters up to which the spectrum of the EM map is that of the whole matrix; directions of the Krylov space beyond.
+# By hand: a mixture of 8 normals in 10 columns, 527 parameters.
+SPECTRUM = 40
+
 # --- What is written out. Straight-line code fuses with its neighbours, as products and loops do not, but it grows with
 # the square of its size, and so does the time that it takes to compile.
 
