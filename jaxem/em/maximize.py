@@ -88,7 +88,8 @@ class Gradient:
 
     The optimiser's state is carried from one EM step to the next. A step that would lower Q is shortened, down to a
     millionth, or refused, and then the optimiser starts anew: so no EM step lowers the objective (Dempster, Laird &
-    Rubin 1977, section 3: GEM). A gradient step uses the statistics at hand, and does not touch the data.
+    Rubin 1977, section 3: GEM). A gradient step uses the statistics at hand, and does not touch the data, unless the
+    model has no statistics that tell Q (`from_log_joint`).
     Raises TypeError for what is no optax optimiser, for models without `q_function`, and for states of
     another optimiser; ValueError for num_steps below 1.
     """
@@ -127,9 +128,10 @@ class Gradient:
         model = problem.model
         theta = model.unconstrain(params)
         self._check_state(theta, state)
+        climbed = _climbed(problem, params, stats)
 
         def descent(theta: Any) -> jax.Array:
-            return -surrogate(model, model.constrain(theta), stats) / state.total
+            return -climbed(model.constrain(theta)) / state.total
 
         update = optax.with_extra_args_support(self.optimizer).update
 
@@ -221,6 +223,15 @@ class Conditional:
 def surrogate(model: Model, params: Params, stats: Stats) -> jax.Array:
     """What an M-step maximises: Q + log-prior."""
     return model.q_function(params, stats) + model.log_prior(params)
+
+
+def _climbed(problem: Problem, params: Params, stats: Stats) -> Callable[[Params], jax.Array]:
+    """Q + log-prior as a function of the parameters, given statistics that were taken at `params`."""
+    model = problem.model
+    if model.q_on_rows is None:
+        return lambda new: surrogate(model, new, stats)
+    on_rows = model.q_on_rows(params, stats, problem.x, problem.weights)
+    return lambda new: on_rows(new) + model.log_prior(new)
 
 
 def _decrement(function: Callable[[Any], jax.Array], theta: Any, slope: Any) -> jax.Array:
