@@ -25,16 +25,17 @@ _CURVATURES = 10
 @completed("maximize")
 @record
 class ClosedForm:
-    """The model's own M-step; for a model without one, `Gradient()`."""
+    """The model's own M-step; for a model without one, `Gradient()`, where Q takes a pass over the rows without the
+    line search of its L-BFGS: the lengths that are tried side by side are one."""
 
     def init(self, problem: Problem, params: Params) -> Any:
-        return Gradient().init(problem, params) if problem.model.m_step is None else None
+        return _climber(problem.model).init(problem, params) if problem.model.m_step is None else None
 
     def step(
         self, problem: Problem, params: Params, stats: Stats, state: Any, index: jax.Array | int, key: jax.Array | None
     ) -> tuple[Params, Any]:
         if problem.model.m_step is None:
-            return Gradient().step(problem, params, stats, state, index, key)
+            return _climber(problem.model).step(problem, params, stats, state, index, key)
         return problem.model.m_step(stats), None
 
 
@@ -76,6 +77,7 @@ class Ascent:
 
 
 _LBFGS = optax.lbfgs(memory_size=8)
+_WITHOUT_SEARCH = optax.lbfgs(memory_size=8, linesearch=None)
 
 
 @completed("maximize")
@@ -218,6 +220,11 @@ class Conditional:
         if unknown:
             raise ValueError(f"blocks must be among {', '.join(map(repr, declared))}; got {unknown[0]!r}")
         return self.blocks or tuple((name,) for name in declared)
+
+
+def _climber(model: Model) -> Gradient:
+    """What climbs Q where the model has no M-step."""
+    return Gradient() if model.q_on_rows is None else Gradient(_WITHOUT_SEARCH)
 
 
 def surrogate(model: Model, params: Params, stats: Stats) -> jax.Array:

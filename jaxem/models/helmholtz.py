@@ -26,16 +26,17 @@ _MOST_ENUMERATED = 16
 class SigmoidLayer:
     """Yes/no units given those of a layer before: p(unit = 1) = sigmoid(before @ weights + biases).
 
-    weights: (units before, units), without rows in the top layer.
+    weights: (units before, units); None in the top layer, which has none before it.
     biases: (units,).
     """
 
-    weights: jax.Array
+    weights: jax.Array | None
     biases: jax.Array
 
     def logits(self, before: jax.Array) -> jax.Array:
         """(..., units before) -> (..., units)."""
-        return before @ self.weights + self.biases[(None,) * (before.ndim - 1)]
+        alone = jnp.broadcast_to(self.biases, (*before.shape[:-1], *self.biases.shape))
+        return alone if self.weights is None else alone + before @ self.weights
 
     def log_prob(self, before: jax.Array, units: jax.Array) -> jax.Array:
         """log p(units | before): (...,)."""
@@ -145,7 +146,7 @@ class HelmholtzMachine:
 
         def drawn(key: jax.Array, before: int, units: int) -> SigmoidLayer:
             weights = scale / max(1, before) ** 0.5 * jax.random.normal(key, (before, units), x.dtype)
-            return SigmoidLayer(weights=weights, biases=jnp.zeros(units, x.dtype))
+            return SigmoidLayer(weights=weights if before else None, biases=jnp.zeros(units, x.dtype))
 
         def network(key: jax.Array, sizes: tuple[int, ...]) -> tuple[SigmoidLayer, ...]:
             keys = jax.random.split(key, len(sizes) - 1)
@@ -213,7 +214,10 @@ class HelmholtzMachine:
 
         def network(sizes: tuple[int, ...]) -> tuple[SigmoidLayer, ...]:
             return tuple(
-                SigmoidLayer(weights=parameters.like((before, units), dtype), biases=parameters.like((units,), dtype))
+                SigmoidLayer(
+                    weights=parameters.like((before, units), dtype) if before else None,
+                    biases=parameters.like((units,), dtype),
+                )
                 for before, units in itertools.pairwise(sizes)
             )
 
