@@ -9,10 +9,12 @@ from .diagnostics import aic as aic
 from .diagnostics import bic as bic
 from .diagnostics import free_energy as free_energy
 from .diagnostics import icl as icl
+from .diagnostics import kl as kl
 from .em import EM as EM
 from .em import Blocks as Blocks
 from .em import ClosedForm as ClosedForm
 from .em import Conditional as Conditional
+from .em import Draw as Draw
 from .em import Exact as Exact
 from .em import Expanded as Expanded
 from .em import Full as Full
@@ -31,6 +33,7 @@ from .em import annealed_em as annealed_em
 from .em import averaged as averaged
 from .em import ecm as ecm
 from .em import generalized_em as generalized_em
+from .em import gibbs as gibbs
 from .em import hard_em as hard_em
 from .em import incremental_em as incremental_em
 from .em import monte_carlo_em as monte_carlo_em
@@ -63,6 +66,7 @@ from .families import NegativeBinomial as NegativeBinomial
 from .families import NegativeBinomialParams as NegativeBinomialParams
 from .families import NoisyNormal as NoisyNormal
 from .families import Normal as Normal
+from .families import NormalInverseGamma as NormalInverseGamma
 from .families import NormalInverseWishart as NormalInverseWishart
 from .families import NormalParams as NormalParams
 from .families import Poisson as Poisson
@@ -101,10 +105,12 @@ from .models import MixtureParams as MixtureParams
 from .models import MultivariateNormal as MultivariateNormal
 from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
+from .models import VariationalMixture as VariationalMixture
 from .models import from_functions as from_functions
 from .models import from_log_joint as from_log_joint
 from .parts import Fixed as Fixed
 from .parts import Tied as Tied
+from .parts import Variational as Variational
 from .priors import Beta as Beta
 from .priors import Dirichlet as Dirichlet
 from .priors import GammaPrior as GammaPrior
@@ -117,5 +123,7 @@ from .sequences import pack_sequences as pack_sequences
 from .sequences import pad_sequences as pad_sequences
 from .status import EMError as EMError
 from .status import Status as Status
+from .trajectories import Trajectory as Trajectory
+from .trajectories import trajectory as trajectory
 
 __version__ = "0.1.0"

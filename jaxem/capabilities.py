@@ -94,6 +94,9 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "sample_with_latents": lambda model: lambda key, params, n: model.sample_with_labels(key, params, n),
         "blocks": _none,
         "m_step_for": _none,
+        # Parameters are not drawn; where it has parts, as these are.
+        "draw": _none,
+        "parts": _none,
     },
     # A family of observations, or another part of the parameters; see `protocols.Part` and `protocols.Family`.
     "part": {
@@ -118,6 +121,14 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "start_passes": lambda part: 2,
         # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
         "correlated": lambda part: False,
+        # Its parameters are values and no distributions: they are as expected, and predictive densities their own.
+        "expected": lambda part: lambda params: params,
+        "predictive": lambda part: part.log_prob,
+        # It has no conjugate prior, and nothing to draw its parameters from.
+        "conjugate_of": _none,
+        "draw": _none,
+        # The divergence of two of its distributions has no closed form.
+        "kl": _none,
         # There are no values to put in place of missing ones.
         "expected_values": _none,
         "drawn_values": _none,

@@ -248,6 +248,50 @@ class Part(Protocol):
     def constrain(self, theta: Any) -> Params: ...
 
 
+class Conjugate(Part, Protocol):
+    """A part with a conjugate prior: distributions q of its parameters are of the prior's kind.
+
+    q is a record of `priors`, component axis first, or a dict of such: what `Variational` has for parameters. Its
+    records have `expected()`, `sample(key)`, `kl(other)`, `unconstrain()` and `constrain()`.
+    """
+
+    def conjugate_of(self) -> Any:
+        """The prior, as q; TypeError or ValueError where the part has none."""
+        ...
+
+    def posterior(self, stats: Stats) -> Any:
+        """q given the statistics."""
+        ...
+
+    def pooled_posterior(self, x: Data, weights: jax.Array | None, num_components: int) -> Any:
+        """q given all rows, in every component."""
+        ...
+
+    def draw(self, key: jax.Array, stats: Stats) -> Params:
+        """Parameters drawn from their posterior given the statistics."""
+        ...
+
+    def given(self, values: Any) -> Params:
+        """Parameters from what q's `expected` and `sample` give."""
+        ...
+
+    def plugged(self, q: Any) -> Params:
+        """The parameters that statistics are taken at."""
+        ...
+
+    def expected_log_prob(self, q: Any, x: Data) -> jax.Array:
+        """E_q of `log_prob`: (K, N)."""
+        ...
+
+    def log_expected_prob(self, q: Any, x: Data) -> jax.Array:
+        """The logarithm of the density's mean over q: (K, N)."""
+        ...
+
+    def expected_q(self, q: Any, stats: Stats) -> jax.Array:
+        """E_q of `q_function`; linear in the statistics."""
+        ...
+
+
 class Gate(Part, Protocol):
     """p(component | row): a part that weighs the components of a mixture, as `Probabilities` or a softmax does."""
 

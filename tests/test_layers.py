@@ -24,7 +24,7 @@ FLOORS = [
     {"families"},
     {"models", "em"},
     {"fit", "diagnostics"},
-    {"restart_jobs"},
+    {"restart_jobs", "trajectories"},
     {"restarts"},
     {"testing"},
     {"__init__"},

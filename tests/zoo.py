@@ -34,6 +34,7 @@ from jaxem import (
     NegativeBinomial,
     NoisyNormal,
     Normal,
+    NormalInverseGamma,
     NormalInverseWishart,
     Poisson,
     PoissonRegression,
@@ -41,6 +42,8 @@ from jaxem import (
     Sequences,
     StudentT,
     Tied,
+    Variational,
+    VariationalMixture,
     VonMisesFisher,
     ZeroInflated,
     bounding_volume,
@@ -111,6 +114,9 @@ def _strict(columns: int) -> NormalInverseWishart:
         mean=jnp.full(columns, 0.5), shrinkage=2.0, degrees_of_freedom=columns + 4.0, scale=jnp.eye(columns)
     )
 
+
+_diagonal = NormalInverseWishart(mean=np.full(2, 0.5), shrinkage=2.0, degrees_of_freedom=3.0, scale=np.ones(2))
+_line = NormalInverseGamma(mean=np.zeros(3), precision=0.5, shape=2.0, rate=1.0)
 
 # Nine sequences of six steps, two states that take turns.
 _states = (np.arange(6) // 2 + _rng.integers(0, 2, (9, 1))) % 2
@@ -275,6 +281,15 @@ def zoo() -> dict:
                 _points,
             ),
             "factor analysers, shared loadings": lambda: (Mixture(Tied(LowRankNormal(1), "loadings"), 2), _many[:, :4]),
+            "variational": lambda: (VariationalMixture(Normal(prior=_strict(2)), 3, 0.5), _holes(_points)),
+            "variational, process": lambda: (
+                VariationalMixture(
+                    Product({"size": Normal("diag", prior=_diagonal), "line": LinearRegression(prior=_line)}),
+                    2,
+                    process=True,
+                ),
+                {"size": _holes(_points), "line": (_design, _response)},
+            ),
             "kmeans": lambda: (KMeans(3), _points),
             "exponential": lambda: (Mixture(Exponential(), 3), _holes(_waits)),
             "hmm": lambda: (HMM(Normal(), 2), Sequences(_gaps(_paths), _lengths)),
@@ -283,6 +298,10 @@ def zoo() -> dict:
             "hmm, parallel": lambda: (HMM(Normal("tied"), 2, parallel=True), Sequences(_paths, _lengths)),
             "hmm, missing entries": lambda: (HMM(Normal(), 2), Sequences(_holes(_paths), _lengths)),
             "hmm, packed": lambda: (HMM(Normal("diag"), 2, form="scaled"), _packed(_paths)),
+            "hmm, variational": lambda: (
+                HMM(Variational(Poisson(prior=GammaPrior(2.0, 1.0))), 2, transition_prior=Dirichlet(2.0)),
+                _events,
+            ),
             "hmm, priors": lambda: (
                 HMM(Poisson(), 2, initial_prior=Dirichlet(2.0), transition_prior=Dirichlet(1 + 3 * jnp.eye(2))),
                 _events,

@@ -13,6 +13,7 @@ from .gather import Full as Full
 from .gather import pose as pose
 from .maximize import ClosedForm as ClosedForm
 from .maximize import Conditional as Conditional
+from .maximize import Draw as Draw
 from .maximize import Expanded as Expanded
 from .maximize import Gradient as Gradient
 from .minibatch import Incremental as Incremental
@@ -25,6 +26,7 @@ from .step import objective as objective
 from .variants import annealed_em as annealed_em
 from .variants import ecm as ecm
 from .variants import generalized_em as generalized_em
+from .variants import gibbs as gibbs
 from .variants import hard_em as hard_em
 from .variants import incremental_em as incremental_em
 from .variants import monte_carlo_em as monte_carlo_em

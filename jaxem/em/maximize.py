@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from .. import checks, tree
 from ..capabilities import complete, completed, original
+from ..parts import conjugacy
 from ..protocols import Model, Nature, Params, Problem, Stats
 from ..record import record, static
 
@@ -60,6 +61,28 @@ class Expanded:
         key: jax.Array | None,
     ) -> tuple[Params, None]:
         return problem.model.expanded(problem.model.m_step(stats), stats), None
+
+
+@completed("maximize")
+@record
+class Draw:
+    """Draw the parameters from their posterior given the statistics, in place of its mode: Gibbs sampling.
+
+    With `Sample(1)` in the E-step that is data augmentation (Tanner & Wong 1987; Diebolt & Robert 1994): a state's
+    parameters are a Markov chain whose distribution tends to the posterior, and which never settles; see `gibbs` and
+    `trajectory`. With `Exact()` parameters are drawn as if expected latents had been seen, which is no such chain.
+    For all models whose parts have conjugate priors; for those of probabilities, none is the flat one.
+    Raises TypeError for models with a part that cannot be drawn, or without a key.
+    """
+
+    nature = Nature(stochastic=True)
+
+    def step(
+        self, problem: Problem, params: Params, stats: Stats, state: None, index: jax.Array | int, key: jax.Array | None
+    ) -> tuple[Params, None]:
+        if key is None:
+            raise TypeError("Draw() draws at random and has no key: pass key=...")
+        return conjugacy.drawn(problem.model, key, stats), None
 
 
 @record

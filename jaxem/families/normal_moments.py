@@ -144,6 +144,14 @@ def expected(parts: Components, found: conditional.Sums) -> Sums:
     )
 
 
+def divergence(p: Components, q: Components) -> jax.Array:
+    """KL(p ‖ q) under every component: (K,)."""
+    shape, away = q.shape, p.mean - q.mean
+    spread = p.covariance * shape.repeats(away.shape[-1]) + shape.cross(away, away)
+    square = shape.trace(shape.precision(q.whitener), spread)
+    return p.constant - q.constant + 0.5 * (square - away.shape[-1])
+
+
 def _whitened_log_prob(parts: Components, rows: Rows) -> jax.Array:
     return parts.constant[:, None] - 0.5 * parts.shape.square(parts.whitener, _deviations(parts.mean, rows.values))
 

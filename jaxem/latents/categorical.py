@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters, tree
+from ..data import split
 from ..protocols import Data, Params, Stats
 from ..record import record
 from .expect import Exact, Hard, Sample
@@ -121,6 +122,20 @@ def stats(model: Any, params: Params, x: Data, responsibilities: jax.Array, weig
 def log_prob(model: Any, params: Params, x: Data) -> jax.Array:
     """Marginal log-density log p(x_n) of each row, log p(x_n, label_n) of labelled ones: (N,)."""
     return _by_rows(model, params, x, lambda rows: numerics.normalize(model.log_joint(params, rows))[1])
+
+
+@parameters.at_rows
+@jax.jit
+def predictive(model: Any, params: Params, x: Data) -> jax.Array:
+    """Log-density (N,) of every row, expected over the distributions of the parameters where these have some."""
+    weights, components = model.parts["weights"], model.parts["components"]
+
+    def of(x: Data) -> jax.Array:
+        rows = split(x)[0]
+        joint = weights.predictive(params.weights, rows) + components.predictive(params.components, rows)
+        return numerics.normalize(joint)[1]
+
+    return _by_rows(model, params, x, of)
 
 
 @parameters.at_rows

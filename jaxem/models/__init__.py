@@ -24,6 +24,7 @@ from .log_joint import from_log_joint as from_log_joint
 from .mixture import Mixture as Mixture
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
+from .mixture import VariationalMixture as VariationalMixture
 from .multivariate_normal import MultivariateNormal as MultivariateNormal
 from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
 from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats

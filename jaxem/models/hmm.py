@@ -131,6 +131,7 @@ class HMM:
     part_params = assembly.part_params
     m_step, q_function, log_prior, rebase = assembly.surrogate
     expands, expanded = property(assembly.expands), assembly.expanded
+    expected = assembly.expected
     unconstrain, constrain = assembly.coordinates
     blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
 

@@ -2,6 +2,7 @@
 matrices, and the truncated normal distribution."""
 
 from .elementary import (
+    divergence,
     first_argmax,
     first_largest,
     in_any_lane,
@@ -31,6 +32,7 @@ __all__ = [
     "cholesky",
     "covariance_to_real",
     "damped_least_squares",
+    "divergence",
     "first_argmax",
     "first_largest",
     "floored_cholesky",

@@ -3,3 +3,5 @@
 from .probabilities import Probabilities as Probabilities
 from .statements import Fixed as Fixed
 from .statements import Tied as Tied
+from .sticks import Sticks as Sticks
+from .variational import Variational as Variational
