@@ -32,9 +32,11 @@ from .em import Gradient as Gradient
 from .em import Hard as Hard
 from .em import Incremental as Incremental
 from .em import PowerRate as PowerRate
+from .em import Recognition as Recognition
 from .em import Sample as Sample
 from .em import Stepwise as Stepwise
 from .em import VarianceReduced as VarianceReduced
+from .em import amortised_em as amortised_em
 from .em import anderson as anderson
 from .em import annealed as annealed
 from .em import annealed_em as annealed_em
@@ -49,6 +51,7 @@ from .em import monte_carlo_em as monte_carlo_em
 from .em import squarem as squarem
 from .em import stepwise_em as stepwise_em
 from .em import stochastic_em as stochastic_em
+from .em import wake_sleep as wake_sleep
 from .families import Background as Background
 from .families import Bernoulli as Bernoulli
 from .families import BernoulliParams as BernoulliParams
@@ -97,12 +100,16 @@ from .latents.linear_gaussian.rotations import varimax as varimax
 from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM
 from .models import PPCA as PPCA
+from .models import Amortised as Amortised
+from .models import AmortisedParams as AmortisedParams
 from .models import BayesianLinearRegression as BayesianLinearRegression
 from .models import BayesianLogisticParams as BayesianLogisticParams
 from .models import BayesianLogisticRegression as BayesianLogisticRegression
 from .models import BayesianRegressionParams as BayesianRegressionParams
 from .models import FactorAnalysis as FactorAnalysis
 from .models import FactorAnalysisParams as FactorAnalysisParams
+from .models import HelmholtzMachine as HelmholtzMachine
+from .models import HelmholtzParams as HelmholtzParams
 from .models import HMMParams as HMMParams
 from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
@@ -116,6 +123,7 @@ from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
 from .models import VariationalMixture as VariationalMixture
 from .models import from_functions as from_functions
+from .models import from_log_joint as from_log_joint
 from .parts import Fixed as Fixed
 from .parts import GateParams as GateParams
 from .parts import SoftmaxGate as SoftmaxGate

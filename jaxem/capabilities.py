@@ -39,6 +39,11 @@ def _nature_of_algorithm(algorithm: Any) -> Callable[[Model], Nature]:
     )
 
 
+def _log_joint_of(model: Any, params: Any, x: Any, labels: jax.Array) -> jax.Array:
+    """log p(x_n, label_n), (N,), of a model whose latent is one label a row."""
+    return jnp.take_along_axis(model.log_joint(params, x), labels[None], axis=0)[0]
+
+
 def _none(_: Any) -> None:
     """Where nothing can stand in, and the one who asks has to know."""
     return None
@@ -79,6 +84,14 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "init": _none,
         "m_step": _none,
         "q_function": _none,
+        # Statistics tell Q at all parameters: no M-step goes back to the rows.
+        "q_on_rows": _none,
+        # It has no recognition network, and no M-step under the posterior of one.
+        "recognise": _none,
+        "wake": _none,
+        # Latents of a row are one label, by which `log_joint` is looked up.
+        "complete_log_prob": lambda model: functools.partial(_log_joint_of, model),
+        "sample_with_latents": lambda model: lambda key, params, n: model.sample_with_labels(key, params, n),
         "blocks": _none,
         "m_step_for": _none,
         # Parameters are not drawn; where it has parts, as these are.

@@ -66,6 +66,30 @@ class Model(Protocol):
         ...
 
     @property
+    def q_on_rows(self) -> Any:
+        """(params, stats, x, weights) -> Q as a function of parameters, where `q_function` is but its tangent at
+        `params`, which all statistics are of; None where statistics tell Q at all parameters."""
+        ...
+
+    @property
+    def recognise(self) -> Any:
+        """(params, x) -> q(z | x_n), a distribution with `sample(key)` and `log_prob(z)`; None without a network."""
+        ...
+
+    @property
+    def wake(self) -> Any:
+        """(params, x, weights) -> params, the M-step under that q; None where there is none."""
+        ...
+
+    def complete_log_prob(self, params: Params, x: Data, z: Any) -> jax.Array:
+        """log p(x_n, z_n): (N,)."""
+        ...
+
+    def sample_with_latents(self, key: jax.Array, params: Params, n: int) -> tuple[Data, Any]:
+        """n rows, and the latents that they came from."""
+        ...
+
+    @property
     def init(self) -> Any:
         """(key, x, weights) -> params, a random start; None where there is none."""
         ...

@@ -56,6 +56,9 @@ def test_laws_in_float64(name, x64):
     one_a_row = states(model, "stats")
     absent = set() if one_a_row else {"brute force"}
     absent |= set() if one_a_row or states(jax.eval_shape(model.infer, params, x), "kl") else {"lower bound"}
+    # Where M-steps climb, by an optimiser that remembers, there is none of the model's own to hold to account.
+    absent |= set() if states(model, "m_step") else {"m_step maximises", "rebase is exact", "steps compose", "float32"}
+    absent |= set() if states(model, "unconstrain") else {"bijection"}
     absent |= set() if states(model, "m_step_for") else {"conditional M-steps"}
     assert set(check_model(model, params, x, skip=_dear(name))) == set(LAWS) - absent - _dear(name)
 

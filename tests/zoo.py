@@ -21,6 +21,7 @@ from jaxem import (
     Gamma,
     GammaPrior,
     Gated,
+    HelmholtzMachine,
     KMeans,
     Labelled,
     LinearGaussianSSM,
@@ -51,9 +52,11 @@ from jaxem import (
     ZeroInflated,
     bounding_volume,
     default_prior,
+    from_log_joint,
     pack_sequences,
     pseudo_rows,
 )
+from jaxem.record import record
 
 _rng = np.random.default_rng(7)
 _labels = _rng.integers(0, 3, 40)
@@ -134,6 +137,22 @@ def _gaps(x: np.ndarray) -> np.ndarray:
 def _level(columns: int) -> np.ndarray:
     """Eight sequences of six steps that follow one slow state."""
     return np.cumsum(_rng.normal(size=(8, 6, 1)), axis=1) / 2 + _rng.normal(size=(8, 6, columns))
+
+
+@record
+class _Rates:
+    share: jax.Array
+    log_rate: jax.Array
+
+
+def _poissons(params: _Rates, x: jax.Array) -> jax.Array:
+    """log p(x_n, z_n = k) of a mixture of Poisson distributions, up to what does not depend on parameters."""
+    share, log_rate = jax.nn.log_softmax(params.share)[:, None], params.log_rate[:, None]
+    return share + log_rate * x[None] - jnp.exp(log_rate)
+
+
+def _rates_drawn(key: jax.Array, x: jax.Array, weights: jax.Array | None = None) -> _Rates:
+    return _Rates(share=jnp.zeros(2), log_rate=1.0 + jax.random.normal(key, (2,)))
 
 
 _series, _inputs = _level(3), _rng.normal(size=(8, 6, 2))
@@ -329,6 +348,8 @@ def zoo() -> dict:
             "linear system, held, prior, missing": lambda: (_held_system(), _holes(_series)),
             "multivariate normal, missing": lambda: (MultivariateNormal(), _holes(_many)),
             "multivariate normal, prior, moments": lambda: (MultivariateNormal(prior=_strict(5)), _grouped(_many)),
+            "helmholtz machine": lambda: (HelmholtzMachine((1, 1)), _yes),
+            "log joint": lambda: (from_log_joint(_poissons, 2, init=_rates_drawn), _counts[:, 0]),
             "factor analysis": lambda: (FactorAnalysis(2, missing=False), _many),
             "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
             "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),

@@ -3,6 +3,7 @@
 from ..latents import Exact as Exact
 from ..latents import Hard as Hard
 from ..latents import Sample as Sample
+from ..latents.recognition import Recognition as Recognition
 from .accelerate import anderson as anderson
 from .accelerate import squarem as squarem
 from .annealing import annealed as annealed
@@ -33,3 +34,5 @@ from .variants import incremental_em as incremental_em
 from .variants import monte_carlo_em as monte_carlo_em
 from .variants import stepwise_em as stepwise_em
 from .variants import stochastic_em as stochastic_em
+from .wake_sleep import amortised_em as amortised_em
+from .wake_sleep import wake_sleep as wake_sleep

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
-from ..capabilities import complete, completed
+from ..capabilities import complete, completed, original
 from ..latents import Exact
 from ..protocols import AnyModel, Data, Expect, Gather, Maximize, Model, Nature, Params, Problem, State, Stats
 from ..record import record, static
@@ -140,6 +140,7 @@ class EM:
     def started(self, problem: Problem, params: Params, key: jax.Array | None) -> EMState:
         """`init` of a posed problem."""
         expect, gather, maximize = self.slots
+        _fits(problem, gather)
         step = jnp.zeros((), jnp.int32)
         key, gathers = (None, None) if key is None else jax.random.split(key)
         key, own = _split(key, expect)
@@ -202,6 +203,16 @@ class EM:
         expect: Any = Exact() if self.slots[0].nature.stochastic else self.expect
         stats = e_step_on_all(problem, state.params, expect)
         return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
+
+
+def _fits(problem: Problem, gather: Gather) -> None:
+    """Raise TypeError for a gather that M-steps which go back to the rows cannot answer."""
+    whole = gather.rounds(problem) == gather.passes(problem) == 1 and gather.rate == 1
+    if problem.model.q_on_rows is not None and not whole:
+        raise TypeError(
+            "M-steps of this model go back to all rows, at the parameters that statistics were taken at: gather must "
+            f"be Full() or Blocks(size), which renew all of these in every step; got {original(gather)!r}"
+        )
 
 
 def _next(state: EMState) -> jax.Array:

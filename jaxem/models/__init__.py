@@ -1,5 +1,7 @@
 """Models: latent structure x observation family."""
 
+from .amortised import Amortised as Amortised
+from .amortised import AmortisedParams as AmortisedParams
 from .bayesian_logistic import BayesianLogisticParams as BayesianLogisticParams
 from .bayesian_logistic import BayesianLogisticRegression as BayesianLogisticRegression
 from .bayesian_regression import BayesianLinearRegression as BayesianLinearRegression
@@ -11,6 +13,8 @@ from .factor_analysis import FactorStats as FactorStats
 from .factor_analysis import FitTest as FitTest
 from .factor_analysis import PPCAParams as PPCAParams
 from .functions import from_functions as from_functions
+from .helmholtz import HelmholtzMachine as HelmholtzMachine
+from .helmholtz import HelmholtzParams as HelmholtzParams
 from .hmm import HMM as HMM
 from .hmm import HMMParams as HMMParams
 from .hmm import HMMStats as HMMStats
@@ -20,6 +24,7 @@ from .kmeans import KMeansStats as KMeansStats
 from .linear_gaussian_ssm import LinearGaussianSSM as LinearGaussianSSM
 from .linear_gaussian_ssm import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStats
+from .log_joint import from_log_joint as from_log_joint
 from .mixture import Mixture as Mixture
 from .mixture import MixtureOfExperts as MixtureOfExperts
 from .mixture import MixtureParams as MixtureParams
