@@ -143,6 +143,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "algorithm": {
         "nature": _nature_of_algorithm,
         "begin": lambda algorithm: algorithm.init,
+        # Its own step is a map whose fixed points are its limits.
+        "limit": lambda algorithm: algorithm,
         # The log-likelihood that its states show is that of all rows at their parameters.
         "evaluated": lambda algorithm: lambda model, state, x, weights=None: state,
     },

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, parameters, stopping, tree
+from . import checks, implicit, parameters, stopping, tree
 from .capabilities import complete, fitted_model, fitting_algorithm
 from .em import EM, objective, pose
-from .implicit import refuse_derivatives
 from .protocols import Algorithm, Data, Model, Params
-from .record import record
+from .record import fields, record
 from .status import EMError, Status
 from .stopping import Progress
 
@@ -129,7 +128,6 @@ def ended(model: Model, algorithm: Algorithm, fit: Progress, x: Data, weights: j
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "finite"))
-@refuse_derivatives
 def _fit(
     model: Model,
     params: Params,
@@ -171,6 +169,20 @@ def _fit(
     )
 
 
+def differentiable(result: Result, given: implicit.Given, fixed: tuple[Params, jax.Array | None, int] | None) -> Result:
+    """A fit on constants, with the derivatives of its limit, or of a fixed number of steps from a start.
+
+    How it got there counts as a constant.
+    """
+    found = implicit.Limit(params=result.params, objective=result.objective, loglik=result.loglik)
+    if fixed is None:
+        found = implicit.of_limit(given, found, result.status)
+    else:
+        params, key, num_steps = fixed
+        found = implicit.of_steps(given, params, key, found, result.status, num_steps)
+    return dataclasses.replace(result, **fields(found))
+
+
 def history_capacity(max_steps: Any, fits: int = 1) -> int:
     """Steps of history to make room for: few distinct numbers, so that few programs are compiled."""
     if not isinstance(max_steps, (int, np.integer)) or max_steps <= HISTORY:
@@ -198,8 +210,13 @@ def em_fit(
     key: drives algorithms that are random. Every argument may be traced, so `jax.jit(em_fit)` works
     as it is, and so do `vmap` and `scan` over any of them.
 
+    Derivatives of params, objective and loglik with respect to all that is given, in forward and reverse mode and of
+    any order, are those of the limit (see `jaxem.implicit`): the start does not matter, nothing of the loop is kept,
+    and where the fit has not CONVERGED they are NaN. Where tol and max_steps are plain numbers and tol is negative,
+    they are those of so many steps from the start. A row of weight 0 is absent, and has no slope in its weight.
+
     Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`. Raises TypeError
-    for derivatives through it, which a fit has none of yet.
+    for derivatives of the limit of an algorithm that is random to the end.
     """
     model, algorithm = fitted_model(model), fitting_algorithm(algorithm)
     checks.limits(tol, max_steps)
@@ -214,7 +231,11 @@ def em_fit(
     x, params = tree.one_precision(x), checks.native(params)
     weights = None if weights is None else jnp.asarray(weights)
     capacity, finite = history_capacity(max_steps), checks.nans_are_debugged()
-    result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, capacity=capacity, finite=finite)
+    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
+    arguments = implicit.constants((model, params, x, weights, key, algorithm, tol, max_steps))
+    result = _fit(*arguments, capacity=capacity, finite=finite)
+    fixed = checks.is_known(tol) and checks.is_known(max_steps) and tol < 0
+    result = differentiable(result, given, (params, key, int(max_steps)) if fixed else None)
     if isinstance(max_steps, (int, np.integer)):
         result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
     return result

@@ -1,5 +1,14 @@
-"""The derivative of a fit."""
+"""The derivative of a fit: that of its limit, whatever steps led there; or of a fixed number of steps, unrolled.
 
+A limit is a fixed point θ = T(θ, φ) of the EM map T, which depends on all that is given: data, weights, priors, held
+values, φ. By the implicit function theorem dθ = (I - J)⁻¹ dT, with J the Jacobian of the map and dT what it moves by
+where φ alone moves. That is one linear system, solved by products with J, of which each costs about an E-step: the
+loop itself is not differentiated, and memory does not grow with the number of its steps. The objective needs no
+solution: at a maximum it moves as it does where one step is taken at given parameters.
+(Krantz & Parks, The Implicit Function Theorem, section 3.3; for EM's J, Dempster, Laird & Rubin 1977, section 3.)
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,34 +17,256 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.flatten_util import ravel_pytree
+
+from . import numerics
+from .capabilities import complete
+from .em import EM, objective
+from .protocols import Algorithm, Data, Model, Params
+from .record import record
+from .status import Status
 
 
-def refuse_derivatives(function: Callable) -> Callable:
-    """`function` of pytrees of arrays, and of statics by keyword, whose derivative along an array raises TypeError.
+@record
+class Given:
+    """All that a limit depends on."""
 
-    Differentiated step by step, a loop that stops by its parameters gives the derivative of where it stopped, which
-    is not that of the limit, and not even close at usual tolerances.
+    model: Model
+    algorithm: Algorithm
+    x: Data
+    weights: jax.Array | None
+
+
+@record
+class Limit:
+    """What of a fit has a derivative."""
+
+    params: Params
+    objective: jax.Array
+    loglik: jax.Array
+
+
+def constants(given: Any) -> Any:
+    """The same values without their derivatives: what a loop is run on."""
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if _is_traced(leaf) else leaf, given)
+
+
+def of_limit(given: Given, found: Limit, status: jax.Array) -> Limit:
+    """What a loop on constants has `found`, with the derivatives of a limit of `given` where it came to one, else NaN.
+
+    Raises TypeError, where it is differentiated, for an algorithm that is random to the end.
+    """
+    return _limit(given, found, status) if _any_traced(given) else found
+
+
+def of_steps(
+    given: Given, params: Params, key: jax.Array | None, found: Limit, status: jax.Array, num_steps: int
+) -> Limit:
+    """The same with the derivatives of so many steps from `params`, NaN where the loop ended before."""
+    start = (given, params, key)
+    return _steps(start, found, status, num_steps) if _any_traced(start) else found
+
+
+def unknown(given: Given, found: Any) -> Any:
+    """What a loop on constants has found, with derivatives that are NaN: nobody should take them for 0."""
+    return _unknown(given, found) if _any_traced(given) else found
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer)
+
+
+def _any_traced(given: Any) -> bool:
+    return any(map(_is_traced, jax.tree.leaves(given)))
+
+
+def _moving(tangents: Any) -> tuple[tuple[int, ...], list[jax.Array]]:
+    """Which leaves of what is given move, and along what."""
+    moves = jax.tree.leaves(tangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    places = tuple(place for place, move in enumerate(moves) if not isinstance(move, SymbolicZero))
+    return places, [moves[place] for place in places]
+
+
+def _with(leaves: list[Any], places: tuple[int, ...], values: list[jax.Array], structure: Any) -> Any:
+    """What is given, with other values of the leaves that move."""
+    after = list(leaves)
+    for place, value in zip(places, values, strict=True):
+        after[place] = value
+    return jax.tree.unflatten(structure, after)
+
+
+@jax.custom_jvp
+def _unknown(given: Given, found: Any) -> Any:
+    return found
+
+
+@functools.partial(_unknown.defjvp, symbolic_zeros=True)
+def _unknown_jvp(primals: tuple[Given, Any], tangents: tuple) -> tuple[Any, Any]:
+    found, (_, moves) = _unknown(*primals), _moving(tangents[0])
+    if not moves:
+        return found, jax.tree.map(_no_tangent, found)
+    nothing = jnp.nan * sum(jnp.sum(move) for move in moves)
+
+    def tangent(value: jax.Array) -> Any:
+        exact = not jnp.issubdtype(value.dtype, jnp.inexact)
+        return _no_tangent(value) if exact else jnp.broadcast_to(nothing, value.shape).astype(value.dtype)
+
+    return found, jax.tree.map(tangent, found)
+
+
+@jax.custom_jvp
+def _limit(given: Given, found: Limit, status: jax.Array) -> Limit:
+    return found
+
+
+@functools.partial(_limit.defjvp, symbolic_zeros=True)
+def _limit_jvp(primals: tuple[Given, Limit, jax.Array], tangents: tuple) -> tuple[Limit, Limit]:
+    given, _, status = primals
+    found = _limit(*primals)  # with its own derivative, for those of higher order
+    places, moves = _moving(tangents[0])
+    if not places:
+        return found, jax.tree.map(_no_tangent, found)
+    if complete("algorithm", given.algorithm).nature(given.model).stochastic:
+        raise TypeError(
+            f"the limit of a fit is differentiated, and {given.algorithm!r} is random to the end: it has none. Put "
+            "jax.lax.stop_gradient around the arguments, where the fit is to count as a constant"
+        )
+    leaves, structure = jax.tree.flatten(given)
+    return found, _moves(leaves, moves, found, status, structure, places)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _steps(start: tuple, found: Limit, status: jax.Array, num_steps: int) -> Limit:
+    return found
+
+
+@functools.partial(_steps.defjvp, symbolic_zeros=True)
+def _steps_jvp(num_steps: int, primals: tuple, tangents: tuple) -> tuple[Limit, Limit]:
+    start, _, status = primals
+    places, moves = _moving(tangents[0])
+    if not places:
+        return _steps(*primals, num_steps), jax.tree.map(_no_tangent, primals[1])
+    leaves, structure = jax.tree.flatten(start)
+    return _unrolled(leaves, moves, status, structure, places, num_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "places", "num_steps"))
+def _unrolled(
+    leaves: list[Any],
+    moves: list[jax.Array],
+    status: jax.Array,
+    structure: Any,
+    places: tuple[int, ...],
+    num_steps: int,
+) -> tuple[Limit, Limit]:
+    """Where so many steps lead, and how that moves where some of the leaves of the start do."""
+
+    def run(values: Values) -> Limit:
+        given, params, key = _with(leaves, places, values, structure)
+        algorithm, x, weights = complete("algorithm", given.algorithm), given.x, given.weights
+        step = jax.checkpoint(lambda state: algorithm.step(given.model, state, x, weights))
+        state = algorithm.init(given.model, params, x, weights, key)
+        state, _ = jax.lax.scan(lambda state, _: (step(state), None), state, length=num_steps)
+        state = algorithm.evaluated(given.model, state, x, weights)
+        height = objective(complete("model", given.model), state)
+        return Limit(params=state.params, objective=height, loglik=height if state.loglik is None else state.loglik)
+
+    found, move = jax.jvp(run, ([leaves[place] for place in places],), (moves,))
+    known = jnp.where(status == Status.MAX_STEPS, 1, jnp.nan)
+    return found, jax.tree.map(lambda leaf: leaf if leaf.dtype == jax.dtypes.float0 else known * leaf, move)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "places"))
+def _moves(
+    leaves: list[jax.Array],
+    moves: list[jax.Array],
+    found: Limit,
+    status: jax.Array,
+    structure: Any,
+    places: tuple[int, ...],
+) -> Limit:
+    """How a limit moves where some of the leaves of what is given do."""
+
+    def given(values: Values) -> Given:
+        return _with(leaves, places, values, structure)
+
+    values = [leaves[place] for place in places]
+    system = (_stationary if _climbs(given(values)) else _fixed_point)(given, found.params, values)
+    theta = system.theta
+    _, right = jax.jvp(lambda values: system.residual(theta, values), (values,), (moves,))
+    _, change = jax.linearize(lambda theta: system.residual(theta, values), theta)
+    along = jax.lax.custom_linear_solve(
+        lambda move: -change(move), right, solve=numerics.gmres, transpose_solve=numerics.gmres
+    )
+    # NaN, and no plausible number, where a fit has not come to its limit.
+    known = jnp.where(status == Status.CONVERGED, 1, jnp.nan).astype(theta.dtype)
+    params, params_move = jax.jvp(lambda theta: system.params(theta, values), (theta,), (known * along,))
+    _, slope = jax.jvp(system.objective, (values,), (moves,))
+    slope = known * slope
+
+    def log_prior(params: Params, values: list[jax.Array]) -> jax.Array:
+        return jnp.asarray(complete("model", given(values).model).log_prior(params), slope.dtype)
+
+    _, of_prior = jax.jvp(log_prior, (params, values), (params_move, moves))
+    return Limit(params=params_move, objective=slope, loglik=slope - of_prior)
+
+
+def _climbs(given: Given) -> bool:
+    """Whether the model has no M-step but its slope."""
+    return complete("model", given.model).m_step is None
+
+
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """What defines a limit as an implicit function of the values that move.
+
+    theta: its coordinates (P,); params: parameters from (theta, values); residual: (theta, values) -> (P,), 0 there;
+    objective: (values) -> scalar, with the slope that the objective has where the limit moves with them.
     """
 
-    @functools.wraps(function)
-    def refusing(*arguments: Any, **statics: Any) -> Any:
-        run = jax.custom_jvp(functools.partial(function, **statics))
+    theta: jax.Array
+    params: Callable
+    residual: Callable
+    objective: Callable
 
-        def rule(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-            if not all(isinstance(tangent, SymbolicZero) for tangent in jax.tree.leaves(tangents)):
-                raise TypeError(
-                    "the derivative of a fit is not there yet: em_fit and fit_restarts cannot be differentiated. "
-                    "Take a fixed number of steps instead, algorithm.init(...) and then algorithm.step(...) in a "
-                    "jax.lax.scan, whose derivatives are exact for that many steps; or put jax.lax.stop_gradient "
-                    "around the arguments, where the fit is to count as a constant"
-                )
-            found = function(*primals, **statics)
-            return found, jax.tree.map(_no_tangent, found)
 
-        run.defjvp(rule, symbolic_zeros=True)
-        return run(*arguments)
+Values = list[jax.Array]
 
-    return refusing
+
+def _fixed_point(given: Callable[[Values], Given], params: Params, _: Values) -> _System:
+    """A fixed point of the EM map: what a step moves parameters by is 0."""
+    theta, unravel = ravel_pytree(params)
+
+    def stepped(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
+        known = given(values)
+        limit = complete("algorithm", known.algorithm).limit
+        state = limit.init(known.model, unravel(theta), known.x, known.weights)
+        state = limit.step(known.model, state, known.x, known.weights)
+        return ravel_pytree(state.params)[0], objective(complete("model", known.model), state)
+
+    return _System(
+        theta=theta,
+        params=lambda theta, values: unravel(theta),
+        residual=lambda theta, values: stepped(theta, values)[0] - theta,
+        objective=lambda values: stepped(theta, values)[1],
+    )
+
+
+def _stationary(given: Callable[[Values], Given], params: Params, values: Values) -> _System:
+    """A point where the objective is level, in unconstrained coordinates: of models without an M-step of their own."""
+    theta, unravel = ravel_pytree(complete("model", given(values).model).unconstrain(params))
+
+    def params_of(theta: jax.Array, values: Values) -> Params:
+        return complete("model", given(values).model).constrain(unravel(theta))
+
+    def height(theta: jax.Array, values: Values) -> jax.Array:
+        known = given(values)
+        state = EM().init(known.model, params_of(theta, values), known.x, known.weights)
+        return objective(complete("model", known.model), state)
+
+    return _System(
+        theta=theta, params=params_of, residual=jax.grad(height), objective=lambda values: height(theta, values)
+    )
 
 
 def _no_tangent(value: jax.Array) -> Any:

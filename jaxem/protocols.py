@@ -383,6 +383,11 @@ class Algorithm(Protocol):
         """What it is where it fits this model."""
         ...
 
+    @property
+    def limit(self) -> "Algorithm":
+        """One whose step is a smooth map of parameters alone, with fixed points where this algorithm ends."""
+        ...
+
     def init(
         self, model: Model, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> Any: ...

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, parameters, stopping, tree
+from . import checks, implicit, parameters, stopping, tree
 from .capabilities import fitted_model, fitting_algorithm
 from .em import EM, pose
-from .fit import Result, history_capacity
+from .fit import Result, differentiable, history_capacity
 from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
@@ -169,6 +169,8 @@ def fit_restarts(
     to convergence by the model itself: what is reported is that run, from where the bulk led, but num_passes
     counts both.
 
+    `best` has the derivatives of its limit, as those of `em_fit`; those of all else are NaN.
+
     Raises ValueError or TypeError for bad input when called eagerly.
     """
     model, algorithm = fitted_model(model), fitting_algorithm(algorithm)
@@ -183,6 +185,10 @@ def fit_restarts(
         parameters.check("init", model, starts, x, lead=(num_restarts,))
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 
+    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
+    model, algorithm, x, weights, starts, tol, max_steps = implicit.constants(
+        (model, algorithm, x, weights, starts, tol, max_steps)
+    )
     work = _work(model, starts, function, key, x, weights)
     lanes = min(num_restarts, lanes_for(work) if block_size is None else block_size)
     capacity = history_capacity(max_steps, lanes)
@@ -193,7 +199,7 @@ def fit_restarts(
     if isinstance(max_steps, (int, np.integer)):
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)
-    return runs
+    return dataclasses.replace(implicit.unknown(given, runs), best=differentiable(runs.best, given, None))
 
 
 def _data(model: Any, x: Data, weights: jax.Array | None) -> tuple[Data, jax.Array | None]:

@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
     {"record", "status", "numerics", "special", "datasets", "checks"},
-    {"tree", "priors", "data", "implicit"},
+    {"tree", "priors", "data"},
     {"protocols"},
     {"capabilities"},
     {"parameters"},
@@ -23,6 +23,7 @@ FLOORS = [
     {"latents"},
     {"families"},
     {"models", "em"},
+    {"implicit"},
     {"fit", "diagnostics"},
     {"restart_jobs"},
     {"restarts"},

@@ -62,6 +62,11 @@ class Squarem:
     def nature(self, model: Model | Any) -> Nature:
         return Nature()
 
+    @property
+    def limit(self) -> EM:
+        """The EM map that it accelerates."""
+        return self.inner.limit
+
     def init(
         self,
         model: Model | Any,
@@ -182,6 +187,11 @@ class Anderson:
 
     def nature(self, model: Model | Any) -> Nature:
         return Nature()
+
+    @property
+    def limit(self) -> EM:
+        """The EM map that it accelerates."""
+        return self.inner.limit
 
     def init(
         self,

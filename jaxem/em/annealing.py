@@ -96,6 +96,11 @@ class Annealed:
     def nature(self, model: Model | Any) -> Nature:
         return Nature(stochastic=self.inner.nature(model).stochastic, monotone=False, complete=False)
 
+    @property
+    def limit(self) -> EM:
+        """The EM map of temperature 1, which it ends with."""
+        return dataclasses.replace(self.inner, expect=Exact()).limit
+
     def temperature(self, step: jax.Array) -> jax.Array:
         """The temperature of a step, counted from 0, the start."""
         if callable(self.schedule):

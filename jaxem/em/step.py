@@ -78,6 +78,17 @@ class EM:
         climbs = complete("model", model).m_step is None
         return dataclasses.replace(own, inexact=own.inexact or climbs)
 
+    @property
+    def limit(self) -> "EM":
+        """The EM map whose fixed points are its limits: all rows in every step, and M-steps that end where they aim."""
+        climbs = complete("maximize", self.maximize).nature.inexact
+        complete_ = complete("gather", self.gather).nature.complete
+        return dataclasses.replace(
+            self,
+            gather=self.gather if complete_ else Full(),
+            maximize=ClosedForm() if climbs else self.maximize,
+        )
+
     def init(
         self,
         model: Model | Any,

@@ -22,6 +22,7 @@ from .factorisations import (
     singular_values,
     solve,
 )
+from .krylov import gmres
 
 __all__ = [
     "cholesky",
@@ -29,6 +30,7 @@ __all__ = [
     "first_argmax",
     "first_largest",
     "floored_cholesky",
+    "gmres",
     "inverse_lower",
     "normalize",
     "product",
