@@ -3,6 +3,7 @@
 from . import datasets as datasets
 from . import testing as testing
 from .data import Labelled as Labelled
+from .data import Moments as Moments
 from .diagnostics import FreeEnergy as FreeEnergy
 from .diagnostics import aic as aic
 from .diagnostics import bic as bic
@@ -80,7 +81,6 @@ from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
 from .models import from_functions as from_functions
-from .models import params_from_responsibilities as params_from_responsibilities
 from .parts import Fixed as Fixed
 from .parts import Tied as Tied
 from .priors import Beta as Beta
@@ -89,6 +89,7 @@ from .priors import GammaPrior as GammaPrior
 from .restarts import Restarts as Restarts
 from .restarts import Screen as Screen
 from .restarts import fit_restarts as fit_restarts
+from .seeding import params_from_responsibilities as params_from_responsibilities
 from .sequences import Sequences as Sequences
 from .sequences import pack_sequences as pack_sequences
 from .sequences import pad_sequences as pad_sequences

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from . import checks, tree
-from .protocols import Algorithm, Model, Nature
+from .protocols import Algorithm, Model, Nature, Stats
 from .record import fields, record, static
 
 C = TypeVar("C", bound=type)
@@ -55,6 +55,9 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "units": lambda model: lambda x: x,
         "sample_size": lambda model: tree.total_weight,
         "partial": lambda model: lambda: model,
+        # Every step needs every row, and plain EM is fast enough where no algorithm is named.
+        "reduced": lambda model: lambda x, weights=None: (model.units(x), weights),
+        "crawls": lambda model: False,
         # No component can die or collapse, there is no prior, and the objective is a log-likelihood.
         "degenerate": lambda model: lambda stats: jnp.zeros(0, bool),
         "log_prior": lambda model: lambda params: 0.0,
@@ -63,10 +66,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "unconstrain": lambda model: lambda params: params,
         "constrain": lambda model: lambda theta: theta,
         "rebase": lambda model: lambda stats, params: stats,
-        # There is no cheaper arithmetic, restarts on the same rows share no temporaries, and how many is not known.
+        # There is no cheaper arithmetic, how many temporaries there are is not known, and restarts share none of them.
         "coarse": lambda model: lambda: model,
-        "floats_per_restart": lambda model: model.floats_per_row,
         "floats_per_row": _none,
+        "shared_floats_per_row": lambda model: lambda params, x: 0,
         # Starts are given, the M-step is a climb of Q or has no need of it, and is one for all parameters.
         "init": _none,
         "m_step": _none,
@@ -109,8 +112,6 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Those that all components can share, and the common value, None where it is that of the pooled statistics.
         "shareable": lambda inner: (),
         "share": lambda inner: None,
-        # Whether `degenerate` takes the names of what is held, which cannot collapse.
-        "collapses": lambda inner: False,
         # Free parameters by name: as many as each has coordinates.
         "degrees": lambda inner: functools.partial(_degrees, inner),
         # Other forms of it.
@@ -138,7 +139,6 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # It remembers nothing, and a turn is one step after one E-step.
         "init": lambda maximize: lambda problem, params: None,
         "rounds": lambda maximize: lambda problem, params: 1,
-        "multicycle": lambda maximize: False,
     },
     "algorithm": {
         "nature": _nature_of_algorithm,
@@ -183,6 +183,12 @@ def _given_names(inner: Any) -> tuple[str, ...]:
     """Parameters that a conditional M-step takes by name."""
     function = getattr(inner, "m_step_given", None)
     return () if function is None else tuple(inspect.signature(function).parameters)[1:]
+
+
+def degenerate(inner: Any, stats: Stats, held: tuple[str, ...]) -> jax.Array:
+    """Components that died or collapsed where these parameters are held, if `degenerate` takes their names."""
+    takes_names = "held" in inspect.signature(inner.degenerate).parameters
+    return inner.degenerate(stats, held=held) if takes_names else inner.degenerate(stats)
 
 
 def _degrees(inner: Any, params: Any) -> dict[str, int]:

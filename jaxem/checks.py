@@ -23,12 +23,12 @@ ARRAYS = (jax.Array, np.ndarray, np.generic)
 # How far from 1 probabilities may sum.
 SUM_ROUNDING = 1e-3
 
-# Whether the rows looked at are there to estimate parameters from.
+# Whether data are checked for estimating parameters from them, or only for applying known parameters to them.
 _ESTIMATING = contextvars.ContextVar("estimating", default=True)
 
 
 def is_concrete(*values: Any) -> bool:
-    """Whether no leaf is being traced, so that values can be looked at."""
+    """Whether no leaf is traced, so that values can be looked at."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
 
 
@@ -82,7 +82,7 @@ def real(name: str, value: Any) -> None:
 
 
 def native(values: Any) -> Any:
-    """The same pytree, NumPy arrays of another byte order or a longer float in the form that JAX takes."""
+    """The same pytree, with NumPy arrays of another byte order, or of long doubles, in a form that JAX takes."""
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, (np.ndarray, np.generic)) or isinstance(value, np.ma.MaskedArray):
@@ -101,7 +101,7 @@ def array(name: str, value: Any) -> jax.Array:
 
 
 def on_device(value: Any) -> jax.Array:
-    """`jnp.asarray`, which takes a missing value for a mistake of its own where JAX is told to stop at NaN."""
+    """The value as a JAX array. (Where JAX is told to stop at NaN, `jnp.asarray` would stop at a missing value.)"""
     if not (isinstance(value, np.ndarray) and value.dtype.kind == "f"):
         return jnp.asarray(value)
     with np.errstate(over="ignore"):
@@ -176,10 +176,10 @@ def observed_columns(name: str, absent: np.ndarray) -> None:
 
 
 def present(x: Any, weights: Any) -> Any:
-    """The data, rows of weight 0 replaced by a row that counts, where they can be known: such a row is absent.
+    """The data, rows of weight 0 replaced by one of positive weight, where values are at hand: such rows are absent.
 
-    Traced data stay as they are; `tree.present` does it for those, once, at the entry of a fit: in every E-step it
-    would cost a tenth of it. Data that have not as many rows as there are weights are left to be refused.
+    Traced data stay as they are. `tree.present` replaces such rows of theirs, once, at the entry of a fit; in every
+    E-step that would take a tenth of its time. Data of another number of rows than weights are left to be refused.
     """
     leaves = jax.tree.leaves(x)
     if weights is None or not is_concrete(x, weights) or any(np.shape(a)[:1] != np.shape(weights) for a in leaves):
@@ -196,7 +196,7 @@ def some_observed(message: str) -> None:
 
 @contextlib.contextmanager
 def without_estimation() -> Iterator[None]:
-    """Within it rows are looked at for themselves: one of them is enough, and a column of it may be missing."""
+    """Within it data are checked as ones that known parameters are applied to: one row is enough, whatever it lacks."""
     token = _ESTIMATING.set(False)
     try:
         yield
@@ -205,7 +205,7 @@ def without_estimation() -> Iterator[None]:
 
 
 def _all_finite(value: Any) -> bool:
-    """Whether all numbers of an array are finite; where its sum overflows it may say False."""
+    """Whether all numbers of an array are finite; False also where they are but their sum overflows."""
     if isinstance(value, jax.Array) and jax.default_backend() != "cpu":
         with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
             return bool(jnp.isfinite(jnp.sum(value)))
@@ -214,7 +214,7 @@ def _all_finite(value: Any) -> bool:
 
 
 def has_nan(value: Any) -> bool:
-    """Whether a concrete array has a NaN; nothing is compiled for it where NumPy can look."""
+    """Whether a concrete array has a NaN; on a CPU NumPy looks, so that nothing is compiled for it."""
     if _all_finite(value):
         return False
     if isinstance(value, jax.Array) and jax.default_backend() != "cpu":
@@ -279,7 +279,7 @@ def responsibilities(name: str, value: Any, rows: int, count: int) -> jax.Array:
 
 
 def told(value: Any) -> str:
-    """What a value is, in a few words."""
+    """What a value is, in a few words for a message."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if inspect.isroutine(value):
@@ -295,21 +295,24 @@ def told(value: Any) -> str:
 
 def component_family(value: Any) -> None:
     """Raise TypeError for a class, a name or a function in the place of a family."""
-    # Anything else may stand here: JAX rebuilds records around objects of its own.
+    # Nothing else is refused here, since JAX rebuilds records around objects of its own.
     if isinstance(value, (type, str)) or inspect.isroutine(value):
         call = f": write {value.__name__}()" if isinstance(value, type) else ""
         raise TypeError(f"family must be a family of components, as Normal() or Poisson(); got {told(value)}{call}")
 
 
 def complete_family(value: Any) -> None:
-    """Raise TypeError unless this can be a family: asked for when it is first used."""
+    """Raise TypeError unless this can be a family, when it is first used."""
     component_family(value)
     if not all(hasattr(value, name) for name in ("log_prob", "stats", "m_step")):
         raise TypeError(f"family must be a family of components, as Normal() or Poisson(); got {told(value)}")
 
 
 def made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> None:
-    """Raise TypeError for what is not `what`, or a class or a function that would make it, or no argument of jit."""
+    """Raise TypeError for an object that is not `what`, for a class or function that makes it, and for no pytree.
+
+    known: whether the object is known to be `what`; remedy: how the message ends where it is not.
+    """
     if isinstance(value, type) or inspect.isroutine(value):
         raise TypeError(f"{name} must be {what}; got {told(value)}: call it, {value.__name__}(...)")
     if not known:
@@ -318,7 +321,7 @@ def made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> Non
 
 
 def _arrays_inside(name: str, value: Any) -> None:
-    """Raise TypeError for what is no array among the leaves of a record: it can be no argument of a program."""
+    """Raise TypeError for a record one of whose leaves is no array: a compiled program cannot take it."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         if isinstance(leaf, (*ARRAYS, int, float, complex)):
             continue
@@ -345,7 +348,7 @@ def number(name: str, value: Any, what: str, *, whole: bool = False) -> None:
 
 
 def limits(tol: Any, max_steps: Any) -> None:
-    """Raise TypeError or ValueError for limits of a fit that are no single numbers, or that no fit can have."""
+    """Raise TypeError or ValueError for a `tol` or `max_steps` that is no single number, or is out of range."""
     number("tol", tol, "a finite number, nats per unit of weight")
     if is_concrete(tol) and not np.isfinite(tol):
         raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")

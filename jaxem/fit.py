@@ -10,7 +10,7 @@ import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
 from .capabilities import complete, fitted_model, fitting_algorithm
-from .em import EM, objective, pose
+from .em import EM, anderson, objective
 from .protocols import Algorithm, Data, Model, Params
 from .record import fields, record
 from .status import EMError, Status
@@ -190,6 +190,30 @@ def history_capacity(max_steps: Any, fits: int = 1) -> int:
     return min(1 << (int(max_steps) - 1).bit_length(), max(HISTORY, _LONGEST_HISTORY // fits))
 
 
+def chosen(model: Model, algorithm: Algorithm | Any | None) -> Algorithm:
+    """The algorithm, complete; where none is named, EM, or an accelerator where the model says that EM crawls."""
+    if algorithm is None:
+        algorithm = anderson() if model.crawls else EM()
+    return fitting_algorithm(algorithm)
+
+
+def sees_all_rows(model: Model, algorithm: Algorithm) -> bool:
+    """Whether all that an algorithm asks of the data are statistics of all rows, without draws."""
+    nature = algorithm.nature(model)
+    return nature.complete and not nature.stochastic
+
+
+def data_of(model: Model, x: Data, weights: jax.Array | None, sees_all: bool) -> tuple[Data, jax.Array | None]:
+    """Checked data in one precision and their weights: units, or, where all rows are seen together, what stands in
+    their place. Raises by name."""
+    x, weights = checks.native((x, weights))
+    model.check(x, weights)
+    checks.plain_axes("x", x)
+    checks.plain_axes("weights", weights)
+    x, weights = model.reduced(x, weights) if sees_all else (model.units(x), weights)
+    return tree.one_precision(x), None if weights is None else jnp.asarray(weights)
+
+
 def em_fit(
     model: Model | Any,
     params: Params,
@@ -197,13 +221,14 @@ def em_fit(
     weights: jax.Array | None = None,
     *,
     key: jax.Array | None = None,
-    algorithm: Algorithm | Any = EM(),
+    algorithm: Algorithm | Any | None = None,
     tol: jax.Array | float = 1e-6,
     max_steps: jax.Array | int = 1000,
 ) -> Result:
     """Fit a model by EM from one start, in one compiled loop.
 
     x: N rows as the model takes them; weights (N,): how many rows each row counts for.
+    algorithm: None is `EM()`, and `anderson()` for models of which it is known that plain EM takes thousands of steps.
     tol: stop when what is left to gain, per unit of weight, is estimated to be at most this (nats;
     see `jaxem.stopping`). It is a distance to the limit, not a step size, and is floored at the
     dtype's resolution; a negative tol takes exactly max_steps steps.
@@ -218,18 +243,14 @@ def em_fit(
     Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`. Raises TypeError
     for derivatives of the limit of an algorithm that is random to the end.
     """
-    model, algorithm = fitted_model(model), fitting_algorithm(algorithm)
+    model = fitted_model(model)
+    algorithm = chosen(model, algorithm)
     checks.limits(tol, max_steps)
-    x, weights = checks.native((x, weights))
-    model.check(x, weights)
-    x = pose(model, x, weights).x
+    x, weights = data_of(model, x, weights, sees_all=sees_all_rows(model, algorithm))
     parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)
-    checks.plain_axes("x", x)
-    checks.plain_axes("weights", weights)
-    x, params = tree.one_precision(x), checks.native(params)
-    weights = None if weights is None else jnp.asarray(weights)
+    params = checks.native(params)
     capacity, finite = history_capacity(max_steps), checks.nans_are_debugged()
     given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
     arguments = implicit.constants((model, params, x, weights, key, algorithm, tol, max_steps))

@@ -1,7 +1,7 @@
-"""What parameters may be: their shapes, and where their values lie. A start that cannot be is refused by name.
+"""What parameters may be: their shapes, and where their values lie (supports). Other starts are refused by name.
 
-A support raises ValueError for the first value outside of it. NaN is let through, since a start that holds one ends
-as NONFINITE, and so are boundaries: a probability of 0 is no mistake.
+A support is a function (name, values) that raises ValueError for the first value outside of it. NaN is let through,
+since a start that holds one ends as NONFINITE, and so are boundaries: a probability of 0 is no mistake.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from .capabilities import complete
 from .protocols import Algorithm, Data, Model, Params
 from .record import fields
 
-# How far below 0 an eigenvalue may lie, beside the largest entry of its matrix.
+# How far below 0 an eigenvalue may lie, in units of the largest entry of its matrix.
 _EIGENVALUE_ROUNDING = 1e-4
 
 
@@ -64,6 +64,7 @@ def covariances(name: str, values: np.ndarray) -> None:
 
 
 def _inside(name: str, values: np.ndarray, inside: np.ndarray, must: str, remedy: str = "", what: str = "") -> None:
+    """Raise ValueError with the first of the values that are not inside; what: what these are of the parameter."""
     if np.all(inside):
         return
     place = tuple(np.argwhere(~inside)[0].tolist())
@@ -75,7 +76,7 @@ Supports = Mapping[str, "Callable[[str, np.ndarray], None] | Supports"]
 
 
 def _supported(name: str, params: Any, supports: Supports) -> None:
-    """Raise ValueError for values outside of what a model or family says of its parameters; eager only."""
+    """Raise ValueError for values outside of the supports that a model or family declares; eager only."""
     for key, support in supports.items():
         named = isinstance(params, Mapping)
         value, place = fields(params)[key], f"{name}[{key!r}]" if named else f"{name}.{key}"
@@ -86,10 +87,11 @@ def _supported(name: str, params: Any, supports: Supports) -> None:
 
 
 def shapes(name: str, model: Model | Any, params: Params, x: Data, lead: tuple[int, ...] = ()) -> None:
-    """Raise for parameters of another structure or shape than the model's own for these data, under leading axes.
+    """Raise for parameters of another structure or shape than the model's own for these data.
 
+    lead: axes that all of them have in front, such as one of restarts.
     Raises TypeError for another record, a missing key, or what is no array, and ValueError for another shape, by name.
-    Values are not read. What a model that does not tell has for parameters is its own affair.
+    Values are not read. Parameters of a model without `params_like` are not looked at.
     """
     expected = complete("model", model).params_like(x)
     if expected is not None:
@@ -98,6 +100,7 @@ def shapes(name: str, model: Model | Any, params: Params, x: Data, lead: tuple[i
 
 
 def _alike(name: str, given: Any, expected: Any, lead: tuple[int, ...], data: str) -> None:
+    """Raise unless `given` has the structure and shapes of `expected`; data: what a message calls the data."""
     if expected is None:
         if given is not None:
             raise TypeError(f"{name} must be None, since the model has no such parameter; got {checks.told(given)}")
@@ -147,12 +150,12 @@ def count_of(name: str, given: Any, count: int) -> None:
 
 
 def like(shape: tuple[int, ...], dtype: Any) -> Any:
-    """The shape and dtype of an array that is not there, in the place of one."""
+    """An array's shape and dtype, which stand in its place where only these are known."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def rows_like(x: Any) -> Any:
-    """The shapes of data (N, ...) with the number of rows left open, which stands as 2."""
+    """The shapes of data (N, ...) whatever N is: it stands as 2, so that data of any length share a trace."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), x)
 
 
@@ -191,7 +194,7 @@ def as_steps_return(
 
 
 def at_rows(method: Callable) -> Any:
-    """A method `(params, x, ...)` of a model, whose arguments are looked at before anything is traced."""
+    """A decorator of a model's method `(params, x, ...)`: its arguments are checked before anything is traced."""
 
     @functools.wraps(method)
     def checked(self: Any, params: Any, x: Any, *rest: Any, **options: Any) -> Any:

@@ -86,8 +86,8 @@ class Model(Protocol):
         ...
 
     @property
-    def floats_per_restart(self) -> Any:
-        """(params, x) -> int, the part of these that restarts on the same rows do not share; None likewise."""
+    def crawls(self) -> bool:
+        """Whether plain EM takes thousands of steps: a fit is then accelerated where no algorithm is named."""
         ...
 
     @property
@@ -127,7 +127,8 @@ class Model(Protocol):
     def constrain(self, theta: Any) -> Params: ...
 
     def degenerate(self, stats: Stats) -> jax.Array:
-        """Components that died or collapsed."""
+        """Components (K,) that died or collapsed. A further argument `held=()` names parameters that are held, if any
+        of these can collapse."""
         ...
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
@@ -144,6 +145,15 @@ class Model(Protocol):
 
     def partial(self) -> "Model":
         """The model as it sees a part of the rows, where an E-step on all of them does more."""
+        ...
+
+    def reduced(self, x: Data, weights: jax.Array | None = None) -> tuple[Data, jax.Array | None]:
+        """Units and weights of the same total with the same statistics, and fewer of them: what a fit whose every step
+        is on all rows can go over in place of the rows."""
+        ...
+
+    def shared_floats_per_row(self, params: Params, x: Data) -> int:
+        """The part of `floats_per_row` that restarts on the same rows share."""
         ...
 
     def coarse(self) -> "Model":
@@ -191,7 +201,7 @@ class Part(Protocol):
     def log_prior(self, params: Params) -> jax.Array: ...
 
     def degenerate(self, stats: Stats) -> jax.Array:
-        """Components (K,) that died or collapsed; (0,) where there are none that could."""
+        """Components (K,) that died or collapsed, (0,) where there are none that could; `held` as in `Model`."""
         ...
 
     def num_parameters(self, params: Params) -> int: ...
@@ -315,11 +325,6 @@ class Maximize(Protocol):
 
     @property
     def nature(self) -> Nature: ...
-
-    @property
-    def multicycle(self) -> bool:
-        """Whether a turn has several E-steps, as many as `rounds`."""
-        ...
 
     def init(self, problem: Problem, params: Params) -> Any: ...
 

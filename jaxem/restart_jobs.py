@@ -1,4 +1,4 @@
-"""A restart as a job of the scheduler: how it is drawn, taken up, stepped, and written back."""
+"""A restart as a job of the scheduler: how it is drawn, loaded, stepped, and stored."""
 
 import dataclasses
 import functools
@@ -18,7 +18,13 @@ from .stopping import Progress
 
 @record
 class Fitting:
-    """What all restarts share: a model, its data, and the algorithm that fits one to the other."""
+    """What all restarts share.
+
+    model: complete.
+    algorithm: complete.
+    x: the data, with a leading axis of independent units.
+    weights: (N,), or None.
+    """
 
     model: Any
     algorithm: Any
@@ -28,12 +34,11 @@ class Fitting:
 
 @record
 class Jobs:
-    """All restarts, as they wait or have ended: leading axis R.
+    """All restarts, as they wait or have ended: leading axis R. Most fields are those of a `Result`.
 
-    key: what the algorithm draws from.
+    key: (R,), what the algorithm draws from.
     watch: what the stopping rule remembers.
     history: (R, S + 1), the objectives of the S steps of a screen.
-    The other fields are those of a `Result`.
     """
 
     params: Params
@@ -50,9 +55,9 @@ class Jobs:
 
 @record
 class Leader:
-    """The whole history of one restart, the best of those that have ended in one drive.
+    """The whole history of one restart, the best of those that have ended in one call of `drive`.
 
-    number: which it is, R for none.
+    number: which restart it is, R for none.
     history: the objective after each step.
     """
 
@@ -62,9 +67,9 @@ class Leader:
 
 @record
 class _Lane:
-    """A restart under way.
+    """A restart that is running.
 
-    fit: how far it is.
+    fit: how far it has come.
     history: the objective after each step so far.
     """
 
@@ -78,7 +83,10 @@ def eligible(status: jax.Array) -> jax.Array:
 
 
 def best_of(numbers: jax.Array, objective: jax.Array, eligible: jax.Array) -> jax.Array:
-    """Which of some restarts is the best: of the eligible, if there is one, the highest; of equals the first."""
+    """The place of the best of some restarts: the highest of the eligible, or of all if none is; of equals the first.
+
+    numbers: what they go by; objective, eligible: of each.
+    """
     objective = jnp.where(jnp.isnan(objective), -jnp.inf, objective)
     among = eligible | ~jnp.any(eligible)
     top = among & (objective >= jnp.max(jnp.where(among, objective, -jnp.inf)))
@@ -87,7 +95,7 @@ def best_of(numbers: jax.Array, objective: jax.Array, eligible: jax.Array) -> ja
 
 @functools.partial(jax.jit, static_argnames="function", inline=True)
 def draw(model: Any, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
-    """A start; under jit for its trace to be remembered."""
+    """A start by `function`, or by the model's own `init`; under jit for its trace to be remembered."""
     return (model.init if function is None else function)(key, x, weights)
 
 
@@ -101,9 +109,9 @@ def prepare(
     lanes: int,
     kept_steps: int,
 ) -> Jobs:
-    """Every restart before its first step, from `starts` or as `function` draws them, `lanes` at a time.
+    """Every restart before its first step, from `starts`, or from what `function` draws, `lanes` at a time.
 
-    Restart i draws from `fold_in(key, i)` alone. kept_steps: how long the histories of all are.
+    Restart i draws from `fold_in(key, i)` alone. kept_steps: how many steps the histories of all have room for.
     """
 
     def prepared(fitting: Fitting, key: jax.Array, starts: Params | None) -> Jobs:
@@ -160,7 +168,7 @@ def _iteration(
     model, algorithm, x, weights = fitting.model, fitting.algorithm, fitting.x, fitting.weights
 
     def load(every: tuple[Jobs, Leader], slot: jax.Array) -> _Lane:
-        """A restart taken up where it was left, with its own count of steps."""
+        """A restart where it was left, which goes on counting its steps from there."""
         job = jax.tree.map(lambda leaf: leaf[slot], every[0])
         fit = begin(model, algorithm, job.params, x, weights, job.key, max_steps - job.num_steps)
         fit = dataclasses.replace(
@@ -189,12 +197,12 @@ def _iteration(
 
 
 def _noted(fit: Progress, history: jax.Array) -> _Lane:
-    """A fit, and its history with the objective at hand."""
+    """A fit, and its history with the objective that it has now."""
     return _Lane(fit=fit, history=history.at[fit.num_steps].set(fit.objective, mode="drop"))
 
 
 def _store(fitting: Fitting, every: tuple[Jobs, Leader], slots: jax.Array, lanes: _Lane) -> tuple[Jobs, Leader]:
-    """Restarts written back, and the history of the best kept."""
+    """All restarts with those of some lanes stored, and the leader with the best of these taken into account."""
     jobs, leader = every
     fits = jax.vmap(lambda fit: ended(fitting.model, fitting.algorithm, fit, fitting.x, fitting.weights))(lanes.fit)
     histories = jax.vmap(_noted)(fits, lanes.history).history

@@ -1,4 +1,4 @@
-"""Many starts, one program: restarts share lanes, and a lane that is done takes the next restart."""
+"""Many starts in one program: restarts run side by side, and where one has ended the next takes its place."""
 
 import dataclasses
 import functools
@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
-from .capabilities import fitted_model, fitting_algorithm
-from .em import EM, pose
-from .fit import Result, differentiable, history_capacity
+from .capabilities import fitted_model
+from .fit import Result, chosen, data_of, differentiable, history_capacity, sees_all_rows
 from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
@@ -23,10 +22,13 @@ from .status import EMError, Status
 
 @record(kw_only=False)
 class Screen:
-    """Run every restart for `steps` EM steps, and only the best share `keep` of them to convergence.
+    """Run every restart for a few EM steps, and only the best of them to convergence.
 
-    A screen trades the certainty of finding the best optimum for time: too few steps lose it.
-    Restarts that are screened out end as MAX_STEPS, with the objective that they had.
+    steps: how many steps every restart takes.
+    keep: the fraction of the restarts that go on.
+
+    A screen trades the certainty of finding the best optimum for time: with too few steps it may be lost. Restarts that
+    are screened out end as MAX_STEPS, with the objective that they had.
     Raises ValueError unless steps >= 1 and 0 < keep <= 1.
     """
 
@@ -41,7 +43,7 @@ class Screen:
 
 @record
 class Restarts:
-    """Every restart's ending, and the best in full.
+    """How every restart ended, and the best of them in full.
 
     best: the Result of the restart with the highest objective among those that converged or ran out of steps (if all
         failed, the highest of the failed: look at its status), and that were not screened out.
@@ -92,7 +94,7 @@ class Restarts:
 
 @functools.partial(jax.jit, static_argnames="screen")
 def _survivors(jobs: Jobs, screen: Screen) -> tuple[Jobs, jax.Array]:
-    """The best share of the restarts, those among them that are not done set to run on."""
+    """All restarts, the best of them set to run on unless they have ended; and which those best are (R,)."""
     total = jobs.status.shape[0]
     rank = jnp.argsort(jnp.argsort(-jnp.where(eligible(jobs.status), jobs.objective, -jnp.inf)))
     kept = rank < max(1, round(screen.keep * total))
@@ -102,9 +104,9 @@ def _survivors(jobs: Jobs, screen: Screen) -> tuple[Jobs, jax.Array]:
 
 @jax.jit
 def _handed_over(jobs: Jobs, kept: jax.Array | None) -> Jobs:
-    """Restarts after a coarse bulk, all or those kept set to run on, without what coarse arithmetic told of them."""
+    """Restarts after a run in coarse arithmetic, those kept (all by default) set to run on without what it told."""
     again = jnp.ones_like(jobs.status, bool) if kept is None else kept
-    # Where the coarse arithmetic came to no end, what its moves were worth is not to be believed either.
+    # What a run in coarse arithmetic saw of gains and moves is believed only where it has converged.
     fresh = jax.vmap(stopping.watch)(jnp.zeros_like(jobs.objective), jobs.params)
     watch = tree.where(jobs.status == Status.CONVERGED, jobs.watch, fresh)
     return dataclasses.replace(
@@ -120,12 +122,17 @@ def _handed_over(jobs: Jobs, kept: jax.Array | None) -> Jobs:
 def _finish(
     jobs: Jobs, leader: Leader, kept: jax.Array | None, x: Data, weights: jax.Array | None, finite: bool
 ) -> Restarts:
-    """All restarts as they are reported; `leader` is the best of the last drive, `kept` who was not screened out."""
+    """All restarts as they are reported.
+
+    leader: the best of those that ran last, with its history.
+    kept: (R,), which restarts were not screened out; None without a screen.
+    finite: whether histories must be finite past their end.
+    """
     may_win = eligible(jobs.status)
     index = best_of(jnp.arange(len(may_win)), jobs.objective, may_win if kept is None else may_win & kept)
     best = jax.tree.map(lambda leaf: leaf[index], dataclasses.replace(jobs, key=None))
     history = leader.history
-    # Who is the best and did not run last has ended in its screen.
+    # The best restart, if it did not run last, ended during the screen, and has its history from there.
     history = jnp.where(leader.number == index, history, jnp.pad(best.history, (0, len(history) - len(best.history))))
     past = best.objective if finite else jnp.nan
     best = dataclasses.replace(best, history=jnp.where(jnp.arange(len(history)) <= best.num_steps, history, past))
@@ -150,7 +157,7 @@ def fit_restarts(
     *,
     num_restarts: int | None = None,
     init: Callable | Params | None = None,
-    algorithm: Any = EM(),
+    algorithm: Any | None = None,
     tol: jax.Array | float = 1e-6,
     max_steps: jax.Array | int = 1000,
     screen: Screen | None = None,
@@ -158,28 +165,31 @@ def fit_restarts(
 ) -> Restarts:
     """Fit a model by EM from many starts and keep the best.
 
-    num_restarts: R; init: a function `(key, x, weights) -> params` (default: `model.init`), or
-    params with a leading axis R; tol, max_steps: as in `em_fit`, for every restart by itself;
-    screen: short runs first, and only the best of them to convergence; block_size: restarts that
-    run side by side, chosen from shapes and backend when None.
+    num_restarts: R.
+    init: a function `(key, x, weights) -> params` (default: `model.init`), or params with a leading axis R.
+    algorithm, tol, max_steps: as in `em_fit`, for every restart by itself.
+    screen: short runs first, and only the best of them to convergence.
+    block_size: how many restarts run side by side; chosen from shapes and backend when None.
 
-    Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart
-    that fails ends with its own status, never wins, and does not touch its neighbours. Where the
-    model has a `coarse()` form, large jobs do their bulk with it, and every restart is then run on
-    to convergence by the model itself: what is reported is that run, from where the bulk led, but num_passes
-    counts both.
+    Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart that fails ends
+    with its own status, never wins, and does not touch its neighbours. Where the model has a `coarse()` form, a large
+    job runs with that first, and then every restart runs on to convergence with the model itself. What is reported is
+    that second run, but num_passes counts both.
 
     `best` has the derivatives of its limit, as those of `em_fit`; those of all else are NaN.
 
     Raises ValueError or TypeError for bad input when called eagerly.
     """
-    model, algorithm = fitted_model(model), fitting_algorithm(algorithm)
+    model = fitted_model(model)
+    algorithm = chosen(model, algorithm)
     checks.limits(tol, max_steps)
     if block_size is not None:
         checks.positive_integer("block_size", block_size)
     if screen is not None and not isinstance(screen, Screen):
         raise TypeError(f"screen must be a Screen, as in Screen(steps=20, keep=0.25), or None; got {screen!r}")
-    x, weights = _data(model, x, weights)
+    # A start of the user's own is drawn from the rows as they are.
+    sees_all = sees_all_rows(model, algorithm) and not callable(init)
+    x, weights = tree.present(*data_of(model, x, weights, sees_all))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
         parameters.check("init", model, starts, x, lead=(num_restarts,))
@@ -202,16 +212,6 @@ def fit_restarts(
     return dataclasses.replace(implicit.unknown(given, runs), best=differentiable(runs.best, given, None))
 
 
-def _data(model: Any, x: Data, weights: jax.Array | None) -> tuple[Data, jax.Array | None]:
-    """Checked data, as rows that count and with weights in their dtype."""
-    x, weights = checks.native((x, weights))
-    model.check(x, weights)
-    checks.plain_axes("x", x)
-    checks.plain_axes("weights", weights)
-    x = tree.one_precision(pose(model, x, weights).x)
-    return tree.present(x, None if weights is None else jnp.asarray(weights))
-
-
 def _all_phases(
     fitting: Fitting,
     jobs: Jobs,
@@ -222,19 +222,22 @@ def _all_phases(
     lanes: int,
     capacity: int,
 ) -> Restarts:
-    """A screen where one is asked for; the bulk, coarse where all the work repays it; and then what is reported."""
+    """A screen where one is asked for; a coarse run where there is enough work to repay it; and then the fits.
+
+    work: temporaries of one E-step of all restarts, in numbers.
+    """
     model, algorithm = fitting.model, fitting.algorithm
-    # What only parameters tell of a restart is enough to go on from where nothing is random or scheduled.
+    # Parameters alone are enough to go on from where an algorithm has no draws, batches or schedule.
     resumable = algorithm.nature(model).monotone
     if screen is not None and not resumable:
         raise ValueError(
             "screen needs an algorithm that can go on from parameters alone, without draws, batches or a schedule; "
             f"got {algorithm!r}. Leave screen out"
         )
-    # Where every restart takes all its steps, a bulk before them saves none.
+    # With a negative tol every restart takes all its steps, so that a coarse run before them saves none.
     large = work >= tuning.COARSE_WORK and not (checks.is_known(tol) and np.all(np.asarray(tol) < 0))
     bulk = model.coarse() if resumable and large else model
-    coarse = bulk is not model  # a model without a cheaper form gives itself
+    coarse = bulk is not model  # `coarse` of a model without a cheaper form is the model itself
     run = functools.partial(drive, tol=tol, lanes=lanes, capacity=capacity)
     cheap, kept = dataclasses.replace(fitting, model=bulk), None
     if screen is not None:
@@ -278,6 +281,6 @@ def _work(
             parameters.shapes("init(key, x, weights)", model, params, x)
     else:
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), starts)
-    if model.floats_per_restart is None:
+    if model.floats_per_row is None:
         return tree.size(x) + rows + tree.size(params)
-    return rows * model.floats_per_restart(params, x)
+    return rows * (model.floats_per_row(params, x) - model.shared_floats_per_row(params, x))

@@ -1,6 +1,7 @@
-"""Many independent iterations in a fixed number of lanes, which take the next as soon as theirs has ended.
+"""Many independent iterations (jobs) in a fixed number of lanes; a lane takes the next job when its own has ended.
 
-Nothing here knows what is iterated. Letters: R jobs, each with a slot of its own; L lanes.
+Nothing here knows what is iterated. Letters: R jobs, each with a slot of its own where it waits and where its end is
+written; L lanes.
 """
 
 import dataclasses
@@ -17,13 +18,13 @@ from .record import record
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """What a lane does with a job. All jobs are one pytree, which holds those that wait and takes those that end.
+    """What a lane does with a job. `jobs` is one pytree of all jobs, those that wait and those that have ended.
 
     empty: a lane without a job, which does not run.
-    load: (jobs, slot) -> lane, a job before its first step.
-    step: lane -> lane after one step; one that does not run stays as it is.
+    load: (jobs, slot) -> a lane with that job before its first step.
+    step: lane -> the lane after one step; one that does not run stays as it is.
     is_running: lane -> whether it has steps to do.
-    store: (jobs, slots, lanes) -> jobs with the lanes written to these slots (L,); slot R stands for none.
+    store: (jobs, slots, lanes) -> jobs with the lanes (L, ...) written to these slots (L,), of which R stands for none.
     """
 
     empty: Any
@@ -37,10 +38,10 @@ class Iteration:
 class _Desk:
     """Where all jobs stand.
 
-    jobs: as they wait or have ended.
-    slots: (L,), which job each lane holds, R for none.
-    lanes: their states, leading axis L.
-    head: how many jobs have been taken up.
+    jobs: all of them, as they wait or have ended.
+    slots: (L,), the slot of the job that each lane holds, R for none.
+    lanes: the states of the lanes, leading axis L.
+    head: how many jobs lanes have taken so far.
     """
 
     jobs: Any
@@ -50,10 +51,10 @@ class _Desk:
 
 
 def run(iteration: Iteration, jobs: Any, waiting: jax.Array, lanes: int) -> Any:
-    """All jobs after those that wait (R,) have run to their end, `lanes` at a time, in the order of their slots.
+    """All jobs, once those that wait (R,) have run to their end, `lanes` at a time, in the order of their slots.
 
-    The inner loop steps all lanes until enough of them have ended; the outer one then writes those away and refills
-    them, so that no job waits for the slowest of its batch.
+    The inner loop steps all lanes until enough of them are idle; the outer one then stores their jobs and loads the
+    next, so that no job waits for the slowest of a batch.
     """
     total, count = waiting.shape[0], jnp.sum(waiting)
     order = jnp.argsort(~waiting, stable=True)
@@ -86,7 +87,7 @@ def run(iteration: Iteration, jobs: Any, waiting: jax.Array, lanes: int) -> Any:
         lanes=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), iteration.empty),
         head=jnp.zeros_like(count),
     )
-    # The last refill only writes away.
+    # The last refill stores jobs and loads none.
     return jax.lax.while_loop(
         lambda desk: (desk.head < count) | jnp.any(desk.slots < total),
         lambda desk: jax.lax.while_loop(most_run, step, refill(desk)),
@@ -95,6 +96,6 @@ def run(iteration: Iteration, jobs: Any, waiting: jax.Array, lanes: int) -> Any:
 
 
 def lanes_for(work: int) -> int:
-    """Jobs side by side whose temporaries, `work` numbers each, stay in fast memory: a power of two."""
+    """How many jobs side by side, of `work` temporary numbers each, stay in fast memory: a power of two."""
     budget = tuning.LANE_NUMBERS if jax.default_backend() == "cpu" else tuning.LANE_NUMBERS_ON_ACCELERATORS
     return min(tuning.MOST_LANES, 1 << max(0, (budget // max(1, work)).bit_length() - 1))

@@ -1,32 +1,53 @@
-"""Where fits start: seeds among the rows, key-driven, weighted, and compiled with everything else."""
+"""Where fits start: at rows drawn as seeds. Starts are functions of a random key, weighted, and traceable."""
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import capabilities, numerics, parameters, tree
-from .protocols import Data, Family, Params, Stats
+from . import capabilities, checks, numerics, parameters, tree
+from .data import as_labelled, split
+from .protocols import Data, Params, Stats
 
 METHODS = ("k-means++", "random_rows", "random_responsibilities")
 
-# Share of every row that a start spreads over all components: no component starts singular.
+# The fraction of every row that a start spreads over all components, so that no component starts singular.
 SMOOTHING = 0.1
 
-# Groups of rows, times the number of components, that random responsibilities are drawn for.
+# Random responsibilities are drawn for so many groups of rows a component.
 _GROUPS = 4
 
 
-def shares(
+def start(*methods: str) -> Callable:
+    """A decorator of a model's `init(key, x, weights, ...)`: its arguments are checked before anything is traced.
+
+    methods: what its `method` may be. The function itself is given a new-style key, and data with an axis of units.
+    """
+
+    def with_checks(init: Callable) -> Any:
+        @functools.wraps(init)
+        def checked(self: Any, key: jax.Array, x: Data, weights: jax.Array | None = None, **options: Any) -> Params:
+            if "method" in options:
+                checks.choice("method", options["method"], methods)
+            x, weights = checks.native((x, weights))
+            self.check(x, weights)
+            return init(self, checks.random_key(key), self.units(x), weights, **options)
+
+        return checked
+
+    return with_checks
+
+
+def membership(
     key: jax.Array,
     family: Any,
     x: Data,
     weights: jax.Array | None,
     num_components: int,
     method: str,
-    labels: jax.Array | None = None,
 ) -> jax.Array:
     """Which component every row starts in: its number (N,), or responsibilities (N, K).
 
@@ -34,75 +55,62 @@ def shares(
     "random_responsibilities" draws them from the simplex, rows near to each other alike. A component with labelled rows
     is seeded by one of them.
     """
-    points = standardize(family.features(x), weights)
+    family, (rows, labels) = capabilities.complete("part", family), split(x)
+    points = standardize(family.features(rows), weights)
     if method == "random_responsibilities":
         return random_responsibilities(
-            key, points, weights, num_components + _complete(family).extra_components, tree.float_dtype(x)
+            key, points, weights, num_components + family.extra_components, tree.float_dtype(rows)
         )
     seed = kmeans_plusplus if method == "k-means++" else random_rows
     seeds, nearest = seed(key, points, weights, num_components)
     return nearest if labels is None else nearest_known(key, points, labels, weights, seeds)
 
 
-def responsibilities(share: jax.Array, count: int, smoothing: float, dtype: Any) -> jax.Array:
+def responsibilities(membership: jax.Array, count: int, smoothing: float, dtype: Any) -> jax.Array:
     """Responsibilities (K, N) from numbers (N,) or responsibilities (N, K), a part of every row spread over all."""
-    given = share[None] == jnp.arange(count)[:, None] if share.ndim == 1 else share.T
+    given = membership[None] == jnp.arange(count)[:, None] if membership.ndim == 1 else membership.T
     return (1 - smoothing) * given.astype(dtype) + smoothing / count
 
 
-def params_like(family: Any, x: Data, num_components: int) -> Params:
-    """The shapes that a family's parameters have for such data, as `jax.ShapeDtypeStruct`s."""
+def params_like(part: Any, x: Data, num_components: int) -> Params:
+    """The shapes that a part's parameters have for such data, as `jax.ShapeDtypeStruct`s."""
     # Shapes do not depend on the number of rows: one trace serves whole data and their blocks.
-    return _pooled.eval_shape(family, parameters.rows_like(x), num_components=num_components)
+    return _pooled.eval_shape(part, parameters.rows_like(x), num_components=num_components)
 
 
 @functools.partial(jax.jit, static_argnames="num_components")
-def _pooled(family: Any, x: Data, num_components: int) -> Params:
+def _pooled(part: Any, x: Data, num_components: int) -> Params:
     """The whole data as one component, K times over; under jit for its trace to be remembered."""
-    return _complete(family).pooled(x, None, num_components)
-
-
-def family_stats(
-    family: Family,
-    x: Data,
-    share: jax.Array,
-    weights: jax.Array | None,
-    num_components: int,
-    smoothing: float,
-) -> Stats:
-    """Statistics of a family from numbers (N,) or responsibilities (N, K); see `statistics`."""
-    part = _complete(family)
-    pooled = {"": part.pooled(x, weights, num_components)}
-    count = num_components + part.extra_components
-    return statistics({"": part}, pooled, x, share, weights, count, smoothing)[""]
+    return capabilities.complete("part", part).pooled(x, None, num_components)
 
 
 def statistics(
     parts: dict[str, Any],
-    pooled: dict[str, Params],
+    counts: dict[str, int],
     x: Data,
-    share: jax.Array,
+    membership: jax.Array,
     weights: jax.Array | None,
-    count: int,
     smoothing: float,
 ) -> dict[str, Stats]:
     """Statistics of parts that look at rows, from numbers (N,) or responsibilities (N, K), in blocks of rows.
 
-    pooled: parameters of every part that have all components alike, from which it starts. Statistics are taken as often
-    as a part says, twice where it does not: the first pass centres them on the components' own means.
+    counts: the number of components that every part starts with, all of them alike. The largest is K: some families
+    add components by themselves. Statistics are taken as often as a part says, twice where it does not: the first pass
+    centres them on the components' own means.
     """
-    dtype = tree.float_dtype(x)
+    dtype, count = tree.float_dtype(x), max(counts.values())
+    pooled = {name: part.pooled(x, weights, counts[name]) for name, part in parts.items()}
     floats = sum(part.floats_per_row(pooled[name]) for name, part in parts.items())
     size = tree.rows_per_block(2 * count + floats, dtype)
 
     def of_block(values: dict[str, Params], rows: tuple[Data, jax.Array], inside: jax.Array | None) -> dict[str, Stats]:
-        x, share = rows
-        given = responsibilities(share, count, smoothing, dtype)
+        x, membership = rows
+        given = responsibilities(membership, count, smoothing, dtype)
         given = given if inside is None else given * inside.astype(dtype)[None]
         return {name: part.stats(values[name], x, given) for name, part in parts.items()}
 
     def at(values: dict[str, Params]) -> dict[str, Stats]:
-        return tree.sum_over_blocks(functools.partial(of_block, values), (x, share), weights, size)
+        return tree.sum_over_blocks(functools.partial(of_block, values), (x, membership), weights, size)
 
     def again(_: int, values: dict[str, Params]) -> dict[str, Params]:
         of = at(values)
@@ -112,12 +120,33 @@ def statistics(
     return at(jax.lax.fori_loop(0, passes - 1, again, pooled))
 
 
-def _complete(family: Family) -> Any:
-    return capabilities.complete("part", family)
+def params_from_responsibilities(
+    model: Any, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
+) -> Params:
+    """The parameters of a mixture that responsibilities (N, K), or whole-number labels (N,), lead to: one M-step."""
+    x, weights = checks.native((x, weights))
+    model.check(x, weights)
+    given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), model.num_weights)
+    return estimated(model, x, given, weights, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames="smoothing")
+def estimated(model: Any, x: Data, membership: jax.Array, weights: jax.Array | None, smoothing: float) -> Params:
+    """The parameters of a mixture by one M-step from the components of its rows; those of labelled rows are known.
+
+    membership: numbers (N,) or responsibilities (N, K); smoothing: the part of every row that is spread over all.
+    """
+    x, weights = tree.present(x, weights)
+    rows, labels = split(x)
+    if labels is not None:
+        numbered = membership.ndim == 1
+        membership = jnp.where(labels < 0, membership, labels) if numbered else as_labelled(membership.T, x).T
+    of = statistics(model.parts, model.counts, rows, membership, weights, smoothing)
+    return model.params_of({name: part.m_step(of[name]) for name, part in model.parts.items()})
 
 
 def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Columns (N, F) scaled to unit (weighted) variance, so that seeds do not depend on units."""
+    """Columns (N, F) centred and scaled to unit (weighted) variance, so that seeds do not depend on units."""
     total = tree.total_weight(points, weights)
     mean = numerics.weighted_sum(points.T, weights) / total
     variance = numerics.weighted_sum(jnp.square(points - mean[None]).T, weights) / total
@@ -126,7 +155,7 @@ def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def _draw(key: jax.Array, mass: jax.Array) -> jax.Array:
-    """Index drawn in proportion to mass (N,), by inversion; never one of mass 0."""
+    """An index drawn in proportion to mass (N,), by inversion; never one of mass 0."""
     cumulated = jnp.cumsum(mass)
     total = cumulated[-1]
     height = jax.random.uniform(key, (), mass.dtype) * total
@@ -146,9 +175,9 @@ def _first(key: jax.Array, weights: jax.Array | None, points: jax.Array) -> jax.
 def kmeans_plusplus(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
 ) -> tuple[jax.Array, jax.Array]:
-    """k-means++ (Arthur & Vassilvitskii 2007): seeds (K,) among the rows (N, F), nearest seed (N,).
+    """k-means++ (Arthur & Vassilvitskii 2007): seeds (K,) among the rows (N, F), and each row's nearest seed (N,).
 
-    Each seed is drawn in proportion to weight x squared distance to the seeds before it.
+    Each seed is drawn in proportion to weight x squared distance to the nearest of the seeds before it.
     """
     weights = None if weights is None else weights.astype(points.dtype)
     each: jax.Array | float = 1.0 if weights is None else weights
@@ -177,9 +206,9 @@ def kmeans_plusplus(
 def greedy_kmeans_plusplus(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
 ) -> tuple[jax.Array, jax.Array]:
-    """k-means++ that draws 2 + log K candidates for every seed and takes the one that helps most.
+    """`kmeans_plusplus` that draws 2 + log K candidates for every seed and takes the one that helps most.
 
-    As `kmeans_plusplus`; the variant that Arthur & Vassilvitskii recommend, and scikit-learn's default.
+    This is the variant that Arthur & Vassilvitskii recommend, and scikit-learn's default.
     """
     weights = None if weights is None else weights.astype(points.dtype)
     each: jax.Array | float = 1.0 if weights is None else weights
@@ -188,7 +217,7 @@ def greedy_kmeans_plusplus(
     def body(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         distance, nearest, seeds = carry
         mass = each * distance
-        # As above: no distance is left to draw by.
+        # As above, once there is no distance left to draw by.
         mass = jnp.where(jnp.sum(mass) > 0, mass, each)
         keys = jax.random.split(jax.random.fold_in(key, k), candidates)
         drawn = jax.vmap(_draw, in_axes=(0, None))(keys, mass)
@@ -211,7 +240,7 @@ def greedy_kmeans_plusplus(
 def random_rows(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Distinct rows drawn in proportion to their weight: seeds (K,), nearest seed (N,)."""
+    """Distinct rows drawn in proportion to their weight: seeds (K,), and each row's nearest seed (N,)."""
     scores = jax.random.gumbel(key, (points.shape[0],), points.dtype)
     if weights is not None:
         scores = scores + numerics.safe_log(weights.astype(points.dtype))
@@ -231,10 +260,10 @@ def random_rows(
 def random_responsibilities(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, count: int, dtype: Any
 ) -> jax.Array:
-    """Responsibilities (N, K), each row's uniform on the simplex, and those of rows (N, F) near to each other the same.
+    """Responsibilities (N, K), uniform on the simplex, the same for rows (N, F) that are near to each other.
 
-    With draws of its own for every row components would differ by 1 / sqrt(N) only: at large N that is a start next to
-    a saddle, all components alike. Rows are therefore grouped around a few of them, at random.
+    With draws of its own for every row, components would differ by 1 / sqrt(N) only: at large N that is a start next to
+    the saddle where all components are alike. Rows are therefore grouped around a few of them, drawn at random.
     """
     groups = min(points.shape[0], _GROUPS * count)
     key_groups, key_draws = jax.random.split(key)
@@ -246,9 +275,11 @@ def random_responsibilities(
 def nearest_known(
     key: jax.Array, points: jax.Array, labels: jax.Array, weights: jax.Array | None, seeds: jax.Array
 ) -> jax.Array:
-    """Nearest seed (N,) of each row, where seed k is a row labelled k wherever there is one.
+    """The nearest seed (N,) of each row, where seed k is a row labelled k wherever there is one.
 
-    points (N, F), labels (N,) with -1 for unknown, seeds (K,) for components without labelled rows.
+    points: (N, F).
+    labels: (N,), -1 for unknown.
+    seeds: (K,), row numbers, for the components without labelled rows.
     """
     own = labels[None] == jnp.arange(seeds.shape[0])[:, None]
     scores = jax.random.gumbel(jax.random.fold_in(key, 2**31), own.shape, points.dtype)

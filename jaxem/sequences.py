@@ -1,4 +1,4 @@
-"""Sequences of different lengths as one array: padded, one a row, or packed, several a row."""
+"""Sequences of different lengths as one array: padded, with one sequence a row, or packed, with several."""
 
 import dataclasses
 import functools
@@ -16,12 +16,15 @@ from .record import record, static
 
 @record(kw_only=False)
 class Sequences:
-    """Independent sequences, side by side.
+    """Independent sequences, side by side in B rows of T steps.
 
-    values: arrays (B, T, ...), or a pytree of such; lengths (B,): steps of each row that count, None where all
-    do. What stands behind them is never looked at. Packed rows hold several sequences, one after the other:
-    ids (B, T) tells the number of the sequence that every step belongs to, num_sequences how many there are.
-    complete: whether no entry is NaN, None where that is not known: to know saves compiling for both.
+    values: arrays (B, T, ...), or a pytree of such.
+    lengths: (B,), how many steps of each row count; None where all do. What stands behind them is never looked at.
+    ids: (B, T), the number of the sequence that every step belongs to, -1 behind a row's length, where rows are packed:
+        they then hold several sequences, one after the other. None where every row is one sequence.
+    num_sequences: how many sequences there are, where rows are packed.
+    complete: whether no entry is NaN; None where that is not known, and both cases have to be compiled.
+
     Row weights count rows: sequences, or where they are packed all sequences of a row.
     """
 
@@ -42,7 +45,7 @@ class Sequences:
         return jax.tree.leaves(self.values)[0].shape[0]
 
     def inside(self) -> jax.Array:
-        """Which steps (B, T) count."""
+        """Which steps (B, T) count: those that are no padding."""
         shape = (self.num_rows, self.num_steps)
         if self.lengths is None:
             return jnp.ones(shape, bool)
@@ -60,19 +63,22 @@ class Sequences:
         return self.inside()[:, 1:] & ~self.starts()[:, 1:]
 
     def links(self, dtype: Any = jnp.bool_) -> jax.Array | None:
-        """The same, time first (T - 1, B); None where every step does."""
+        """`follows`, time first (T - 1, B), in this dtype; None where every step goes on from the one before."""
         return None if self.lengths is None and self.ids is None else self.follows().T.astype(dtype)
 
     def lanes(self, values: jax.Array) -> jax.Array:
-        """Values (..., B), or (...) where there is one row: without the axis recursions compile to tighter loops."""
+        """Values (..., B), or (...) where there is one row: recursions compile to tighter loops without that axis."""
         return values if self.num_rows > 1 else values[..., 0]
 
     def holding(self, values: jax.Array) -> "Sequences":
-        """Sequences as these are, of values (T[, B]) by time."""
+        """Sequences laid out as these are, with values (T[, B]), time first, in place of theirs."""
         return dataclasses.replace(self, values=values.reshape(self.num_steps, self.num_rows).T, complete=None)
 
     def in_layout(self, values: jax.Array, padding: int, alone: bool) -> jax.Array:
-        """Values (T, ...[, B]) by time in the layout of the data: (B, T, ...), or (T, ...) of one sequence alone."""
+        """Values (T, ...[, B]), time first, in the layout of the data: (B, T, ...), or (T, ...) of one sequence.
+
+        padding: what stands where no step counts; alone: whether the data are one sequence without an axis of them.
+        """
         values = jnp.moveaxis(values, -1, 0) if self.num_rows > 1 else values[None]
         inside = self.inside().reshape(self.num_rows, self.num_steps, *(1,) * (values.ndim - 2))
         values = jnp.where(inside, values, padding)
@@ -91,7 +97,7 @@ class Sequences:
     def rows(self) -> tuple[Any, jax.Array]:
         """All steps as rows (T B, ...), time first, and which of them (T B,) are observed.
 
-        The others repeat one that is, so that what takes no missing entries never sees one.
+        Those that are not repeat one that is, so that a family which takes no missing entries never sees one.
         """
 
         def flat(leaf: jax.Array) -> jax.Array:
@@ -115,15 +121,15 @@ class Sequences:
         steps = jnp.where(self.inside(), steps, 0)
         if self.ids is None or self.num_sequences is None:
             return jnp.sum(steps, axis=1)
-        # What belongs to no sequence goes to one more, which is left out.
+        # Steps of no sequence are added to one more, which is left out.
         places = jnp.where(self.ids >= 0, self.ids, self.num_sequences).ravel()
         return jnp.zeros(self.num_sequences + 1, steps.dtype).at[places].add(steps.ravel())[:-1]
 
     def split(self, values: Any = None) -> list[Any]:
-        """The sequences (T_i, ...) one by one, without padding, in the order that they were given in.
+        """The sequences (T_i, ...) one by one, without padding, in the order in which they were given.
 
-        values: arrays (B, T, ...) that go with the steps, such as a fit's posterior; None for the data themselves.
-        Needs concrete lengths.
+        values: arrays (B, T, ...) that go with the steps, such as a posterior; None for the data themselves.
+        Lengths must be concrete: it cannot be called under jit.
         """
         values = self.values if values is None else values
         lengths = np.full(self.num_rows, self.num_steps) if self.lengths is None else np.asarray(self.lengths)
@@ -194,8 +200,8 @@ def pack_sequences(sequences: Sequence[Any], num_rows: int | None = None) -> Seq
 def as_sequences(x: Any) -> Sequences:
     """Data of a sequence model as `Sequences`: arrays of up to two axes are one sequence, of three a batch.
 
-    Of a pytree the array with the most axes decides. Where it can be seen that all lengths reach the end, they become
-    None, and where it can be seen whether an entry is NaN, the data are marked so: less is then compiled, and done.
+    Of a pytree the array with the most axes decides. Where values are at hand, lengths that all reach the end become
+    None, and data are marked as complete or not: less is then compiled, and done.
     """
     if not isinstance(x, Sequences):
         leaves = jax.tree.leaves(x)
@@ -215,9 +221,9 @@ def as_sequences(x: Any) -> Sequences:
 
 
 def missing(rows: Any, numpy: Any = jnp) -> Any:
-    """Which rows (N,) hold nothing but NaN; whole numbers are never missing as a row, only one by one.
+    """Which rows (N,) hold nothing but NaN; arrays of whole numbers have no rows that are missing as a whole.
 
-    numpy: the module that looks; NumPy itself where values are at hand, and nothing should be compiled.
+    numpy: the module that looks, NumPy itself where values are at hand and nothing should be compiled.
     """
 
     def nothing(leaf: jax.Array) -> jax.Array:
@@ -229,7 +235,7 @@ def missing(rows: Any, numpy: Any = jnp) -> Any:
 
 
 def is_one(x: Any) -> bool:
-    """Whether data are one sequence, without an axis of sequences."""
+    """Whether data are one sequence, without an axis of sequences: no array has more than two axes."""
     return not isinstance(x, Sequences) and max(jnp.ndim(leaf) for leaf in jax.tree.leaves(x)) <= 2
 
 

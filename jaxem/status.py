@@ -34,7 +34,8 @@ REMEDIES = {
     ),
     Status.DECREASED: (
         "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "
-        "means an m_step that does not maximise q_function + log_prior, or an e_step that does not fit the likelihood; "
+        "means an m_step that does not maximise q_function + log_prior, or an e_step that does not fit the likelihood, "
+        "or an `expect` whose posterior is not the model's (one that is meant so says `monotone = False`); "
         "or a covariance so nearly singular that rounding outweighs what a step gains: then do as for DEGENERATE"
     ),
     Status.STALLED: (

@@ -1,4 +1,4 @@
-"""The vector space of statistics: pytrees that add, scale, and are summed over blocks of rows."""
+"""Statistics as vectors: pytrees of arrays that add, scale, and are summed over blocks of rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ def scale(factor: jax.Array | float, a: Tree) -> Tree:
 
 
 def zeros_like(shapes: Tree, impl: Any = None) -> Tree:
-    """Zeros of these shapes and dtypes; where they are random keys, some key of this `impl`."""
+    """Zeros of these shapes and dtypes; where they are of random keys, some key of the implementation `impl`."""
 
     def zero(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -37,7 +37,7 @@ def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
 
     def select(x: jax.Array, y: jax.Array) -> jax.Array:
         if x is y:
-            return x  # what a step hands on as it is costs nothing, however large
+            return x  # both are one array, which a step has handed on: no copy is made
         if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
                 select(jax.random.key_data(x), jax.random.key_data(y)), impl=jax.random.key_impl(x)
@@ -49,7 +49,10 @@ def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
 
 
 def varying(a: Tree, *like: Tree) -> Tree:
-    """The start of a loop over data `like`: inside of a `shard_map` it has to vary from shard to shard as they do."""
+    """The start of a loop over data `like`, as one that varies from shard to shard as they do.
+
+    Inside of a `shard_map` the carry of a loop has to do so; elsewhere it is returned as it is.
+    """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return a
 
@@ -60,7 +63,7 @@ def varying(a: Tree, *like: Tree) -> Tree:
     condition = jnp.any(jnp.stack([never(leaf) for leaf in jax.tree.leaves(like)]))
 
     def cast(leaf: Any) -> Any:
-        # A key is the user's own, and no constant.
+        # A key comes from the user, and is no constant of the program.
         is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
         return leaf if is_key else jnp.where(condition, jnp.zeros_like(leaf), leaf)
 
@@ -93,9 +96,9 @@ def total_weight(x: Tree, weights: jax.Array | None) -> jax.Array:
 
 @jax.jit
 def present(x: Tree, weights: jax.Array | None) -> tuple[Tree, jax.Array | None]:
-    """The data, rows of weight 0 replaced by a row that counts, and the weights in the data's floating dtype.
+    """The data, rows of weight 0 replaced by one of positive weight, and the weights in the data's floating dtype.
 
-    Such a row is absent: what it holds, a fill value of 1e20 say, must not enter a mean or give 0 x inf.
+    A row of weight 0 is absent: what it holds, a fill value of 1e20 say, must not enter a mean or give 0 x inf.
     """
     if weights is None:
         return x, None
@@ -113,7 +116,7 @@ def float_dtype(x: Tree) -> Any:
 
 
 def in_precision(params: Tree, dtype: Any) -> Tree:
-    """Parameters in a floating-point dtype, whole numbers too."""
+    """Parameters in a floating-point dtype, those that are whole numbers too."""
 
     def convert(leaf: Any) -> Any:
         plain = jnp.issubdtype(jnp.result_type(leaf), jnp.number)
@@ -123,7 +126,7 @@ def in_precision(params: Tree, dtype: Any) -> Tree:
 
 
 def no_whole_numbers(params: Tree, x: Tree) -> Tree:
-    """Parameters with whole numbers among them in the dtype of the data, or of the others where data are whole too."""
+    """Parameters without whole numbers: these take the dtype of the data, or, where data are whole, of the others."""
 
     def whole(leaf: Any) -> bool:
         return jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.integer)
@@ -135,7 +138,7 @@ def no_whole_numbers(params: Tree, x: Tree) -> Tree:
 
 
 def one_precision(x: Tree) -> Tree:
-    """Data whose floating-point arrays all have the dtype of the widest; whole numbers stay."""
+    """The data, all floating-point arrays in the dtype of the widest; whole numbers stay as they are."""
     dtype = float_dtype(x)
 
     def convert(leaf: Any) -> jax.Array:
@@ -163,9 +166,9 @@ def sum_over_blocks(
 ) -> Tree:
     """Sum of `function(rows, weights)` over blocks of rows, one block in memory at a time.
 
-    The last block is moved back so that it is as long as the others; rows that an earlier block
-    has counted get weight 0. Partial sums are compensated (Neumaier), so that float32 statistics
-    of a million rows keep the precision of one block.
+    The last block begins earlier where it would be shorter than the others; rows that an earlier block has counted then
+    get weight 0. Partial sums are compensated (Neumaier), so that float32 statistics of a million rows keep the
+    precision of one block.
     """
     rows = num_rows(x)
     if block_size >= rows:
@@ -200,7 +203,7 @@ def sum_over_blocks(
 
 
 def map_over_blocks(function: Callable[[Tree], Tree], x: Tree, block_size: int) -> Tree:
-    """`function` of blocks of rows, joined along the leading axis of its result."""
+    """`function` of one block of rows after the other, its results joined along their leading axis."""
     rows = num_rows(x)
     if block_size >= rows:
         return function(x)
@@ -218,7 +221,7 @@ def map_over_blocks(function: Callable[[Tree], Tree], x: Tree, block_size: int) 
 
 
 def rows_per_block(floats_per_row: int, dtype: Any) -> int:
-    """Rows whose E-step temporaries fit the fast memory of the default backend: a power of two."""
+    """How many rows have E-step temporaries that fit the fast memory of the default backend: a power of two."""
     budget = tuning.BLOCK_BYTES if jax.default_backend() == "cpu" else tuning.BLOCK_BYTES_ON_ACCELERATORS
     rows = budget // max(1, floats_per_row * jnp.dtype(dtype).itemsize)
     return min(tuning.MOST_BLOCK_ROWS, max(tuning.FEWEST_BLOCK_ROWS, 1 << max(0, rows.bit_length() - 1)))

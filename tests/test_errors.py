@@ -254,7 +254,7 @@ def test_what_is_no_key_is_refused(door, key):
 BAD_ARGUMENTS = {
     "tol": ("1e-6", None, 1j, [1e-6], np.array([1e-6, 1e-7]), np.float32("inf"), True, KEY),
     "max_steps": ("5", None, 5j, [5], np.array([5, 6]), np.float32(5), 2**31, 2**70, -1, True),
-    "algorithm": ("em", None, EM, squarem, 3.0, MODEL, EM(expect=Hard), EM(gather=Blocks)),
+    "algorithm": ("em", EM, squarem, 3.0, MODEL, EM(expect=Hard), EM(gather=Blocks)),
     "model": (Mixture, Normal(), "mixture", None, lambda: MODEL, 3.0, Unregistered()),
 }
 # Those of restarts alone.

@@ -1,7 +1,5 @@
 """Derivatives of fits: those of refits, in both modes; NaN where a fit has no limit; of steps where these are fixed."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,15 +12,16 @@ from jaxem import (
     Blocks,
     Conditional,
     Dirichlet,
+    Exact,
     Fixed,
     Gradient,
     Mixture,
     Normal,
     NormalInverseWishart,
-    Poisson,
     Status,
     anderson,
     annealed_em,
+    ecm,
     em_fit,
     fit_restarts,
     from_functions,
@@ -86,3 +85,175 @@ def test_the_whole_zoo(name):
     weights, direction = jnp.asarray(random.uniform(0.5, 1.5, rows)), jnp.asarray(random.normal(size=rows))
     params = _limit(model, x, weights)
     _agrees(lambda weights: em_fit(model, params, x, weights, tol=1e-13, max_steps=20_000), weights, direction)
+
+
+RNG = np.random.default_rng(3)
+X = jnp.asarray(np.concatenate([RNG.normal(size=(30, 2)), RNG.normal(size=(25, 2)) * [0.8, 1.3] + [3, 1]]))
+MODEL = Mixture(Normal("full"), 2)
+START = MODEL.params_from_responsibilities(X, np.repeat([0, 1], [30, 25]))
+PRECISE = {"tol": 1e-13, "max_steps": 20_000}
+
+
+def _mean(result):
+    return result.params.components.mean[0, 1]
+
+
+def _prior(strength):
+    scale = strength["scale"] * jnp.eye(2)
+    inverse_wishart = NormalInverseWishart(
+        mean=jnp.zeros(2), shrinkage=strength["shrinkage"], degrees_of_freedom=5.0, scale=scale
+    )
+    return Mixture(Normal("full", prior=inverse_wishart), 2, prior=Dirichlet(strength["weights"]))
+
+
+def _held(mean):
+    return Mixture(Fixed(Normal("full"), {"mean": mean}), 2)
+
+
+@pytest.mark.parametrize(
+    ("fit", "at"),
+    [
+        (lambda x: em_fit(MODEL, START, x, **PRECISE), X),
+        (lambda s: em_fit(_prior(s), START, X, **PRECISE), {"scale": 0.7, "shrinkage": 1.5, "weights": 3.0}),
+        (lambda mean: em_fit(_held(mean), START, X, **PRECISE), jnp.array([[0.1, -0.2], [3.1, 1.2]])),
+        (lambda t: em_fit(MODEL, START, X, algorithm=EM(expect=Exact(t)), **PRECISE), 0.8),
+    ],
+    ids=["data", "priors", "held values", "temperature"],
+)
+def test_all_that_is_given_counts(fit, at):
+    """In both modes; the objective moves with a held value as the likelihood does, with no M-step between them."""
+    at = jax.tree.map(jnp.asarray, at)
+    direction = jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape)), at)
+    _agrees(fit, at, direction, forward=True, step=1e-3)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [squarem(), anderson(), annealed_em([2.0, 1.5]), EM(gather=Blocks(10)), EM(maximize=Gradient()), ecm()],
+    ids=lambda algorithm: type(algorithm).__name__,
+)
+def test_a_limit_does_not_know_what_led_there(algorithm):
+    def slope(algorithm):
+        return jax.grad(lambda x: _mean(em_fit(MODEL, START, x, algorithm=algorithm, **PRECISE)))(X)
+
+    plain = slope(EM())
+    np.testing.assert_allclose(slope(algorithm), plain, rtol=1e-5, atol=1e-6 * np.max(np.abs(plain)))
+
+
+def _shifted_coins():
+    """Two coins, tossed ten times a row, without an M-step: Q is climbed."""
+
+    def log_joint(theta, heads):
+        odds = jax.nn.log_sigmoid(theta), jax.nn.log_sigmoid(-theta)
+        return heads[:, None] * odds[0][None] + (10 - heads[:, None]) * odds[1][None]
+
+    def e_step(theta, heads):
+        joint = log_joint(theta, heads)
+        evidence = jax.scipy.special.logsumexp(joint, axis=1)
+        share = jnp.exp(joint - evidence[:, None])
+        return {"heads": heads @ share, "tosses": 10 * jnp.sum(share, axis=0), "loglik": jnp.sum(evidence)}
+
+    def q_function(theta, stats):
+        tails = stats["tosses"] - stats["heads"]
+        return jnp.sum(stats["heads"] * jax.nn.log_sigmoid(theta) + tails * jax.nn.log_sigmoid(-theta))
+
+    return from_functions(e_step, q_function=q_function)
+
+
+def test_where_q_is_climbed_the_objective_is_level():
+    heads, model = jnp.array([5.0, 9.0, 8.0, 4.0, 7.0]), _shifted_coins()
+    fit = lambda heads: em_fit(model, jnp.array([0.4, 0.0]), heads, **PRECISE)  # noqa: E731
+    assert fit(heads).status == Status.CONVERGED
+    _agrees(fit, heads, jnp.array([1.0, -0.5, 0.3, 0.2, 0.7]), forward=True, step=1e-3)
+
+
+def test_a_block_that_is_frozen_does_not_move():
+    algorithm = EM(maximize=Conditional("components"))
+    fit = lambda x: em_fit(MODEL, START, x, algorithm=algorithm, **PRECISE)  # noqa: E731
+    _agrees(fit, X, jnp.asarray(RNG.normal(size=X.shape)))
+    assert np.all(jax.grad(lambda x: fit(x).params.weights[0])(X) == 0)
+
+
+def test_the_start_and_the_limits_of_a_fit_do_not_matter():
+    slope = jax.grad(lambda start, tol: _mean(em_fit(MODEL, start, X, tol=tol, max_steps=5000)), argnums=(0, 1))
+    for leaf in jax.tree.leaves(slope(START, 1e-12)):
+        assert np.all(leaf == 0)
+
+
+def test_derivatives_of_higher_order():
+    direction = jnp.asarray(RNG.normal(size=X.shape))
+    along = lambda t: _mean(em_fit(MODEL, START, X + t * direction, **PRECISE))  # noqa: E731
+    slope = jax.jit(jax.grad(along))
+    difference = (slope(1e-3) - slope(-1e-3)) / 2e-3
+    np.testing.assert_allclose(jax.jit(jax.hessian(along))(0.0), difference, rtol=1e-5)
+
+
+def test_restarts_have_the_derivative_of_the_best():
+    def best(x):
+        return fit_restarts(MODEL, jax.random.key(0), x, num_restarts=3, **PRECISE)
+
+    runs = best(X)
+    alone = jax.grad(lambda x: _mean(em_fit(MODEL, runs.best.params, x, **PRECISE)))(X)
+    found = jax.jit(jax.grad(lambda x: _mean(best(x).best)))(X)
+    np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-9)
+    assert np.all(np.isnan(jax.grad(lambda x: jnp.sum(best(x).objective))(X)))
+
+
+def test_no_limit_no_derivative():
+    """Of two fits side by side, one is cut off: its derivative is NaN, its neighbour's is what it is alone."""
+
+    def slope(max_steps):
+        return jax.grad(lambda x: _mean(em_fit(MODEL, START, x, tol=1e-13, max_steps=max_steps)))(X)
+
+    cut, whole = jax.jit(jax.vmap(slope))(jnp.array([3, 5000]))
+    assert np.all(np.isnan(cut))
+    np.testing.assert_allclose(whole, slope(5000), rtol=1e-9, atol=1e-12)
+    with pytest.raises(TypeError, match="random to the end"):
+        jax.grad(
+            lambda x: em_fit(MODEL, START, x, key=jax.random.key(0), algorithm=stochastic_em(), max_steps=3).objective
+        )(X)
+
+
+def test_a_fixed_number_of_steps_is_unrolled():
+    def loop(x, start):
+        state = EM().init(MODEL, start, x)
+        for _ in range(3):
+            state = EM().step(MODEL, state, x)
+        return state.params.components.mean[0, 1] + state.loglik
+
+    def fit(x, start):
+        result = em_fit(MODEL, start, x, tol=-1.0, max_steps=3)
+        return _mean(result) + result.objective
+
+    found, expected = (jax.jit(jax.grad(each, argnums=(0, 1)))(X, START) for each in (fit, loop))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), found, expected)
+
+
+def test_float32_survives():
+    slopes = [
+        jax.grad(lambda x: _mean(em_fit(MODEL, jax.tree.map(x.dtype.type, START), x, tol=tol)))(x)
+        for x, tol in ((X.astype(jnp.float32), 1e-6), (X, 1e-13))
+    ]
+    assert slopes[0].dtype == jnp.float32
+    np.testing.assert_allclose(slopes[0], slopes[1], rtol=0, atol=5e-3 * np.max(np.abs(slopes[1])))
+
+
+@pytest.mark.parametrize("size", [1, 7, 130])
+def test_linear_systems(size):
+    """Spectra like those of EM: most of it near 1, a few slow modes. Beyond a basis, cycles go on."""
+    random = np.random.default_rng(size)
+    vectors = np.eye(size) + 0.3 * random.normal(size=(size, size)) / np.sqrt(size)
+    matrix = vectors @ np.diag(random.uniform(0.05, 1, size)) @ np.linalg.inv(vectors)
+    right = random.normal(size=(2, size))
+    solve = jax.jit(jax.vmap(lambda right: gmres(lambda v: matrix @ v, right)))
+    found = solve(right)
+    np.testing.assert_allclose(found, np.linalg.solve(matrix, right.T).T, rtol=1e-8, atol=1e-8)
+    assert np.all(solve(0 * right) == 0)
+
+
+def test_singular_linear_systems():
+    """What is consistent is solved, and what is not is NaN."""
+    matrix = jnp.diag(jnp.array([1.0, 0.5, 0.0]))
+    solve = jax.jit(lambda right: gmres(lambda v: matrix @ v, right))
+    np.testing.assert_allclose(solve(jnp.array([1.0, 1.0, 0.0])), [1, 2, 0], atol=1e-12)
+    assert np.all(np.isnan(solve(jnp.array([1.0, 1.0, 1.0]))))

@@ -14,11 +14,11 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # From the ground up; a room may import rooms below its own.
 FLOORS = [
     {"record", "status", "numerics", "special", "datasets", "checks"},
-    {"tree", "priors", "data"},
+    {"tree", "priors"},
     {"protocols"},
     {"capabilities"},
     {"parameters"},
-    {"sequences", "stopping", "scheduler"},
+    {"sequences", "data", "stopping", "scheduler"},
     {"seeding", "parts"},
     {"latents"},
     {"families"},

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from jaxem import EM, Dirichlet, Fixed, Mixture, Poisson, em_fit
+from jaxem import EM, HMM, Dirichlet, Fixed, LinearGaussianSSM, Mixture, Poisson, Product, em_fit
 from jaxem.parameters import simplex
-from jaxem.parts import Probabilities
+from jaxem.parts import Probabilities, assembly
 from jaxem.record import record, static
 from jaxem.testing import LAWS, check_model
 
@@ -185,3 +185,10 @@ def test_a_gate_and_a_prior_on_constant_weights_are_refused_together():
     model = Mixture(Rayleigh(), 2, gate=ByGroup(3))
     with pytest.raises(TypeError, match="cannot be sampled from"):
         model.sample(jax.random.key(0), model.init(jax.random.key(0), X), 3)
+
+
+@pytest.mark.parametrize("model", [Mixture, HMM, LinearGaussianSSM, Product])
+def test_methods_that_are_taken_from_parts_in_groups_go_by_their_own_names(model):
+    groups = (assembly.by_name, assembly.surrogate, assembly.coordinates, assembly.pieces)
+    taken = {name: value for name, value in vars(model).items() if any(value in group for group in groups)}
+    assert taken == {name: vars(assembly)[name] for name in taken}

@@ -743,6 +743,7 @@ def test_what_cannot_be_is_refused_where_it_is_said(error, match, call):
         (ValueError, "batch_size must be at most the number of rows, 60; got 61", stepwise_em(61)),
         (ValueError, "num_blocks must be at most the number of rows, 60; got 61", incremental_em(61)),
         (ValueError, "blocks must be among 'weights', 'components.rate'; got 'rate'", ecm("rate")),
+        (ValueError, "an accelerator needs steps that are one deterministic", squarem(ecm(multicycle=True))),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused_by_the_fit(error, match, algorithm):

@@ -1,4 +1,4 @@
-"""Accelerators: wrappers that see several EM steps as a map and guess where it leads."""
+"""Accelerators: wrappers that take EM for a map of parameters, and extrapolate where its steps lead."""
 
 import dataclasses
 import math
@@ -16,22 +16,25 @@ from .gather import pose
 from .maximize import surrogate
 from .step import EM, EMState, objective, of_inner
 
-# How fast the memory of a slow mode fades: the distance of its rate from 1 grows by this a step.
+# How fast the rate of a slow mode is forgotten: its distance from 1 grows by this factor a step.
 _FADING = 1.3
 
-# The rate that is believed before any is seen.
+# The rate of EM's slowest mode that is assumed before any is seen.
 _SLOW = 0.999
 
-# What a refusal divides the cap on step lengths by: by more than this, long steps that are right are missed.
+# A refusal divides the cap on step lengths by this. By a larger factor, long steps that were right would be missed.
 _SHRINK = 1.5
 
 
 @completed("state")
 @record
 class SquaremState:
-    """inner: the EM state where the last cycle ended; longest: the cap on step lengths.
+    """What SQUAREM remembers.
 
-    rate: that of EM's slowest mode in sight; left: an upper estimate of what is still to be gained.
+    inner: the EM state where the last cycle ended.
+    longest: the cap on step lengths.
+    rate: the rate of convergence of EM's slowest mode that has been seen.
+    left: an upper estimate of what is still to be gained.
     """
 
     inner: EMState
@@ -47,11 +50,14 @@ class SquaremState:
 class Squarem:
     """SQUAREM, scheme S3: squared extrapolation along three EM steps. A step is a cycle of three E-steps.
 
-    From p1, p2, p3, each the EM map of the one before: r = p2 - p1, v = (p3 - p2) - r, step length
-    a = -|r| / |v|, proposal p1 - 2 a r + a^2 v, in the parameters' own coordinates. The step is capped,
-    the cap times `growth` after a step that reached it, and lowered after a refusal. What of a proposal
-    is outside of the domain is taken from p3; and it is refused where the objective is not at least that
-    of p2: no cycle ends below the two EM steps that it made.
+    inner: the EM algorithm.
+    growth: the factor by which the cap on step lengths rises.
+
+    From p1, p2, p3, each the EM map of the one before: r = p2 - p1, v = (p3 - p2) - r, step length a = -|r| / |v|,
+    proposal p1 - 2 a r + a² v, in the parameters' own coordinates. Step lengths are capped; the cap is multiplied by
+    `growth` after a step that reached it, and lowered after a refusal. What of a proposal is outside of the domain is
+    taken from p3. A proposal is refused where the objective is not at least that of p2, so that no cycle ends below the
+    two EM steps that it made.
     Varadhan & Roland (2008), Simple and globally convergent methods for accelerating the convergence
     of any EM algorithm, Scandinavian J. Statistics 35.
     """
@@ -84,7 +90,7 @@ class Squarem:
         model = problem.model
 
         def turn(index: jax.Array, carry: tuple[SquaremState, Params, Params, jax.Array]) -> tuple:
-            """Two EM steps, and a third that is extrapolated: one program for all, since E-steps are long ones."""
+            """An EM step; the third of a cycle is extrapolated. One program for all three, since E-steps are long."""
             state, first, second, gain = carry
             inner = state.inner
             mapped, remembering = self.inner.maximized(problem, inner)
@@ -111,7 +117,7 @@ class Squarem:
     def _extrapolated(
         self, model: Model, state: SquaremState, first: Params, second: Params, third: Params, gain: jax.Array
     ) -> tuple[Params, SquaremState]:
-        """The proposal from three points, and what they tell of the map."""
+        """The proposal from three points, and the state with what they tell of the map."""
         along = _difference(second, first)
         bend = _difference(_difference(third, second), along)
         size, curve = _dot(along, along), _dot(bend, bend)
@@ -120,13 +126,13 @@ class Squarem:
 
         aim = jax.tree.map(lambda p, r, v: p + 2 * length * r + length**2 * v, first, along, bend)
         rate = _rate(state.rate, _dot(along, bend), size)
-        sure = _sure_gain(model, state.inner, third)
+        bound = _least_gain(model, state.inner, third)
         state = dataclasses.replace(
             state,
             # A cap that was reached is raised.
             longest=jnp.where(length >= state.longest, self.growth * state.longest, state.longest),
             rate=rate,
-            left=_left(_seen(objective(model, state.inner), gain) if sure is None else sure, rate, state.rate),
+            left=_left(_visible(objective(model, state.inner), gain) if bound is None else bound, rate, state.rate),
         )
         return _into_domain(model, aim, third), state
 
@@ -144,12 +150,19 @@ def squarem(algorithm: EM | None = None, *, growth: float = 4.0) -> Squarem:
 @completed("state")
 @record
 class AndersonState:
-    """inner: the EM state; steps and residuals (memory, P): differences of parameters, and of EM's moves, so far.
+    """What Anderson acceleration remembers. M differences are kept, of P parameters as one vector.
 
-    point, move: parameters (P,) as one vector, and where EM moves them, of the step before; used: differences in
-    memory, -1 before the first step; accepted: extrapolations that were taken (less damping the more there are);
-    refused: whether the last extrapolation was; plain: whether the last step was EM's own; rate, left: as in
-    `SquaremState`.
+    inner: the EM state.
+    steps: (M, P), differences of the parameters of successive steps.
+    residuals: (M, P), differences of EM's moves there.
+    point: (P,), the parameters of the step before.
+    move: (P,), where EM moved them.
+    used: how many differences are in memory, -1 before the first step.
+    accepted: how many extrapolations have been taken; the more there are, the less is damped.
+    refused: whether the last extrapolation was refused.
+    plain: whether the last step was EM's own.
+    rate: the rate of convergence of EM's slowest mode that has been seen.
+    left: an upper estimate of what is still to be gained.
     """
 
     inner: EMState
@@ -170,14 +183,17 @@ class AndersonState:
 @completed("algorithm")
 @record
 class Anderson:
-    """Anderson acceleration, damped, restarted and gated. A step is one E-step.
+    """Anderson acceleration, damped, restarted, and never below what EM gains. A step is one E-step.
 
-    The last EM moves f are combined so that the combination is as small as a damped least-squares
-    problem allows, and the step goes where that combination points: p + f - (S + F)ᵀ g, g = argmin
-    |f - Fᵀ g|^2 + damping |g|^2, over at most `memory` differences S of parameters and F of moves (default: half
-    the number of parameters, at most 10), which are forgotten once there are so many. Damping starts strong
-    and fades as steps are taken. What of a step leads outside of the domain is taken from EM's; one that raises the
-    objective by less than EM is bound to (by Q) is refused: the state stays, and the next step is EM's.
+    inner: the EM algorithm.
+    memory: how many differences are kept; None for half the number of parameters, at most 10.
+
+    The last moves f of EM are combined so that the combination is as small as a damped least-squares problem allows,
+    and the step goes where that combination points: p + f - (S + F)ᵀ g, where g minimises |f - Fᵀ g|² + damping |g|²,
+    over at most `memory` differences S of parameters and F of moves. Once there are so many, all are forgotten. Damping
+    starts strong and fades as steps are taken. What of a step leads outside of the domain is taken from EM's. A step
+    that raises the objective by less than EM is bound to, as Q tells, is refused: the state stays, and the next step is
+    EM's.
     After Henderson & Varadhan (2019), Damped Anderson acceleration with restarts and monotonicity
     control for accelerating EM and EM-like algorithms, J. Computational and Graphical Statistics 28.
     """
@@ -228,7 +244,7 @@ class Anderson:
         point, unravel = ravel_pytree(inner.params)
         move = ravel_pytree(mapped)[0] - point
 
-        # After a refusal nothing has moved: there is no difference to learn from.
+        # After a refusal nothing has moved, so that there is no difference to learn from.
         new = (state.used >= 0) & jnp.any(point != state.point)
         slot = jnp.where(new, state.used, len(state.steps))
         steps = state.steps.at[slot].set(point - state.point, mode="drop")
@@ -237,18 +253,18 @@ class Anderson:
         full = used == len(steps)
 
         correction = _combination(residuals, move, used, state.accepted) @ (steps + residuals)
-        # After a refusal come EM's own steps for as long as its moves grow: they lead away from a saddle, which is a
-        # fixed point too.
+        # After a refusal come EM's own steps, for as long as its moves grow: these lead away from a saddle, which is a
+        # fixed point of the map too.
         last = jnp.where(new, slot, 0)
         bend, size = steps[last] @ residuals[last], steps[last] @ steps[last]
         plain = state.refused | (state.plain & (bend > 0))
 
         params = tree.where(plain, mapped, _into_domain(model, unravel(point + move - correction), mapped))
         after = _proposed(self.inner, problem, remembering, params)
-        sure = _sure_gain(model, inner, mapped)
+        bound = _least_gain(model, inner, mapped)
         before, gain = objective(model, inner), objective(model, after) - objective(model, inner)
         slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-        better = gain >= (0 if sure is None else jnp.maximum(sure - slack, 0))
+        better = gain >= (0 if bound is None else jnp.maximum(bound - slack, 0))
         # EM's own step is taken as it is: where it is not finite, the fit has to see it.
         taken = better | plain
 
@@ -265,7 +281,7 @@ class Anderson:
             refused=~taken,
             plain=plain | ~taken,
             rate=rate,
-            left=_left(_seen(before, gain) if sure is None else sure, rate, state.rate),
+            left=_left(_visible(before, gain) if bound is None else bound, rate, state.rate),
         )
 
 
@@ -280,35 +296,14 @@ def anderson(algorithm: EM | None = None, *, memory: int | None = None) -> Ander
 
 
 def _combination(residuals: jax.Array, move: jax.Array, used: jax.Array, accepted: jax.Array) -> jax.Array:
-    """Damped least-squares coefficients (memory,) of the move on the differences of moves (memory, P).
+    """Damped least-squares coefficients (M,) of the move on the differences of moves (M, P), `used` of which are there.
 
-    The damping is what brings the squared length of the coefficients to the share
-    1 / (1 + 1.2^(25 - accepted)) of their undamped one.
+    Damping shrinks their squared length by the factor 1 / (1 + 1.2^(25 - accepted)).
     """
-    dtype = move.dtype
     filled = (jnp.arange(len(residuals)) < used)[:, None]
-    left, sizes, right = numerics.singular_values(jnp.where(filled, residuals, 0))
-    along = right @ move
-    good = sizes > 8 * jnp.finfo(dtype).eps * len(residuals) * sizes[0]
-    sizes = jnp.where(good, sizes, 1)
-    # 1.2^25 and more would overflow nothing, but what has been accepted is not bounded.
-    share = 1 / (1 + 1.2 ** (25 - jnp.minimum(accepted, 100)).astype(dtype))
-
-    def coefficients(damping: jax.Array) -> jax.Array:
-        return jnp.where(good, sizes * along / (jnp.square(sizes) + damping), 0)
-
-    goal = share * jnp.sum(jnp.square(coefficients(jnp.zeros((), dtype))))
-    scale = jnp.square(jnp.max(jnp.where(good, sizes, 0)))
-    low, high = jnp.log(jnp.finfo(dtype).eps) * 2, -jnp.log(jnp.finfo(dtype).eps)
-
-    def halve(_: int, between: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = between
-        middle = 0.5 * (low + high)
-        long = jnp.sum(jnp.square(coefficients(scale * jnp.exp(middle)))) > goal
-        return jnp.where(long, middle, low), jnp.where(long, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
-    return coefficients(scale * jnp.exp(low)) @ left.T
+    # The number of accepted steps has no bound, but beyond 100 of them there is no damping left to speak of.
+    shrunk = 1 / (1 + 1.2 ** (25 - jnp.minimum(accepted, 100)).astype(move.dtype))
+    return numerics.damped_least_squares(jnp.where(filled, residuals, 0), move, shrunk)
 
 
 def _checked(name: str, inner: Any) -> EM:
@@ -317,19 +312,26 @@ def _checked(name: str, inner: Any) -> EM:
     if not isinstance(inner, EM):
         raise TypeError(f"{name} accelerates an EM(...) itself, not a wrapper around one; got {inner!r}")
     nature = Nature.of(slot.nature for slot in inner.slots)
-    if not (nature.monotone and nature.complete) or nature.inexact or inner.slots[2].multicycle:
-        raise ValueError(
-            f"{name} needs steps that are one deterministic E-step on all rows and one M-step; "
-            f"got expect={inner.expect!r}, gather={inner.gather!r}, maximize={inner.maximize!r}"
-        )
+    if not (nature.monotone and nature.complete) or nature.inexact:
+        raise _no_map(name, inner)
     return inner
 
 
+def _no_map(name: str, inner: EM) -> ValueError:
+    return ValueError(
+        f"{name} needs steps that are one deterministic E-step on all rows and one M-step; "
+        f"got expect={inner.expect!r}, gather={inner.gather!r}, maximize={inner.maximize!r}"
+    )
+
+
 def _start(inner: EM, problem: Problem, params: Params, key: jax.Array | None) -> EMState:
+    """The EM state at a start; TypeError for a model whose EM steps cannot be accelerated."""
     if inner.nature(problem.model).inexact:
         raise TypeError(
             "an accelerator needs a model with an m_step of its own: gradient steps are no map of parameters"
         )
+    if inner.slots[2].rounds(problem, params) > 1:
+        raise _no_map("an accelerator", inner)
     state = inner.started(problem, params, key)
     if state.loglik is None:
         raise TypeError(
@@ -340,27 +342,27 @@ def _start(inner: EM, problem: Problem, params: Params, key: jax.Array | None) -
 
 
 def _proposed(inner: EM, problem: Problem, state: EMState, params: Params) -> EMState:
-    """The state at proposed parameters."""
+    """The EM state at proposed parameters: the E-step there."""
     state = inner.moved(problem, state, params)
     return dataclasses.replace(state, num_steps=state.num_steps + 1, num_passes=state.num_passes + 1)
 
 
 def _into_domain(model: Model, aim: Params, safe: Params) -> Params:
-    """The parameters aimed at, with what is outside of the domain taken from others, that are inside.
+    """The parameters aimed at, with what is outside of the domain taken from `safe` ones, which are inside.
 
-    The bijection tells: coordinates of what is outside are NaN, and the way back puts what has drifted (a sum
-    of probabilities, the length of a direction) on the domain again. Boundaries, a probability of 0, are inside.
+    The bijection tells what is outside: its coordinates are NaN. The way back puts what has drifted, such as a sum of
+    probabilities or the length of a direction, on the domain again. Boundaries, such as a probability of 0, are inside.
     """
     theta, inside = model.unconstrain(aim), model.unconstrain(safe)
     back = model.constrain(jax.tree.map(lambda there, here: jnp.where(jnp.isnan(there), here, there), theta, inside))
     return tree.where(tree.all_finite(back), back, safe)
 
 
-def _sure_gain(model: Model, state: EMState, mapped: Params) -> jax.Array | None:
+def _least_gain(model: Model, state: EMState, mapped: Params) -> jax.Array | None:
     """What an EM step raises Q + log-prior by, and so the objective by at least; None for models without Q.
 
-    Where that is hidden by the rounding of Q, half the slope along the move: Q is level at the step's end, and so, for
-    short moves, the mean slope is half of the first.
+    Where the rounding of Q hides that, it is half the slope along the move: Q is level at the step's end, so that for
+    short moves the mean slope is half of the first.
     """
     if model.q_function is None:
         return None
@@ -374,25 +376,26 @@ def _sure_gain(model: Model, state: EMState, mapped: Params) -> jax.Array | None
 
 
 def _left(gain: jax.Array, rate: jax.Array, before: jax.Array) -> jax.Array:
-    """An upper estimate of what is still to be gained above an objective, from what one EM step gains there.
+    """An upper estimate of what is still to be gained, from what one EM step gains and the rate of the slowest mode.
 
-    A mode of rate r that is d away from the maximum has d^2 h / 2 to gain, h its curvature; Q's is h / (1 - r),
-    so that the rise of Q over an EM step is (1 - r) d^2 h / 2. A rate that rises tells of slower modes to come: it
-    is carried on as in the loop's own rule.
+    A mode of rate r at a distance d from the maximum has d² h / 2 to gain, where h is the curvature of the objective.
+    That of Q is h / (1 - r), so that the rise of Q over an EM step is (1 - r) d² h / 2. A rate that rises tells of
+    slower modes to come: it is carried on as in the loop's own rule (`stopping.py`). before: the rate a step ago.
     """
     slow = rate + jnp.where(rate < 1, jnp.maximum(rate - before, 0) / jnp.where(rate < 1, 1 - rate, 1) ** 2, 0)
     return jnp.where(slow < 1, gain / jnp.where(slow < 1, 1 - slow, 1), jnp.inf)
 
 
-def _seen(value: jax.Array, gain: jax.Array) -> jax.Array:
-    """A gain of an objective, or the rounding of that: a gain below it tells nothing of what is left."""
+def _visible(value: jax.Array, gain: jax.Array) -> jax.Array:
+    """A gain of an objective, or the rounding of the objective where the gain is smaller, and tells nothing."""
     return jnp.maximum(gain, jnp.finfo(value.dtype).eps * jnp.abs(value))
 
 
 def _rate(before: jax.Array, cross: jax.Array, size: jax.Array) -> jax.Array:
-    """The rate of EM's slowest mode in sight: that along the last differences, or the slowest before, fading.
+    """The rate of EM's slowest mode: what the last differences tell, or the slowest before, which is forgotten slowly.
 
-    Where moves grow, away from a saddle, it is 1; what is remembered of that is a slow mode, as at the start.
+    cross: the product of the last difference of parameters with that of moves; size: the first of them squared. Where
+    moves grow, as they do away from a saddle, the rate is 1; it is remembered as that of a slow mode, as at the start.
     """
     now = jnp.where(size > 0, 1 + cross / jnp.where(size > 0, size, 1), 0)
     return jnp.clip(jnp.maximum(now, 1 - _FADING * (1 - jnp.minimum(before, _SLOW))), 0, 1)

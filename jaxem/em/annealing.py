@@ -1,4 +1,4 @@
-"""Annealing: EM on a tempered posterior that cools to the exact one."""
+"""Annealing: EM with a tempered posterior that cools to the exact one."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,14 +19,19 @@ from .step import EM, EMState, of_inner
 # Steps at which a schedule is looked at before it is used; the last stands for the end.
 _PROBED = (0, 1, 2, 5, 10, 100, 10**6)
 
-# Share of the way back to the start that a step in the heat is drawn.
+# The fraction of the way back to the start that a step above temperature 1 is drawn.
 _DRAW = 0.1
 
 
 @completed("maximize")
 @record(kw_only=False)
 class _Drawn:
-    """An M-step whose parameters are drawn towards a start while it is `hot`."""
+    """An M-step whose parameters are drawn towards a start.
+
+    inner: the M-step itself.
+    start: the unconstrained coordinates of the start.
+    hot: whether they are drawn; else the M-step is taken as it is.
+    """
 
     inner: Maximize
     start: Any
@@ -64,8 +69,9 @@ class _Drawn:
 class AnnealedState:
     """What annealing remembers.
 
-    inner: the EM state; start: coordinates of the parameters that the fit began with; settled: whether this and the
-    objective before are both of temperature 1.
+    inner: the EM state.
+    start: the unconstrained coordinates of the parameters that the fit began with.
+    settled: whether the objective of this state and that before it are both of temperature 1.
     """
 
     inner: EMState
@@ -79,14 +85,17 @@ class AnnealedState:
 @completed("algorithm")
 @record
 class Annealed:
-    """Deterministic annealing: step k works on the posterior tempered by schedule(k), which ends at 1.
+    """Deterministic annealing: step k works with the posterior tempered by schedule(k), which ends at 1.
 
-    High temperatures blur the likelihood until it has one optimum, which is followed as it sharpens;
-    temperatures below 1 on the way (as in anti-annealing) are allowed. The objective is the tempered one
-    until temperature 1 is reached (see `Exact`), and a fit is not told to have converged before.
-    It works best where the width of components is held, or has a prior. Components that have merged in the heat are
-    parted as it cools: every step above temperature 1 draws the parameters a tenth of the way back to the start, in
-    unconstrained coordinates. That is undone where the map attracts, and grows where components want to part.
+    inner: the EM algorithm.
+    schedule: temperatures, one a step from the start on, then 1; or a function of the step.
+
+    High temperatures blur the likelihood until it has one optimum, which is followed as it sharpens. Temperatures below
+    1 on the way, as in anti-annealing, are allowed. The objective is the tempered one until temperature 1 is reached
+    (see `Exact`), and a fit does not converge before. It works best where the width of components is held, or has a
+    prior. Components that have merged at high temperatures are parted again: every step above temperature 1 draws the
+    parameters a tenth of the way back to the start, in unconstrained coordinates. Where the EM map attracts, the next
+    step undoes that; where it repels, components that were drawn apart go on to part.
     Ueda & Nakano (1998), Deterministic annealing EM algorithm, Neural Networks 11.
     """
 
@@ -138,13 +147,15 @@ class Annealed:
         return dataclasses.replace(state, inner=inner)
 
     def _at(self, step: jax.Array) -> EM:
+        """The algorithm at the temperature of a step."""
         return dataclasses.replace(self.inner, expect=Exact(self.temperature(step)))
 
 
 def annealed(algorithm: EM, schedule: Sequence[float] | np.ndarray | jax.Array | Callable) -> Annealed:
-    """EM whose posterior is tempered by a schedule: temperatures, one a step from the start on, then 1;
-    or a function of the step that comes to 1, as optax's schedules. See `Annealed`.
+    """EM whose posterior is tempered by a schedule; see `Annealed`.
 
+    schedule: temperatures, one a step from the start on, then 1; or a function of the step that comes to 1, as optax's
+        schedules are.
     Raises TypeError or ValueError for a schedule that is empty, not positive, or does not end at 1.
     """
     if not isinstance(algorithm, EM) or not isinstance(algorithm.expect, Exact):

@@ -1,4 +1,4 @@
-"""Averaging: the mean of what a stochastic algorithm wanders through."""
+"""Averaging: parameters from the mean of the statistics that a stochastic algorithm wanders through."""
 
 import dataclasses
 from typing import Any
@@ -14,18 +14,22 @@ from .maximize import ClosedForm
 from .minibatch import mix, rate_at
 from .step import EM, EMState, of_inner
 
-# Averages that have renewed their statistics fewer times are not compared.
-_FEWEST = 8
+# Averages are compared once their statistics have been renewed so many times over.
+_FEWEST_RENEWALS = 8
 
 
 @completed("state")
 @record
 class AveragedState:
-    """inner: the EM state; mean: statistics averaged over the steps since `start`; params: their M-step.
+    """What averaging remembers.
 
-    anchor: params when the number of steps averaged was last a power of two; rise: of Q, between the two anchors
-    before; renewed: how many times over the steps averaged have replaced the statistics that they began with; left:
-    what is still to be gained, told by how far the average has moved.
+    inner: the EM state.
+    mean: statistics averaged over the steps since `start`.
+    params: their M-step.
+    anchor: params when the number of averaged steps was last a power of two.
+    rise: how much Q rose between the last two anchors.
+    renewed: how many times over the averaged steps have replaced the statistics that they began with.
+    left: what is still to be gained, told by how far the average has moved.
     """
 
     inner: EMState
@@ -44,12 +48,15 @@ class AveragedState:
 class Averaged:
     """Polyak-Ruppert averaging: parameters from the mean of the statistics of all steps after the first `start`.
 
-    The algorithm itself goes on from its own parameters. Statistics are averaged, not parameters, so that the
-    result is in the domain; their weights grow with the step, so that the way there is soon forgotten
-    (Shamir & Zhang 2013, with eta = 1). Whenever the number of steps has doubled, the average is compared with
-    the one before. The rise of Q between them shrinks from one doubling to the next once the average has settled, and
-    grows while it still drifts: the series of rises estimates what is left to gain, and a fit is told to have converged
-    when that is at most `tol` per unit of weight. Statistics that small rates have hardly renewed are not compared.
+    inner: the algorithm that is averaged, which goes on from its own parameters.
+    start: how many steps are left out.
+
+    Statistics are averaged, not parameters, so that the result is in the domain. Their weights grow with the step, so
+    that the way there is soon forgotten (Shamir & Zhang 2013, with eta = 1). Whenever the number of steps has doubled,
+    the average is compared with the one before. The rise of Q between them shrinks from one doubling to the next once
+    the average has settled, and grows while it still drifts. The series of rises therefore estimates what is left to
+    gain, and a fit has converged when that is at most `tol` per unit of weight. Statistics that small rates have hardly
+    renewed are not compared.
     Polyak & Juditsky (1992), Acceleration of stochastic approximation by averaging; Cappé & Moulines (2009).
     """
 
@@ -98,12 +105,12 @@ class Averaged:
 
             def compared() -> tuple[jax.Array, jax.Array]:
                 rise = jnp.abs(model.q_function(params, mean) - model.q_function(state.anchor, mean))
-                share = rise / state.rise
-                return rise, jnp.where(share < 1, rise / jnp.where(share < 1, 1 - share, 1), jnp.inf)
+                ratio = rise / state.rise
+                return rise, jnp.where(ratio < 1, rise / jnp.where(ratio < 1, 1 - ratio, 1), jnp.inf)
 
-            comparable = doubled & (renewed >= _FEWEST)
+            comparable = doubled & (renewed >= _FEWEST_RENEWALS)
             rise, left = jax.lax.cond(comparable, compared, lambda: (rise, left))
-            # The first rise has none before it to be compared with.
+            # The first rise has no rise before it to be compared with.
             left = jnp.where(jnp.isinf(state.rise), jnp.inf, left)
         anchor = jax.tree.map(lambda new, old: jnp.where(doubled | (count == 1), new, old), params, state.anchor)
         return AveragedState(

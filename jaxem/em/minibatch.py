@@ -18,9 +18,10 @@ from .gather import e_step_on_all, some_rows
 
 @record(kw_only=False)
 class PowerRate:
-    """rate(k) = (k + delay)^-power for the k-th update, k = 1, 2, ...: a step size that stochastic EM settles under.
+    """rate(k) = (k + delay)^-power for the k-th update, k = 1, 2, ...: a step size that lets stochastic EM settle.
 
     power: in (1/2, 1], the conditions of Robbins & Monro; near 1/2 it learns fast, at 1 it averages.
+    delay: how many updates the rate is ahead, so that the first ones are no larger than what follows.
     Raises ValueError for another power, or a negative delay.
     """
 
@@ -43,8 +44,11 @@ class PowerRate:
 class Turn:
     """Where a pass over batches stands.
 
-    update: updates made; rows (N,): their order, None for their own; first: the place in it where this pass
-    begins, so that other rows sit out in every pass; batches: their order in this pass.
+    update: how many updates have been made.
+    rows: (N,), row numbers in the order in which batches take them; None for that of the data.
+    first: where in this order the pass begins, so that in every pass other rows are left over.
+    batches: batch numbers in the order of this pass.
+    key: what orders are drawn from; None where all rows are one batch.
     """
 
     update: jax.Array
@@ -57,15 +61,17 @@ class Turn:
 @completed("gather")
 @record(kw_only=False)
 class Stepwise:
-    """Stepwise EM: a batch of rows a step, its statistics mixed into a running average of the others'.
+    """Stepwise EM: a step takes one batch of rows, whose statistics are mixed into a running average.
 
     s <- (1 - rate) s + rate (N / batch_size) s(batch), both about the current parameters.
-    batch_size: rows a step, or None for all of them (with `Sample()` that is SAEM); rate: a number in
-    (0, 1], or a function of the number k = 1, 2, ... of the update, `PowerRate()` by default; shuffle:
-    rows are put into random batches once, and batches into a new random order in every pass; without
-    it the batches are consecutive rows, still in a new order. Rows that fill no batch sit out, others in
-    every pass.
-    A rate of 1 and all rows: batch EM. Until the end of a fit its log-likelihood is a running estimate.
+
+    batch_size: rows a step, or None for all of them; with `Sample()` that is SAEM.
+    rate: a number in (0, 1], or a function of the number k = 1, 2, ... of the update, `PowerRate()` by default.
+    shuffle: rows are put into random batches once, and batches into a new random order in every pass. Without it the
+        batches are consecutive rows, still in a new order.
+
+    Rows that fill no batch are left over, others in every pass. A rate of 1 with all rows is batch EM. Until the end of
+    a fit its log-likelihood is a running estimate.
     Cappé & Moulines (2009), On-line EM algorithm for latent data models, JRSS B 71; Liang & Klein
     (2009), Online EM for unsupervised models. With `Sample`: Delyon, Lavielle & Moulines (1999).
     Raises TypeError or ValueError for a batch_size below 1 or above the number of rows, or a rate
@@ -83,11 +89,11 @@ class Stepwise:
 
     @property
     def nature(self) -> Nature:
-        batch = self.batch_size is None and self.rate == 1  # this is batch EM
-        return Nature(stochastic=not batch, complete=batch)
+        batch_em = self.batch_size is None and self.rate == 1
+        return Nature(stochastic=not batch_em, complete=batch_em)
 
     def passes(self, problem: Problem) -> float:
-        """Share of the rows that a step looks at."""
+        """The fraction of the rows that a step looks at."""
         return self._size(problem) / problem.rows
 
     def init(self, problem: Problem, params: Params, expect: Expect, key: jax.Array | None) -> tuple[Stats, Turn]:
@@ -107,7 +113,12 @@ class Stepwise:
 
 @record
 class Anchored:
-    """A pass of variance-reduced EM: where its batches stand, and parameters with their statistics of all rows."""
+    """What variance-reduced EM remembers.
+
+    turn: where the pass over batches stands.
+    params: the anchor, the parameters that the pass began with.
+    stats: the statistics of all rows at the anchor.
+    """
 
     turn: Turn
     params: Params
@@ -117,13 +128,17 @@ class Anchored:
 @completed("gather")
 @record(kw_only=False)
 class VarianceReduced:
-    """Stepwise EM whose noise vanishes at the maximum: a constant rate, and linear convergence.
+    """Stepwise EM whose noise vanishes at the maximum: it converges linearly at a constant rate.
 
-    A step is a pass over the batches, and then a full E-step at an anchor p0, whose statistics S0
-    correct each batch of the next pass: s <- (1 - rate) s + rate (S0 + (N / batch_size) (s(batch, p) -
-    s(batch, p0))). So after each step statistics and log-likelihood are exact, and a fit can converge;
-    a step costs three passes over the data.
-    batch_size, shuffle: as in `Stepwise`; rate: in (0, 1].
+    A step is a pass over the batches, and then a full E-step at the parameters p0 that it has led to, the anchor of the
+    next pass. The statistics S0 there correct every batch of that pass:
+    s <- (1 - rate) s + rate (S0 + (N / batch_size) (s(batch, p) - s(batch, p0))).
+    So after each step statistics and log-likelihood are exact, and a fit can converge. A step costs three passes over
+    the data.
+
+    batch_size: rows a batch.
+    rate: a number in (0, 1], or a function of the number of the update.
+    shuffle: as in `Stepwise`.
     Chen, Zhu, Teh & Zhang (2018), Stochastic expectation maximization with variance reduction.
     Raises as `Stepwise` does.
     """
@@ -160,9 +175,9 @@ class VarianceReduced:
             here, there = (
                 batch_stats(problem, at, state.turn, self.batch_size, expect) for at in (params, state.params)
             )
-            # Differences about one reference cancel in the small.
+            # First the difference of the two batches, which is small where both are about one reference.
             corrected = jax.tree.map(
-                lambda all_, new, old: all_ + (new - old),
+                lambda anchor, new, old: anchor + (new - old),
                 model.rebase(state.stats, params),
                 here,
                 model.rebase(there, params),
@@ -171,15 +186,19 @@ class VarianceReduced:
             return mixed, dataclasses.replace(state, turn=next_batch(state.turn, problem.rows))
 
         def everything(_: None) -> tuple[Stats, Anchored]:
-            all_ = e_step_on_all(problem, params, expect)
-            return all_, dataclasses.replace(state, params=params, stats=all_)
+            exact = e_step_on_all(problem, params, expect)
+            return exact, dataclasses.replace(state, params=params, stats=exact)
 
         return jax.lax.cond(index == self.rounds(problem) - 1, everything, batch, None)
 
 
 @record
 class Pieces:
-    """Statistics of every piece of the data, leading axis one a piece; slack: log-likelihood minus Q of each."""
+    """What incremental EM remembers of every piece of the data, leading axis one a piece.
+
+    stats: its statistics.
+    slack: its log-likelihood minus its Q, both at the parameters that its posterior is of: the entropy of that.
+    """
 
     stats: Stats
     slack: jax.Array
@@ -190,9 +209,11 @@ class Pieces:
 class Incremental:
     """Incremental EM: the E-step on one piece of the data at a time, an M-step after each.
 
-    A step goes once through all `num_blocks` pieces, and remembers the statistics of each: the
-    posterior of a piece is renewed while those of the others stay. What rises, and what is reported as
-    log-likelihood until the end of a fit, is the free energy: the lower bound under these posteriors.
+    num_blocks: how many pieces.
+
+    A step goes once through all pieces, and remembers the statistics of each: the posterior of a piece is renewed while
+    those of the others stay. What rises, and what is reported as log-likelihood until the end of a fit, is the free
+    energy: the lower bound of the log-likelihood under these posteriors.
     Neal & Hinton (1998), A view of the EM algorithm that justifies incremental, sparse, and other variants.
     Raises TypeError or ValueError for a num_blocks below 1, or above the number of rows.
     """
@@ -226,11 +247,11 @@ class Incremental:
     def _piece(
         self, problem: Problem, params: Params, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, jax.Array]:
-        """Statistics of one piece, and what its free energy holds beside Q: the entropy of its posterior."""
+        """Statistics of one piece, and the entropy of its posterior, which its free energy holds beside Q."""
         model, x, weights, rows = problem.model, problem.x, problem.weights, problem.rows
         if self.num_blocks > rows:
             raise ValueError(f"num_blocks must be at most the number of rows, {rows}; got {self.num_blocks}")
-        # Slices of one length; rows of a neighbour count nothing.
+        # All slices have the length of the longest piece; what they hold of a neighbour gets weight 0.
         bounds = np.arange(self.num_blocks + 1) * rows // self.num_blocks
         size = int(np.max(np.diff(bounds)))
         first, last = jnp.asarray(bounds)[index], jnp.asarray(bounds)[index + 1]
@@ -248,7 +269,7 @@ class Incremental:
         return stats, stats.loglik - model.q_function(params, stats)
 
     def _together(self, model: Model, params: Params, stats: Stats, slack: jax.Array) -> Stats:
-        """The sum of the pieces, with the free energy in place of the log-likelihood."""
+        """The sum of the pieces' statistics, with the free energy in place of the log-likelihood."""
         total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
         if total.loglik is None or model.q_function is None:
             return dataclasses.replace(total, loglik=None)
@@ -273,27 +294,29 @@ _PROBED = (1, 2, 10, 1000)
 
 @functools.lru_cache
 def _probe(rate: Callable) -> tuple[float, ...]:
+    """The values of a rate at these updates."""
     with jax.ensure_compile_time_eval():
         return tuple(float(rate(jnp.asarray(update, jnp.int32))) for update in _PROBED)
 
 
 def rate_at(rate: Callable | float, update: jax.Array) -> jax.Array | float:
+    """The rate of an update, by its number."""
     return rate(update) if callable(rate) else rate
 
 
 def mix(model: Model, params: Params, old: Stats, new: Stats, rate: jax.Array | float) -> Stats:
-    """(1 - rate) old + rate new, `old` first moved to the reference of the parameters that `new` is about."""
+    """(1 - rate) old + rate new, where `old` is first moved to the reference of `params`, which `new` is about."""
 
     def between(a: jax.Array, b: jax.Array) -> jax.Array:
-        share = jnp.asarray(rate, b.dtype)
+        way = jnp.asarray(rate, b.dtype)
         # At a rate of 1 nothing of the old is left, not even its rounding.
-        return jnp.where(share == 1, b, a + share * (b - a))
+        return jnp.where(way == 1, b, a + way * (b - a))
 
     return jax.tree.map(between, model.rebase(old, params), new)
 
 
 def start_turn(batch_size: int, shuffle: bool, rows: int, key: jax.Array | None) -> Turn:
-    """The start of the first pass; ValueError where no batch can be filled, TypeError without a key to draw them."""
+    """The start of the first pass. Raises ValueError where no batch can be filled, TypeError without a key for it."""
     if batch_size > rows:
         raise ValueError(
             f"batch_size must be at most the number of rows, {rows}; got {batch_size}. None takes all rows"
@@ -309,13 +332,13 @@ def start_turn(batch_size: int, shuffle: bool, rows: int, key: jax.Array | None)
 
 
 def _shuffled(key: jax.Array, rows: int) -> jax.Array:
-    """Row numbers (N,) in random order, by one sort; equal random numbers, which are few, leave a little to chance."""
+    """Row numbers (N,) in random order, by one sort of random numbers, few of which are equal."""
     numbers = jnp.arange(rows, dtype=jnp.int32)
     return jax.lax.sort((jax.random.bits(key, (rows,), jnp.uint32), numbers), num_keys=1, is_stable=False)[1]
 
 
 def next_batch(turn: Turn, rows: int) -> Turn:
-    """One update on; a new pass begins at another row, with its batches in a new order."""
+    """The turn of the next update; a new pass begins at another row, with its batches in a new order."""
     update = turn.update + 1
     if turn.key is None:
         return dataclasses.replace(turn, update=update)
@@ -325,7 +348,7 @@ def next_batch(turn: Turn, rows: int) -> Turn:
         place, order = jax.random.split(jax.random.fold_in(key, update))
         return jax.random.randint(place, (), 0, rows, jnp.int32), jax.random.permutation(order, turn.batches)
 
-    # A branch, since an order of many batches is dearer than a step with one of them.
+    # A branch, since to order many batches takes longer than a step with one of them.
     first, batches = jax.lax.cond(update % count == 0, fresh, lambda: (turn.first, turn.batches))
     return dataclasses.replace(turn, update=update, first=first, batches=batches)
 

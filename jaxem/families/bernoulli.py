@@ -1,4 +1,4 @@
-"""Yes or no, and numbers of successes: independent columns of Bernoulli or binomial observations."""
+"""Independent columns of Bernoulli observations (yes or no), or of binomial ones (successes among trials)."""
 
 import dataclasses
 from typing import ClassVar
@@ -16,14 +16,20 @@ from . import columns
 
 @record
 class BernoulliParams:
-    """probability (K, D): of a 1, or of a success, in each column."""
+    """probability: (K, D), of a 1, or of a success, in each column."""
 
     probability: jax.Array
 
 
 @record
 class BernoulliStats:
-    """count (K,) = sum r; successes and failures (K, D), of observed entries only; base (K,) = sum r h(x)."""
+    """Sums over rows with responsibilities r; of entries, only the observed ones count.
+
+    count: (K,), sum r.
+    successes: (K, D), sum r x.
+    failures: (K, D), sum r (trials - x), where a Bernoulli observation is one trial.
+    base: (K,), sum r h(x), where h is the part of the log-probability that holds no parameter.
+    """
 
     count: jax.Array
     successes: jax.Array
@@ -34,6 +40,7 @@ class BernoulliStats:
 def _pooled(
     family: "Bernoulli | Binomial", x: Data, num_columns: int, weights: jax.Array | None, num_components: int
 ) -> BernoulliParams:
+    """The M-step from all rows in one component, K times over."""
     neutral = BernoulliParams(probability=jnp.full((1, num_columns), 0.5, tree.float_dtype(x)))
     return columns.pooled(family, neutral, x, weights, num_components)
 
@@ -41,6 +48,7 @@ def _pooled(
 def _stats(
     params: BernoulliParams, responsibilities: jax.Array, outcomes: jax.Array, base: jax.Array
 ) -> BernoulliStats:
+    """Statistics from successes and failures (2 D, N); a vanishing pseudo-count keeps a component without rows."""
     totals = columns.sums(responsibilities, outcomes)
     half = totals.shape[1] // 2
     return BernoulliStats(
@@ -52,6 +60,7 @@ def _stats(
 
 
 def _natural(params: BernoulliParams) -> jax.Array:
+    """What successes and failures are multiplied by: log p and log(1 - p), (K, 2 D)."""
     p = params.probability
     return jnp.concatenate([numerics.safe_log(p), numerics.safe_log(1 - p)], axis=1)
 
@@ -97,8 +106,11 @@ def _constrain(family: "Bernoulli | Binomial", theta: BernoulliParams) -> Bernou
 class Bernoulli:
     """Independent yes/no columns: log p(x|k) = sum_d x_d log p_kd + (1 - x_d) log(1 - p_kd).
 
-    Data (N, D) or (N,), entries 0 or 1 (or booleans); missing entries (NaN, or -1 among whole
-    numbers) are integrated out. prior: a Beta. Bishop, PRML, section 9.3.3.
+    prior: a Beta on every probability; the M-step is then the posterior mode.
+
+    Data are (N, D) or (N,), entries 0 or 1 (or booleans). Missing entries, NaN, or -1 among whole numbers, are
+    integrated out.
+    Bishop, PRML, section 9.3.3.
     """
 
     prior: Beta | None = dataclasses.field(default=None, kw_only=True)
@@ -152,10 +164,12 @@ class Bernoulli:
 class Binomial:
     """Successes among trials: log p(x|k) = sum_d log C(t_d, x_d) + x_d log p_kd + (t_d - x_d) log(1 - p_kd).
 
-    trials: a whole number, or one a column (D,). Where trials vary by row, leave it out and give the
-    data as a pair (successes, trials), of shapes (N, D) and (N, D) or (N,). Missing entries (NaN, or
-    -1 among whole numbers) are integrated out. Successes above 1e5 need float64; in float32 a check warns
-    of them. prior: a Beta.
+    trials: a whole number, or one a column (D,). Where trials vary by row, leave it out.
+    prior: a Beta on every probability; the M-step is then the posterior mode.
+
+    Data are successes (N, D) or (N,), or where trials vary by row a pair (successes, trials), of shapes (N, D) and
+    (N, D) or (N,). Missing entries, NaN, or -1 among whole numbers, are integrated out. Successes above 1e5 need
+    float64; in float32 a check warns of them.
     Do & Batzoglou (2008), What is the expectation maximization algorithm?, Nature Biotechnology 26.
     """
 
@@ -226,6 +240,7 @@ class Binomial:
         )
 
     def _trials(self, given: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+        """Trials that broadcast to successes of this shape: those given with the data, or the family's own."""
         if (given is None) == (self.trials is None):
             raise ValueError(
                 "trials must be given once: Binomial(trials) with a number (or one a column), or Binomial() with data "
@@ -240,6 +255,7 @@ class Binomial:
         return trials
 
     def _read(self, x: Data, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Successes and trials, both 0 where missing, and which entries are observed: (N, D) each."""
         successes, given = columns.pair(x)
         values, observed = columns.read(successes, dtype)
         trials = jnp.broadcast_to(self._trials(given, values.shape).astype(dtype), values.shape)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# At orders from here on, Debye's expansion with so many terms is exact to rounding.
+# At orders from _HIGH_ORDER on, Debye's expansion with _TERMS terms is exact to rounding.
 _HIGH_ORDER = 24
 _TERMS = 11
 
@@ -44,9 +44,9 @@ def _log_bessel_jvp(order: float, primals: Any, tangents: Any) -> tuple[jax.Arra
 def bessel_odds(order: float, kappa: jax.Array) -> jax.Array:
     """a = kappa (1 - A) / A, where A = I_{order+1}(kappa) / I_order(kappa), for kappa >= 0.
 
-    From 2 order + 2 at kappa = 0 down to order + 1/2, so that A = kappa / (kappa + a) and 1 - A are
-    both exact. The recurrence 1/A_v = 2 (v + 1) / kappa + A_{v+1} is
-    a_v = 2 (v + 1) - kappa a_{v+1} / (kappa + a_{v+1}), run downwards. DLMF 10.29.1.
+    It falls from 2 order + 2 at kappa = 0 to order + 1/2 at infinity, so that A = kappa / (kappa + a) and 1 - A are
+    both exact. The recurrence 1/A_v = 2 (v + 1) / kappa + A_{v+1}, which is
+    a_v = 2 (v + 1) - kappa a_{v+1} / (kappa + a_{v+1}), is run downwards from a high order. DLMF 10.29.1.
     """
     steps, high, w = _above(order, kappa)
     start = _high_odds(high, w, kappa)
@@ -54,7 +54,7 @@ def bessel_odds(order: float, kappa: jax.Array) -> jax.Array:
 
 
 def _above(order: float, kappa: jax.Array) -> tuple[int, float, jax.Array]:
-    """How many orders up a high order n is, n itself, and sqrt(n^2 + kappa^2)."""
+    """How far above this order a high order n is, n itself, and sqrt(n^2 + kappa^2)."""
     steps = max(0, math.ceil(_HIGH_ORDER - order))
     high = float(order + steps)
     return steps, high, jnp.sqrt(high**2 + kappa**2)

@@ -1,4 +1,4 @@
-"""One of several values, and counts of values: categorical columns and multinomial rows."""
+"""Categorical columns, each entry one of several values, and multinomial rows, which count such values."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,14 +17,18 @@ from . import columns
 
 @record
 class CategoricalParams:
-    """probability (K, D, V): of each value in each column; 0 for values that a column does not have."""
+    """probability: (K, D, V), of each value in each column; 0 for values that a column does not have."""
 
     probability: jax.Array
 
 
 @record
 class CategoricalStats:
-    """count (K,) = sum r; values (K, D, V): expected numbers of each value, of observed entries only."""
+    """Sums over rows with responsibilities r.
+
+    count: (K,), sum r.
+    values: (K, D, V), the expected number of times that each value was observed.
+    """
 
     count: jax.Array
     values: jax.Array
@@ -35,9 +39,12 @@ class CategoricalStats:
 class Categorical:
     """Independent categorical columns: log p(x|k) = sum_d log p_k,d,x_d. With a mixture: latent class analysis.
 
-    num_values: how many values every column has, or a tuple of one number a column. Data (N, D) or
-    (N,), whole numbers 0..num_values-1; missing entries (-1, or NaN in a float array) are
-    integrated out. prior: a Dirichlet on every column's probabilities, with a scalar concentration.
+    num_values: how many values every column has, or a tuple of one number a column.
+    prior: a Dirichlet on every column's probabilities, with a scalar concentration; the M-step is then the posterior
+        mode.
+
+    Data are whole numbers 0..num_values-1, (N, D) or (N,). Missing entries, -1, or NaN in a float array, are
+    integrated out.
     Raises TypeError or ValueError for a num_values that is not at least 1.
     Goodman (1974), Exploratory latent structure analysis, Biometrika 61.
     """
@@ -137,14 +144,19 @@ class Categorical:
 
 @record
 class MultinomialParams:
-    """probability (K, V): of each value."""
+    """probability: (K, V), of each value."""
 
     probability: jax.Array
 
 
 @record
 class MultinomialStats:
-    """count (K,) = sum r; values (K, V): expected numbers of each value; base (K,) = sum r log(t! / prod x!)."""
+    """Sums over rows with responsibilities r.
+
+    count: (K,), sum r.
+    values: (K, V), sum r x, the expected number of times that each value was counted.
+    base: (K,), sum r log(t! / prod_v x_v!), t the trials of a row.
+    """
 
     count: jax.Array
     values: jax.Array
@@ -156,9 +168,11 @@ class MultinomialStats:
 class Multinomial:
     """Rows of counts: log p(x|k) = log t! - sum_v log x_v! + sum_v x_v log p_kv, t = sum_v x_v.
 
-    trials: t of every row that is sampled; in data it may vary by row (documents of words).
-    Data (N, V) whole numbers; missing entries are not taken. Counts above 1e5 need float64; in float32 a
-    check warns of them. prior: a Dirichlet.
+    trials: t of every row, which sampling needs; None where it varies by row, as the lengths of documents do.
+    prior: a Dirichlet on the probabilities; the M-step is then the posterior mode.
+
+    Data are whole numbers (N, V). Missing entries are not taken. Counts above 1e5 need float64; in float32 a check
+    warns of them.
     Raises ValueError for rows that do not sum to `trials` where it is given.
     Nigam et al. (2000), Text classification from labeled and unlabeled documents using EM, Machine Learning 39.
     """

@@ -1,4 +1,4 @@
-"""Positive quantities of any skewness: independent columns of gamma observations."""
+"""Independent columns of gamma observations: positive quantities of any skewness."""
 
 import dataclasses
 import warnings
@@ -12,13 +12,17 @@ from .. import capabilities, checks, numerics, parameters, special, tree
 from ..record import record
 from . import columns
 
-# A shape beyond which float32 rounds log mean - mean log by more than a thousandth.
+# For larger shapes float32 rounds log mean - mean log, which tells the shape, by more than a thousandth.
 _LARGEST_IN_FLOAT32 = 300
 
 
 @record
 class GammaParams:
-    """shape and rate (K, D): the mean of a column is shape / rate, its variance shape / rate^2."""
+    """The mean of a column is shape / rate, its variance shape / rate².
+
+    shape: (K, D), a.
+    rate: (K, D), b.
+    """
 
     shape: jax.Array
     rate: jax.Array
@@ -26,7 +30,13 @@ class GammaParams:
 
 @record
 class GammaStats:
-    """count (K,) = sum r; of observed entries, (K, D): observed = sum r, total = sum r x, logs = sum r log x."""
+    """Sums over rows with responsibilities r.
+
+    count: (K,), sum r.
+    observed: (K, D), sum r over observed entries, as the two that follow.
+    total: (K, D), sum r x.
+    logs: (K, D), sum r log x.
+    """
 
     count: jax.Array
     observed: jax.Array
@@ -39,21 +49,21 @@ class GammaStats:
 class Gamma:
     """Independent gamma columns: log p(x|k) = sum_d a log b - lgamma(a) + (a - 1) log x_d - b x_d, (a, b) of (k, d).
 
-    Data (N, D) or (N,), above 0; missing entries (NaN) are integrated out. A shape stays below
-    1/sqrt(eps): 7e7, or 3e3 in float32; a component that gets there is degenerate. In float32 shapes
-    beyond about 300 are rounded by more than a thousandth, and a fit may end with a falling objective: such
-    data need float64, and a check warns where all of them spread so little.
-    prior: a GammaStats as if seen before, (D,) or (K, D) each, with count 0; log_prior is then Q at
-    it, the log-density of the conjugate prior up to a constant. For a proper one, logs must be below
-    observed log(total / observed).
+    prior: pseudo-statistics, a GammaStats of arrays (D,) or (K, D) with count 0, as if such rows had been seen before.
+        `log_prior` is then Q at these, the log-density of the conjugate prior up to a constant. The prior is proper
+        where logs are below observed log(total / observed).
+
+    Data are above 0, (N, D) or (N,). Missing entries, NaN, are integrated out. A shape stays below 1/sqrt(eps): 7e7,
+    or 3e3 in float32; a component that gets there is degenerate. In float32 shapes beyond about 300 are rounded by
+    more than a thousandth, and a fit may end with a falling objective: such data need float64, and a check warns where
+    all of them spread so little.
     Minka (2002), Estimating a Gamma distribution; Dempster, Laird & Rubin (1977), section 4.2.
     """
 
     prior: GammaStats | None = dataclasses.field(default=None, kw_only=True)
 
-    # Either parameter, held, changes the M-step of the other.
+    # Nothing is separable: either parameter, held, changes the M-step of the other.
     supports: ClassVar[parameters.Supports] = {"shape": parameters.at_least_zero, "rate": parameters.at_least_zero}
-    collapses = True
 
     def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> GammaParams:
         one = jnp.ones((1, checks.columns("x", x).shape[1]), tree.float_dtype(x))
@@ -110,7 +120,7 @@ class Gamma:
     def degenerate(self, stats: GammaStats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components (K,) without rows, or whose entries in a column are all but equal."""
         empty = columns.empty(stats.count)
-        if held:  # one parameter alone cannot follow them
+        if held:  # one parameter alone cannot collapse
             return empty
         stuck = self.m_step(stats).shape >= 0.99 * _largest_shape(stats.total.dtype)
         return empty | jnp.any(stuck, axis=1)
@@ -148,23 +158,24 @@ class Gamma:
             )
 
     def _read(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Which entries are observed, they, and their logarithms: (3 D, N)."""
+        """Which entries are observed, their values, and the logarithms of these: (3 D, N)."""
         values, observed = columns.read(x, dtype)
         logs = jnp.log(jnp.where(observed, values, 1))
         return jnp.concatenate([observed.astype(dtype), values, logs], axis=1).T
 
 
 def _log_normalizer(params: GammaParams) -> jax.Array:
+    """a log b - lgamma(a): (K, D)."""
     return params.shape * jnp.log(params.rate) - jax.lax.lgamma(params.shape)
 
 
 def _largest_shape(dtype: jnp.dtype) -> float:
-    """Beyond it, log mean - mean log is rounding."""
+    """The shape at which log mean - mean log, about 1 / (2 a), is nothing but rounding."""
     return float(jnp.finfo(dtype).eps) ** -0.5
 
 
 def _shape_of_gap(gap: jax.Array) -> jax.Array:
-    """The a with log a - digamma(a) = gap, at most the largest shape."""
+    """The a with log a - digamma(a) = gap, or the largest shape where it is beyond that."""
     gap = jnp.maximum(gap, 0.5 / _largest_shape(gap.dtype))
     return special.inverse_log_minus_digamma(gap)
 

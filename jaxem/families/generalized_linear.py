@@ -1,7 +1,13 @@
 """Logistic and Poisson regression: the distribution of a response given features, a linear predictor a component.
 
-Their M-step maximises a quadratic lower bound of the expected log-likelihood about the current line. The
-two families say what differs: `_link`, `_log_density`, `_surrogate` and `local`.
+Their M-step maximises a quadratic lower bound of the expected log-likelihood, made at the current line. Letters: P
+features, z = (1, features), eta = line · z the linear predictor. The functions of this file are the methods of both
+families, which say themselves what differs:
+
+_link: the eta of a mean response.
+_log_density: log p(response | eta).
+_surrogate: slope and curvature of the quadratic in eta that bounds it.
+local: whether the bound holds only while no row's eta moves by more than 1.
 """
 
 import dataclasses
@@ -16,13 +22,17 @@ from ..protocols import Data
 from ..record import record
 from . import columns, design
 
-# In units of this, eighth powers of features from 0.004 to 1e7 are inside the range of float32.
+# Eighth powers of features from 0.004 to 1e7, measured in this unit, are inside the range of float32.
 _UNIT = 256.0
 
 
 @record
 class RegressionParams:
-    """coefficients (K, P) and intercept (K,) of the linear predictor."""
+    """The linear predictor eta = intercept + coefficients · features.
+
+    coefficients: (K, P).
+    intercept: (K,).
+    """
 
     coefficients: jax.Array
     intercept: jax.Array
@@ -30,11 +40,15 @@ class RegressionParams:
 
 @record
 class RegressionStats:
-    """A quadratic lower bound of the expected log-likelihood about the current line; additive.
+    """A quadratic lower bound of the expected log-likelihood about the current line, additive over rows.
 
-    count (K,) = sum r; reference (K, P + 1) = count (intercept, coefficients); gram (K, P + 1, P + 1):
-    its curvature; cross (K, P + 1): the score; base (K,): the log-likelihood at the current line;
-    reach (P + 1,): sum over rows of (z / _UNIT)⁸, which bounds the largest z, where the bound is a local one.
+    count: (K,), sum r.
+    reference: (K, P + 1), count times the current line (intercept, coefficients).
+    gram: (K, P + 1, P + 1), sum r curvature zzᵀ.
+    cross: (K, P + 1), sum r slope z, the score.
+    base: (K,), the expected log-likelihood at the current line.
+    reach: (P + 1,), the sum over rows of (z / _UNIT)⁸, which bounds the largest z; None where the bound holds
+        everywhere.
     """
 
     count: jax.Array
@@ -46,10 +60,10 @@ class RegressionStats:
 
 
 def _pooled(family: "_Regression", x: Data, weights: jax.Array | None, num_components: int) -> RegressionParams:
-    """The regression of all rows, every component: from the mean response, some M-steps."""
+    """The regression of all rows in every component: some M-steps from a line that is the mean response."""
     matrix, response = design.read(x)
     weights = jnp.ones_like(response) if weights is None else weights.astype(response.dtype)
-    # Half a row of the other kind keeps the link finite.
+    # Half of a row, whose response is 1/2, keeps the link finite where all responses are 0 or 1.
     mean = (jnp.sum(weights * response) + 0.25) / (jnp.sum(weights) + 0.5)
     flat = RegressionParams(
         coefficients=jnp.zeros((1, matrix.shape[0] - 1), matrix.dtype), intercept=family._link(mean).reshape(1)
@@ -69,7 +83,7 @@ def _log_prob(family: "_Regression", params: RegressionParams, x: Data) -> jax.A
 
 
 def _stats(family: "_Regression", params: RegressionParams, x: Data, responsibilities: jax.Array) -> RegressionStats:
-    """Score and curvature: responsibilities (K, N)."""
+    """The bound's slope and curvature at the current line: responsibilities (K, N)."""
     matrix, response = design.read(x)
     eta = design.predict(params, matrix)
     score, curvature = family._surrogate(eta, response[None])
@@ -86,13 +100,13 @@ def _stats(family: "_Regression", params: RegressionParams, x: Data, responsibil
 
 
 def _m_step(family: "_Regression", stats: RegressionStats) -> RegressionParams:
-    """The maximum of the bound, gram⁻¹ cross from the current line; where it is local, no eta moved by more than 1."""
+    """The maximum of the bound, gram⁻¹ cross away from the current line; a local one moves no eta by more than 1."""
     line = design.current(stats)
     penalty = _penalty(family, line)
     gram = stats.gram + (jnp.eye(line.shape[1], dtype=line.dtype) * penalty[None])[None]
     delta = design.solve(gram, stats.cross - penalty[None] * line)
     if stats.reach is not None:
-        # The eighth root of a sum of eighth powers is at least the largest.
+        # The eighth root of a sum of eighth powers is at least the largest of the numbers.
         reach = _UNIT * jnp.maximum(stats.reach, jnp.finfo(delta.dtype).tiny) ** (1 / 8)
         move = jnp.sum(jnp.abs(delta) * reach[None], axis=-1, keepdims=True)
         delta = delta / jnp.maximum(move, 1)
@@ -101,19 +115,19 @@ def _m_step(family: "_Regression", stats: RegressionStats) -> RegressionParams:
 
 
 def _q_function(family: "_Regression", params: RegressionParams, stats: RegressionStats) -> jax.Array:
-    """The bound: base + cross·delta - delta·gram·delta / 2, delta from the line it was made at."""
+    """The bound, base + cross·delta - delta·gram·delta / 2, delta the way from the line that it was made at."""
     delta = design.line(params) - design.current(stats)
     return jnp.sum(stats.base) + jnp.sum((stats.cross - 0.5 * design.times(stats.gram, delta)) * delta)
 
 
 def _log_prior(family: "_Regression", params: RegressionParams) -> jax.Array:
-    """-ridge |coefficients|² / 2; up to a constant."""
+    """-ridge |coefficients|² / 2: the log-density of the prior up to a constant."""
     line = design.line(params)
     return -0.5 * jnp.sum(_penalty(family, line)[None] * jnp.square(line))
 
 
 def _penalty(family: "_Regression", line: jax.Array) -> jax.Array:
-    """The ridge, 0 for the intercept: (P + 1,)."""
+    """The ridge of every coefficient, 0 for the intercept: (P + 1,)."""
     return jnp.asarray(family.ridge, line.dtype) * (np.arange(line.shape[-1]) > 0)
 
 
@@ -138,16 +152,17 @@ def _unchanged(family: "_Regression", params: RegressionParams) -> RegressionPar
 class LogisticRegression:
     """log p(y|f,k) = y eta - log(1 + exp(eta)), eta = b_k + f·c_k: binary responses.
 
-    M-step: one iteratively reweighted least-squares solution with the weights tanh(eta/2) / (2 eta) of
-    the Polya-Gamma latents, whose quadratic bound touches the log-likelihood at the current line, so
-    that every step is monotone. ridge: precision of a normal prior, mean 0, on the coefficients (not on
-    the intercept). Data: a pair (features (N, P) or (N,), response (N,) of 0 and 1), nothing missing.
+    ridge: the precision of a normal prior with mean 0 on the coefficients, not on the intercept.
+
+    The M-step is one iteratively reweighted least-squares solution, with the weights tanh(eta/2) / (2 eta) of the
+    Polya-Gamma latents. Their quadratic bound touches the log-likelihood at the current line, so that every step is
+    monotone. Data are a pair (features (N, P) or (N,), response (N,) of 0 and 1), nothing missing.
     Jaakkola & Jordan (2000), Statistics and Computing 10; Polson, Scott & Windle (2013), JASA 108.
     """
 
     ridge: jax.Array | float = dataclasses.field(default=0.0, kw_only=True)
 
-    # A start is an M-step carried on: one solution of a quadratic bound is not yet the maximum.
+    # A start takes many M-steps from the same responsibilities: one solution of a bound is not yet the maximum of Q.
     start_passes = 15
     local = False
     _link = staticmethod(jax.scipy.special.logit)
@@ -179,7 +194,7 @@ class LogisticRegression:
         return response * eta - jnp.logaddexp(eta, 0)
 
     def _surrogate(self, eta: jax.Array, response: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Score and curvature of a quadratic in eta that lies below the log-density and touches it at eta."""
+        """Slope and curvature of a quadratic in eta that lies below the log-density and touches it at eta."""
         small = jnp.abs(eta) < 1e-3
         weight = jnp.where(small, 0.25 - eta**2 / 48, jnp.tanh(eta / 2) / (2 * jnp.where(small, 1, eta)))
         return response - 0.5 - weight * eta, weight
@@ -190,11 +205,12 @@ class LogisticRegression:
 class PoissonRegression:
     """log p(y|f,k) = y eta - exp(eta) - log y!, eta = b_k + f·c_k: counts.
 
-    M-step: a Newton step (weighted least squares with weights exp(eta)) with its curvature raised by
-    2 (e - 2) = 1.44, which bounds the log-likelihood from below while no row's eta moves by more than
-    1; a longer step is shortened to that, so that every step is monotone. ridge: precision of a normal
-    prior, mean 0, on the coefficients (not on the intercept). Data: a pair (features (N, P) or (N,),
-    response (N,) of whole numbers), nothing missing. Features of about unit scale converge fastest.
+    ridge: the precision of a normal prior with mean 0 on the coefficients, not on the intercept.
+
+    The M-step is a Newton step, weighted least squares with weights exp(eta), whose curvature is raised by the factor
+    2 (e - 2) = 1.44. That bounds the log-likelihood from below while no row's eta moves by more than 1; a longer step
+    is shortened to that, so that every step is monotone. Data are a pair (features (N, P) or (N,), response (N,) of
+    whole numbers), nothing missing. Features of about unit scale converge fastest.
     McCullagh & Nelder, Generalized Linear Models, section 2.5; Wedel et al. (1993), J. Applied Econometrics 8.
     """
 
@@ -233,7 +249,7 @@ class PoissonRegression:
         )
 
     def _log_density(self, eta: jax.Array, response: jax.Array) -> jax.Array:
-        # About its maximum over eta, since the terms of the usual form cancel for large counts.
+        # Written about its maximum over eta, since the terms of the usual form cancel for large counts.
         some = response > 0
         count = jnp.where(some, response, 1)
         off = eta - jnp.log(count)
@@ -241,7 +257,7 @@ class PoissonRegression:
         return jnp.where(some, top - count * (jnp.expm1(off) - off), -jnp.exp(eta))
 
     def _surrogate(self, eta: jax.Array, response: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Score and raised curvature: a quadratic below the log-density while eta moves by at most 1."""
+        """Slope and raised curvature: a quadratic below the log-density while eta moves by at most 1."""
         rate = jnp.exp(eta)
         return response - rate, 2 * (math.e - 2) * rate
 

@@ -53,7 +53,6 @@ class LinearRegression:
 
     separable = shareable = ("variance",)
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
-    collapses = True
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> LinearRegressionParams:
         matrix, _ = design.read(x)

@@ -1,4 +1,4 @@
-"""Counts more dispersed than Poisson: independent columns of negative binomial observations."""
+"""Independent columns of negative binomial observations: counts that spread more than Poisson ones do."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,7 +14,11 @@ from . import columns
 
 @record
 class NegativeBinomialParams:
-    """mean (K, D), and concentration (K, D): the variance is mean + mean^2 / concentration."""
+    """The variance of a column is mean + mean² / concentration.
+
+    mean: (K, D), m.
+    concentration: (K, D), c.
+    """
 
     mean: jax.Array
     concentration: jax.Array
@@ -22,10 +26,13 @@ class NegativeBinomialParams:
 
 @record
 class NegativeBinomialStats:
-    """Of observed entries: events x are clusters of one or more, and sum r x = clusters + repeats.
+    """Sums over rows with responsibilities r. The x events of an entry come in l clusters of one event or more.
 
-    count (K,) = sum r; (K, D): observed = sum r, clusters = sum r E[l | x], repeats = sum r (x - E[l | x]);
-    base (K,) = sum r h(x).
+    count: (K,), sum r.
+    observed: (K, D), sum r over observed entries, as the two that follow.
+    clusters: (K, D), sum r E[l | x].
+    repeats: (K, D), sum r (x - E[l | x]), the events of a cluster beside its first.
+    base: (K,), sum r h(x), where h makes Q equal to the log-probability at the current concentrations.
     """
 
     count: jax.Array
@@ -40,15 +47,16 @@ class NegativeBinomialStats:
 class NegativeBinomial:
     """Independent counts: log p(x|k) = sum_d log C(x_d + c - 1, x_d) + x_d log(m / (m + c)) + c log(c / (m + c)).
 
-    m the mean and c the concentration of (k, d): a Poisson whose rate is gamma distributed. Data
-    (N, D) or (N,), whole numbers; missing entries (NaN, or -1 among whole numbers) are integrated
-    out. A concentration stays below mean / sqrt(eps), where counts are as good as Poisson. Counts above
-    1e5 need float64; in float32 a check warns of them.
+    m is the mean and c the concentration of (k, d): a Poisson distribution whose rate is gamma distributed.
+    prior: pseudo-statistics, a NegativeBinomialStats as `pseudo_rows` makes it; `log_prior` is then Q at these.
 
-    No finite statistics hold a likelihood of c. So the data are completed by the number l of
-    clusters that the x events come in: l is Poisson(c log(1 + m/c)), a cluster's size logarithmic,
-    and E[l | x] = c (digamma(x + c) - digamma(c)). EM in c may be slow where counts are near Poisson.
-    prior: a NegativeBinomialStats as if seen before, as `pseudo_rows` makes it; log_prior is Q at it.
+    Data are whole numbers (N, D) or (N,). Missing entries, NaN, or -1 among whole numbers, are integrated out. A
+    concentration stays below mean / sqrt(eps), where counts are as good as Poisson. Counts above 1e5 need float64; in
+    float32 a check warns of them.
+
+    The likelihood of c has no finite sufficient statistics. The data are therefore completed by the number l of
+    clusters that the x events come in: l is Poisson(c log(1 + m/c)), the size of a cluster is logarithmic, and
+    E[l | x] = c (digamma(x + c) - digamma(c)). EM in c may be slow where counts are near Poisson.
     Quenouille (1949), Biometrics 5; Zhou & Carin (2015), Negative binomial process count and mixture modeling.
     """
 
@@ -92,7 +100,7 @@ class NegativeBinomial:
         )
 
     def m_step(self, stats: NegativeBinomialStats) -> NegativeBinomialParams:
-        """mean = events / observed, and mean / u, u the root of u / log(1 + u) = events / clusters."""
+        """Means events / observed, and concentrations mean / u, u the root of u / log(1 + u) = events / clusters."""
         return self.m_step_given(stats)
 
     def m_step_given(
@@ -147,7 +155,10 @@ class NegativeBinomial:
 
 
 def _natural(params: NegativeBinomialParams) -> jax.Array:
-    """What multiplies events, and entries, once c^events is in the base: log m - log(1 + m/c), -c log(1 + m/c)."""
+    """What events and entries are multiplied by, (K, 2 D): log m - log(1 + m/c) and -c log(1 + m/c).
+
+    The factor c^events is in the base.
+    """
     gap = jnp.log1p(params.mean / params.concentration)
     return jnp.concatenate([numerics.safe_log(params.mean) - gap, -params.concentration * gap], axis=1)
 
@@ -172,7 +183,7 @@ def _concentration(mean: jax.Array, odds: jax.Array) -> jax.Array:
     def of(u: jax.Array) -> jax.Array:
         return special.log1p_gap(u) / jnp.log1p(u)
 
-    # Nearer to Poisson than this is Poisson. Counts that are all 0 say nothing: any concentration will do.
+    # What is nearer to Poisson than this is Poisson. Counts that are all 0 tell no concentration: any will do.
     eps = float(jnp.finfo(mean.dtype).eps)
     odds = jnp.maximum(odds, 0.5 * eps**0.5)
     return jnp.maximum(mean / special.solve(of, odds, odds * (2 + jnp.log1p(odds))), eps)

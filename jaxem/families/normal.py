@@ -76,7 +76,6 @@ class Normal:
     missing: bool = static(default=True, kw_only=True)
 
     separable = ("covariance",)
-    collapses = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covariance", shapes.canonical(self.covariance))

@@ -16,12 +16,15 @@ from . import covariance as shapes
 
 @record
 class NormalInverseWishart:
-    """mean | covariance ~ N(mean, covariance / shrinkage), covariance ~ inverse-Wishart(dof, scale).
+    """mean | covariance ~ N(mean, covariance / shrinkage), covariance ~ inverse-Wishart(degrees_of_freedom, scale).
 
-    mean (D,); shrinkage (kappa), a number of pseudo-rows, and degrees_of_freedom (nu), scalars;
-    scale (D, D) for full and tied covariances. For diagonal ones each variance is
-    inverse-gamma(nu/2, scale_j/2) with scale (D,), for spherical inverse-gamma(nu/2, scale/2) with
-    a scalar scale. Every field can be traced and vmapped.
+    mean: (D,).
+    shrinkage: kappa, the number of pseudo-rows that the mean is worth.
+    degrees_of_freedom: nu.
+    scale: (D, D) for full and tied covariances. For diagonal ones it is (D,), every variance inverse-gamma(nu / 2,
+        scale_j / 2); for spherical ones a number, the variance inverse-gamma(nu / 2, scale / 2).
+
+    Every field can be traced and vmapped.
     """
 
     mean: jax.Array
@@ -46,10 +49,11 @@ class NormalInverseWishart:
 
 
 def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -> NormalInverseWishart:
-    """Weakly informative prior scaled to the data (Fraley & Raftery 2007, section 3.3).
+    """A weakly informative prior scaled to the data (Fraley & Raftery 2007, section 3.3).
 
-    x (N, D) or (N,); mean = the data's mean, shrinkage = 0.01, degrees_of_freedom = D + 2,
-    scale = cov(x) / K^(2/D), of which diagonal covariances keep the diagonal and spherical its mean.
+    x: (N, D) or (N,).
+    The prior's mean is that of the data, its shrinkage 0.01, its degrees of freedom D + 2, its scale cov(x) / K^(2/D),
+    of which diagonal covariances keep the diagonal, and spherical ones the mean of that.
     Raises ValueError for an unknown covariance or bad data.
     """
     covariance = shapes.canonical(covariance)

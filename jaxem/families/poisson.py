@@ -1,4 +1,4 @@
-"""Counts and waiting times at a constant rate: independent columns of Poisson or exponential observations."""
+"""Independent columns of counts, or of waiting times, at a constant rate: Poisson or exponential observations."""
 
 import dataclasses
 from typing import ClassVar
@@ -16,14 +16,20 @@ from . import columns
 
 @record
 class RateParams:
-    """rate (K, D): events per unit of exposure, or of time, in each column."""
+    """rate: (K, D), events per unit of exposure, or of time, in each column."""
 
     rate: jax.Array
 
 
 @record
 class RateStats:
-    """count (K,) = sum r; events and exposure (K, D), of observed entries only; base (K,) = sum r h(x)."""
+    """Sums over rows with responsibilities r; of entries, only the observed ones count.
+
+    count: (K,), sum r.
+    events: (K, D), sum r x, where a waiting time ends with one event.
+    exposure: (K, D), sum r e, what the events are counted over; of waiting times it is they themselves.
+    base: (K,), sum r h(x), where h is the part of the log-probability that holds no parameter.
+    """
 
     count: jax.Array
     events: jax.Array
@@ -32,17 +38,20 @@ class RateStats:
 
 
 def _natural(params: RateParams) -> jax.Array:
+    """What events and exposures are multiplied by: log rate and -rate, (K, 2 D)."""
     return jnp.concatenate([numerics.safe_log(params.rate), -params.rate], axis=1)
 
 
 def _pooled(
     family: "Poisson | Exponential", x: Data, values: jax.Array, weights: jax.Array | None, num_components: int
 ) -> RateParams:
+    """The M-step from all rows in one component, K times over."""
     neutral = RateParams(rate=jnp.ones((1, checks.columns("x", values).shape[1]), tree.float_dtype(x)))
     return columns.pooled(family, neutral, x, weights, num_components)
 
 
 def _stats(params: RateParams, responsibilities: jax.Array, features: jax.Array, base: jax.Array) -> RateStats:
+    """Statistics from events and exposures (2 D, N)."""
     totals = columns.sums(responsibilities, features)
     half = totals.shape[1] // 2
     # A vanishing pseudo-observation at the current rate, whatever the rate is, keeps a component without rows as it is.
@@ -91,9 +100,11 @@ def _constrain(family: "Poisson | Exponential", theta: RateParams) -> RateParams
 class Poisson:
     """Independent counts: log p(x|k) = sum_d x_d log(e_d rate_kd) - e_d rate_kd - log x_d!, with e_d = 1 by default.
 
-    Data (N, D) or (N,), whole numbers; or a pair (counts, exposure), exposure (N, D) or (N,) and
-    positive. Missing counts (NaN, or -1 among whole numbers) are integrated out. Counts above 1e5 need
-    float64; in float32 a check warns of them. prior: a GammaPrior on every rate.
+    prior: a GammaPrior on every rate; the M-step is then the posterior mode.
+
+    Data are whole numbers (N, D) or (N,), or a pair (counts, exposure) with a positive exposure e of shape (N, D) or
+    (N,). Missing counts, NaN, or -1 among whole numbers, are integrated out. Counts above 1e5 need float64; in float32
+    a check warns of them.
     McLachlan & Peel, Finite Mixture Models, section 5.2.
     """
 
@@ -152,7 +163,7 @@ class Poisson:
                 raise ValueError(f"{name}[1], the exposure, must have shape {rows} or ({rows[0]},); got {x[1].shape}")
 
     def _read(self, x: Data, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """Counts and exposures (2 D, N), and the terms without parameters (N,)."""
+        """Counts and exposures (2 D, N), and the terms that hold no parameter (N,)."""
         counts, exposure = columns.pair(x)
         values, observed = columns.read(counts, dtype)
         base = -jax.lax.lgamma(values + 1)
@@ -169,8 +180,10 @@ class Poisson:
 class Exponential:
     """Independent waiting times: log p(x|k) = sum_d log rate_kd - rate_kd x_d.
 
-    Data (N, D) or (N,), at least 0; missing entries (NaN) are integrated out. prior: a GammaPrior on
-    every rate. McLachlan & Peel, Finite Mixture Models, section 10.3.
+    prior: a GammaPrior on every rate; the M-step is then the posterior mode.
+
+    Data are times (N, D) or (N,), at least 0. Missing entries, NaN, are integrated out.
+    McLachlan & Peel, Finite Mixture Models, section 10.3.
     """
 
     prior: GammaPrior | None = dataclasses.field(default=None, kw_only=True)
@@ -218,7 +231,7 @@ class Exponential:
         columns.check(name, x, lambda v: (v >= 0) & (v < np.inf), "finite waiting times, at least 0")
 
     def _read(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Numbers and sums of waiting times: (2 D, N)."""
+        """Events, one for every time that is observed, and the times themselves: (2 D, N)."""
         values, observed = columns.read(x, dtype)
         return jnp.concatenate([observed.astype(dtype), values], axis=1).T
 

@@ -1,4 +1,4 @@
-"""Mixed data: a dict of columns, each block with a family of its own, independent given the component."""
+"""Mixed data: a dict of blocks of columns, each with a family of its own, independent given the component."""
 
 import functools
 import operator
@@ -16,7 +16,11 @@ from ..record import record
 
 @record
 class ProductStats:
-    """count (K,) = sum r; blocks: each family's statistics, by name."""
+    """Statistics of all blocks.
+
+    count: (K,), sum r.
+    blocks: name -> the statistics of that family.
+    """
 
     count: jax.Array
     blocks: dict[str, Stats]
@@ -25,12 +29,13 @@ class ProductStats:
 @capabilities.completed("part")
 @record(kw_only=False)
 class Product:
-    """log p(x|k) = sum of each block's log p(x[name]|k): blocks are independent given the component.
+    """log p(x|k) = sum over blocks of log p(x[name]|k): blocks are independent given the component.
 
-    families: name -> family, as in `Product({"age": Normal("diag"), "smoker": Bernoulli()})`; data
-    are a dict with these names, each block's rows as its family takes them, missing entries too.
-    Parameters are a dict of the families' own. With a mixture: clustering of mixed data, latent
-    class analysis; with `Labelled` data: naive Bayes.
+    families: name -> family, as in `Product({"age": Normal("diag"), "smoker": Bernoulli()})`.
+
+    Data are a dict with these names, each block's rows as its family takes them, missing entries too. Parameters are a
+    dict of the families' own. In a mixture this clusters mixed data (latent class analysis); with `Labelled` data it is
+    naive Bayes.
     Raises TypeError or ValueError for families that are no dict, or an empty one.
     Hunt & Jorgensen (1999), Mixture model clustering using the MULTIMIX program, ANZ J. Statistics 41.
     """
@@ -54,10 +59,6 @@ class Product:
         """The families of the blocks."""
         return {name: capabilities.complete("part", family) for name, family in self.families.items()}
 
-    def params_of(self, values: dict[str, Any]) -> Params:
-        """Parameters from those of the blocks."""
-        return values
-
     def part_statistics(self, stats: ProductStats) -> dict[str, Any]:
         """The statistics of every block."""
         return stats.blocks
@@ -66,17 +67,16 @@ class Product:
         """Statistics with these in place of the blocks'."""
         return ProductStats(count=stats.count, blocks=of)
 
-    m_step = assembly.m_step
-    q_function = assembly.q_function
-    log_prior = assembly.log_prior
-    rebase = assembly.rebase
+    params_type = dict
+    part_params, params_of = assembly.part_params, assembly.params_of
+    m_step, q_function, log_prior, rebase = assembly.surrogate
+    unconstrain, constrain = assembly.coordinates
     degenerate = assembly.degenerate
-    unconstrain = assembly.unconstrain
-    constrain = assembly.constrain
     supports = property(assembly.supports)
 
     @property
     def start_passes(self) -> int:
+        """As many as the block that takes most."""
         return max(family.start_passes for family in self.parts.values())
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
@@ -123,6 +123,7 @@ class Product:
         return self if all(forms[name] is family for name, family in self.families.items()) else Product(forms)
 
     def _parts(self, x: Data, name: str = "x") -> list[tuple[str, Family, Data]]:
+        """Name, family and rows of every block; TypeError or ValueError for data that are no such dict."""
         if not isinstance(x, Mapping):
             raise TypeError(f"{name} must be a dict with {sorted(self.families)}; got {type(x).__name__}")
         if set(x) != set(self.families):

@@ -13,13 +13,19 @@ from . import columns
 from . import covariance as shapes
 from .normal import Normal, NormalParams, NormalStats
 
-# Degrees of freedom: above, the density is the normal one to a tenth of a percent; below, it has no scale left.
+# The limits of degrees of freedom: above them the density is the normal one to a tenth of a percent, below them it
+# has no scale left.
 _MOST, _LEAST = 1e3, 1e-1
 
 
 @record
 class StudentTParams:
-    """mean (K, D); scale, stored as a Normal's covariance of that shape; degrees_of_freedom (K,)."""
+    """Parameters of K multivariate t components.
+
+    mean: (K, D), m.
+    scale: S, stored as a `Normal`'s covariance of that shape is.
+    degrees_of_freedom: (K,), nu.
+    """
 
     mean: jax.Array
     scale: jax.Array
@@ -28,10 +34,12 @@ class StudentTParams:
 
 @record
 class StudentTStats:
-    """Expected statistics of the rows and of their latent scales u, all additive.
+    """Expected statistics of the rows and of their latent scales u, additive over rows.
 
-    count (K,) = sum r; moments: a normal's, every row counted r E[u]; log_scales (K,) =
-    sum r (E[log u] - E[u]); base (K,): sum r times what the bound at the current parameters lacks.
+    count: (K,), sum r.
+    moments: those of a normal, every row counted r E[u] times.
+    log_scales: (K,), sum r (E[log u] - E[u]).
+    base: (K,), sum r h(x), where h makes Q equal to the log-density at the current parameters.
     """
 
     count: jax.Array
@@ -46,14 +54,15 @@ class StudentT:
     """Multivariate t components: x | u ~ Normal(mean, scale / u), u ~ Gamma(nu / 2, nu / 2).
 
     log p(x|k) = log G((nu+D)/2) - log G(nu/2) - (D log(nu pi) + log det S + (nu+D) log(1 + d/nu)) / 2
-    with d = (x - m)ᵀ S⁻¹ (x - m). scale: the shape of S, by any name that `Normal` has for covariances;
-    degrees_of_freedom: held at this number, or estimated (None, the default) within 0.1 and 1000, by
-    safeguarded Newton steps on the expected latent scales; prior: pseudo-statistics, as `pseudo_rows`
-    makes them. Data (N, D) or (N,), nothing missing.
+    with d = (x - m)ᵀ S⁻¹ (x - m).
 
-    The latent scales are statistics beside the others, so one pass over the rows tells all parameters (EM;
-    for estimated degrees of freedom the ECME of Liu & Rubin takes a second pass, at the new mean and scale,
-    and fewer steps; with held ones the two are the same).
+    scale: the shape of S, by any name that `Normal` has for covariances.
+    degrees_of_freedom: held at this number, or estimated (None, the default) between 0.1 and 1000.
+    prior: pseudo-statistics, as `pseudo_rows` makes them.
+
+    Data are (N, D) or (N,), nothing missing. One pass over the rows tells all parameters, the degrees of freedom too,
+    since the latent scales have statistics of their own. (ECME, by Liu & Rubin, takes a second pass for these, at the
+    new mean and scale, and fewer steps; where they are held the two are the same.)
     Raises ValueError for an unknown scale or degrees of freedom that are not positive.
     Liu & Rubin (1995), ML estimation of the t distribution using EM and its extensions, Statistica
     Sinica 5; McLachlan & Peel, Finite Mixture Models, section 7.5.
@@ -65,7 +74,6 @@ class StudentT:
 
     separable = ("scale", "degrees_of_freedom")
     shareable = ("degrees_of_freedom",)
-    collapses = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", shapes.canonical(self.scale))
@@ -109,7 +117,7 @@ class StudentT:
         entropy = shape - jnp.log(rate) + jax.lax.lgamma(shape) + (1 - shape) * jax.lax.digamma(shape)
         base = entropy + (0.5 * columns_here - 1) * logs
         normal = NormalParams(mean=params.mean, covariance=params.scale)
-        # The vanishing pseudo-row of an empty component has the moments of u under its current parameters.
+        # A vanishing pseudo-row, whose u has the moments of the current parameters, keeps a component without rows.
         own = jax.lax.digamma(0.5 * params.degrees_of_freedom) - jnp.log(0.5 * params.degrees_of_freedom) - 1
         return StudentTStats(
             count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
@@ -119,7 +127,7 @@ class StudentT:
         )
 
     def m_step(self, stats: StudentTStats) -> StudentTParams:
-        """Means weighted by E[u], scales, and the degrees of freedom that the latent scales tell."""
+        """Means and scales of the rows weighted by E[u], and the degrees of freedom that the latent scales tell."""
         stats = self._with_prior(stats)
         return self._with_normal(stats, self._normal.m_step(stats.moments))
 
@@ -133,18 +141,18 @@ class StudentT:
         return _solve(jnp.sum(stats.log_scales) / jnp.sum(stats.count))
 
     def q_function(self, params: StudentTParams, stats: StudentTStats) -> jax.Array:
-        """E[log Normal(x; m, S/u) + log Gamma(u; nu/2, nu/2)] + base; a bound of log p, tight where it was made."""
+        """E[log Normal(x; m, S/u) + log Gamma(u; nu/2, nu/2)] + base: a lower bound, tight where it was made."""
         columns_here = params.mean.shape[-1]
         moments = stats.moments
         normal = self._normal.q_function(NormalParams(mean=params.mean, covariance=params.scale), moments)
-        # A normal's Q counts a log-determinant for each unit of E[u]; here it is one a row.
+        # The Q of a normal counts a log-determinant for each unit of E[u]; here there is one for each row.
         each = jnp.broadcast_to(params.scale, self._each_shape(params))
         scales = self._normal.shape.log_scales(each, columns_here) + 0.5 * math.log(2 * math.pi)
         surplus = jnp.sum((moments.rows - stats.count[:, None]) * scales)
         return normal + surplus + jnp.sum(_log_gammas(params.degrees_of_freedom, stats) + stats.base)
 
     def log_prior(self, params: StudentTParams) -> jax.Array:
-        """Q of the pseudo-statistics; up to a constant."""
+        """Q of the pseudo-statistics: the log-density of the prior up to a constant."""
         return jnp.zeros((), params.mean.dtype) if self.prior is None else self.q_function(params, self.prior)
 
     def rebase(self, stats: StudentTStats, params: StudentTParams) -> StudentTStats:
@@ -153,6 +161,7 @@ class StudentT:
         return dataclasses.replace(stats, moments=self._normal.rebase(stats.moments, normal))
 
     def degenerate(self, stats: StudentTStats, held: tuple[str, ...] = ()) -> jax.Array:
+        """Components (K,) that are empty, or whose scale rests on its floor."""
         inside = tuple("covariance" if name == "scale" else name for name in held)
         return columns.empty(stats.count) | self._normal.degenerate(stats.moments, inside)
 
@@ -200,14 +209,16 @@ class StudentT:
         return columns.with_prior(self.rebase(self.prior, nothing), stats)
 
     def _held(self, mean: jax.Array) -> jax.Array:
+        """The degrees of freedom that are held, (K,)."""
         return jnp.broadcast_to(jnp.asarray(self.degrees_of_freedom, mean.dtype), mean.shape[:1])
 
     def _each_shape(self, params: StudentTParams) -> tuple[int, ...]:
+        """The shape of one scale a component, tied ones repeated."""
         shape = params.scale.shape
         return (params.mean.shape[0], *shape) if self._normal.tied else shape
 
     def _with_normal(self, stats: StudentTStats, normal: NormalParams) -> StudentTParams:
-        """The normal's M-step divides by the sum of r E[u]; the scale's own divisor is the number of rows."""
+        """Parameters from the M-step of the normal, which divides by sum r E[u] where a scale is divided by sum r."""
         weighted, rows = stats.moments.count, stats.count
         ratio = jnp.sum(weighted) / jnp.sum(rows) if self._normal.tied else weighted / rows
         ratio = ratio.reshape(ratio.shape + (1,) * (normal.covariance.ndim - ratio.ndim))
@@ -215,7 +226,7 @@ class StudentT:
         return StudentTParams(mean=normal.mean, scale=normal.covariance * ratio, degrees_of_freedom=nu)
 
     def _parts(self, params: StudentTParams, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The part of log p without rows (K,), and Mahalanobis distances squared (K, N)."""
+        """The terms of log p without rows (K,), and squared Mahalanobis distances (K, N)."""
         columns_here = params.mean.shape[-1]
         rows = checks.matrix("x", x)
         if rows.shape[1] != columns_here:
@@ -231,13 +242,13 @@ class StudentT:
 
 
 def _log_gammas(nu: jax.Array, stats: StudentTStats) -> jax.Array:
-    """Sum of r E[log Gamma(u; nu/2, nu/2)] without the terms that hold no nu: (K,)."""
+    """sum r E[log Gamma(u; nu/2, nu/2)], without the terms that hold no nu: (K,)."""
     half = 0.5 * nu
     return stats.count * (half * jnp.log(half) - jax.lax.lgamma(half)) + half * stats.log_scales
 
 
 def _solve(mean_log: jax.Array) -> jax.Array:
-    """nu with log(nu/2) - digamma(nu/2) = -1 - mean_log, mean_log (K,) = E[log u] - E[u] <= -1; within its limits."""
-    # Beyond the upper limit the left side, about 1 / nu, is next to nothing.
+    """The nu, within its limits, with log(nu/2) - digamma(nu/2) = -1 - mean_log, where mean_log = E[log u] - E[u]."""
+    # The left side is about 1 / nu for large nu: at the upper limit it is next to nothing.
     half = special.inverse_log_minus_digamma(jnp.maximum(-1 - mean_log, 0.5 / _MOST))
     return jnp.clip(2 * half, _LEAST, _MOST)

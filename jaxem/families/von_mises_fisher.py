@@ -1,4 +1,4 @@
-"""Directions: unit vectors about a mean direction, in any dimension; angles are the case of two columns."""
+"""Directions: unit vectors around a mean direction, in any dimension. Angles are the case of two columns."""
 
 import dataclasses
 import math
@@ -13,13 +13,17 @@ from ..record import record
 from . import columns
 from .bessel import bessel_odds, log_bessel
 
-# A proposal is accepted with a probability of about 0.66 or more: all of so many fail once in 10^15.
+# A proposal is accepted with a probability of about 0.66 or more: that all of so many fail happens once in 10^15 rows.
 _TRIES = 32
 
 
 @record
 class VonMisesFisherParams:
-    """mean_direction (K, D), of unit length; concentration (K,): 0 is uniform."""
+    """Parameters of K distributions of unit vectors.
+
+    mean_direction: (K, D), m, of unit length.
+    concentration: (K,), c, 0 for the uniform distribution.
+    """
 
     mean_direction: jax.Array
     concentration: jax.Array
@@ -27,7 +31,11 @@ class VonMisesFisherParams:
 
 @record
 class VonMisesFisherStats:
-    """count (K,) = sum r; resultant (K, D) = sum r x."""
+    """Sums over rows with responsibilities r.
+
+    count: (K,), sum r.
+    resultant: (K, D), sum r x.
+    """
 
     count: jax.Array
     resultant: jax.Array
@@ -38,11 +46,12 @@ class VonMisesFisherStats:
 class VonMisesFisher:
     """Unit vectors: log p(x|k) = c m'x + log(c^v / ((2 pi)^(D/2) I_v(c))), v = D/2 - 1, (m, c) those of k.
 
-    Data (N, D), rows of unit length (they are scaled to it exactly), D at least 2; an angle t is the
-    row (cos t, sin t). Missing entries are not taken. A concentration stays below D / (2 eps^(3/4)),
-    a component that gets there is degenerate: in float32 those above 1e4 lose digits.
-    prior: a VonMisesFisherStats as if seen before, count () or (K,), resultant (D,) or (K, D) shorter
-    than count; log_prior is then Q at it, the log-density of the conjugate prior up to a constant.
+    prior: pseudo-statistics, a VonMisesFisherStats of count () or (K,), and of a resultant (D,) or (K, D) that is
+        shorter than count. `log_prior` is then Q at these, the log-density of the conjugate prior up to a constant.
+
+    Data are rows of unit length (N, D), D at least 2, which are scaled to it exactly; an angle t is the row
+    (cos t, sin t). Missing entries are not taken. A concentration stays below D / (2 eps^(3/4)), and a component that
+    gets there is degenerate. In float32, concentrations above 1e4 lose digits.
     Banerjee, Dhillon, Ghosh & Sra (2005), Clustering on the unit hypersphere using von Mises-Fisher
     distributions, JMLR 6; Mardia & Jupp, Directional Statistics, section 10.3.
     Raises ValueError for rows that are not within 1e-3 of unit length.
@@ -55,7 +64,6 @@ class VonMisesFisher:
         "mean_direction": parameters.unit_vectors,
         "concentration": parameters.at_least_zero,
     }
-    collapses = True
 
     def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> VonMisesFisherParams:
         rows = _unit(x)
@@ -98,7 +106,7 @@ class VonMisesFisher:
         stats = columns.with_prior(self.prior, stats)
         if mean_direction is None:
             length = _norm(stats.resultant)
-            # Nothing points anywhere: any direction will do.
+            # Where the resultant is 0, any direction will do.
             north = jnp.zeros_like(stats.resultant).at[:, 0].set(1)
             mean_direction = jnp.where(length > 0, numerics.safe_divide(stats.resultant, length), north)
         mean_direction = jnp.broadcast_to(mean_direction, stats.resultant.shape)
@@ -189,9 +197,10 @@ def _unit(x: jax.Array) -> jax.Array:
 
 
 def _reflect(rows: jax.Array) -> jax.Array:
-    """Rows (N, D) with the first axis and another direction exchanged: the pole that charts leave out.
+    """Rows (N, D) reflected so that the first axis and another direction, the pole, change places; its own inverse.
 
-    No axis, nor anything else where a mean direction may well be.
+    A stereographic projection leaves out the pole, which is therefore no place where a mean direction may well be, such
+    as an axis.
     """
     num_columns = rows.shape[1]
     pole = np.cos(1.0 + np.arange(num_columns))
@@ -207,7 +216,7 @@ def _log_peak(params: VonMisesFisherParams) -> jax.Array:
 
 
 def _least_spread(dtype: jnp.dtype) -> float:
-    """Below it, 1 - |mean| is rounding."""
+    """Where 1 - |resultant| / count is smaller than this, it is nothing but rounding."""
     return float(jnp.finfo(dtype).eps) ** 0.75
 
 

@@ -1,7 +1,7 @@
 """One categorical latent a row: the posterior over components, and what is asked of rows once parameters are known.
 
-The latter are methods of a model whose `log_joint(params, x)` is log p(z_n = k, x_n), (K, N), and which has a gate
-where its weights depend on the row.
+The latter are methods of a model whose `log_joint(params, x)` is log p(z_n = k, x_n), (K, N), and whose `gate` is not
+None where its weights depend on the row.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters, tree
-from ..protocols import Data, Params
+from ..protocols import Data, Params, Stats
 from ..record import record
 from .expect import Exact, Hard, Sample
 
@@ -104,6 +104,16 @@ def _draw(responsibilities: jax.Array, expect: Sample) -> jax.Array:
     # Of each row, its draws up to component k; their differences over k are the draws of each.
     below = jax.lax.fori_loop(0, used, draw, jnp.zeros_like(upto))
     return jnp.diff(below, axis=0, prepend=0) / jnp.asarray(used, total.dtype)
+
+
+def stats(model: Any, params: Params, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None) -> Stats:
+    """The statistics under any responsibilities q (N, K); loglik stays that of `params`.
+
+    q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
+    """
+    x = checks.present(x, weights)
+    q = dataclasses.replace(model.infer(params, x), responsibilities=responsibilities.T)
+    return model.statistics(params, x, q, weights)
 
 
 @parameters.at_rows

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks
-from ..protocols import Data, Expect, Model, Nature, Params
+from ..protocols import Data, Expect, Model, Nature, Params, Stats
 from ..record import record, static
 
 
@@ -133,3 +133,9 @@ def ask(expect: Expect, model: Any, params: Params, x: Data) -> Any:
             f"{expect!r}"
         ) from None
     return posterior(model, params, x)
+
+
+def e_step(model: Any, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> Stats:
+    """Statistics expected under the posterior that `expect` gives, and the sum of its evidence: a model's E-step."""
+    x = checks.present(model.units(x), weights)
+    return model.statistics(params, x, ask(expect, model, params, x), weights)

@@ -13,4 +13,3 @@ from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStat
 from .mixture import Mixture as Mixture
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
-from .mixture import params_from_responsibilities as params_from_responsibilities

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities, checks, numerics, parameters, seeding, sequences, tree
-from ..latents import Exact, ask, markov
+from .. import capabilities, checks, latents, numerics, parameters, seeding, sequences, tree
+from ..latents import Exact, markov
 from ..latents.markov import observations, queries
 from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
@@ -46,6 +46,7 @@ class HMMStats:
     loglik: jax.Array
 
 
+@capabilities.completed("model")
 @record(kw_only=False)
 class HMM:
     """p(x, z) = initial_z1 prod_t transition_z(t-1),z(t) prod_t p(x_t | z_t), for any family of observations.
@@ -126,23 +127,15 @@ class HMM:
         """Statistics with these in place of the emissions': those of the chain have no reference to be moved."""
         return dataclasses.replace(stats, emissions=of["emissions"])
 
-    m_step = assembly.m_step
-    blocks = assembly.blocks
-    m_step_for = assembly.m_step_for
-    q_function = assembly.q_function
-    log_prior = assembly.log_prior
-    rebase = assembly.rebase
-    degenerate = assembly.degenerate
-    degrees = assembly.degrees
-    check_held = assembly.check_held
-    constrain = assembly.constrain
+    part_params = assembly.part_params
+    m_step, q_function, log_prior, rebase = assembly.surrogate
+    unconstrain, constrain = assembly.coordinates
+    blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
 
     @property
     def supports(self) -> parameters.Supports:
         """Where the values of parameters lie."""
         return {"initial": parameters.simplex, **assembly.supports(self)}
-
-    collapses = True
 
     @property
     def separable(self) -> tuple[str, ...]:
@@ -152,19 +145,14 @@ class HMM:
         """The data as `Sequences`: an axis of independent sequences first."""
         return sequences.as_sequences(x)
 
+    @seeding.start(*seeding.METHODS)
+    @functools.partial(jax.jit, static_argnames="method")
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++") -> Params:
         """A random start (pure in `key`, so `vmap` over keys gives many).
 
         method: as for `Mixture`; steps are given to states as rows are to components, whatever their order, and
         their moves counted, each kind of move once more than it is seen.
         """
-        checks.choice("method", method, seeding.METHODS)
-        x, weights = checks.native((x, weights))
-        self.check(x, weights)
-        return self._init(checks.random_key(key), self.units(x), weights, method)
-
-    @functools.partial(jax.jit, static_argnames="method")
-    def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None, method: str) -> HMMParams:
         x, weights = tree.present(tree.one_precision(x), weights)
         initial, transition = self._tables
         starts, moves, emissions = observations.start(key, self.family, x, weights, self.num_states, method)
@@ -202,12 +190,7 @@ class HMM:
             loglik=numerics.weighted_sum(evidence, weights),
         )
 
-    def e_step(
-        self, params: HMMParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
-    ) -> HMMStats:
-        """Expected starts, moves and observation statistics, and the sum of log p(x) over the sequences."""
-        x = checks.present(self.units(x), weights)
-        return self.statistics(params, x, ask(expect, self, params, x), weights)
+    e_step = latents.e_step
 
     def m_step_given(self, stats: HMMStats, *, transition: jax.Array) -> HMMParams:
         """The M-step with the transitions held, where the initial distribution follows from them."""
@@ -223,21 +206,11 @@ class HMM:
     sample = queries.sample
     sample_with_states = queries.sample_with_states
 
-    def num_parameters(self, params: HMMParams) -> int:
-        """Free parameters; without a support no probability is taken for a hard zero."""
-        self.check_count(params)
-        return assembly.num_parameters(self, params)
-
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
         """What information criteria count: the steps of all sequences."""
         x = self.units(x)
         steps = jnp.sum(x.inside(), axis=1).astype(tree.float_dtype(x.values))
         return numerics.weighted_sum(steps, weights)
-
-    def unconstrain(self, params: HMMParams) -> HMMParams:
-        """Continuation ratios of the chain's probabilities, the family's own coordinates for the emissions."""
-        theta = assembly.unconstrain(self, params)
-        return dataclasses.replace(theta, initial=theta.initial[:0]) if self.stationary else theta
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""

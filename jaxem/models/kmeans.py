@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .. import checks, numerics, parameters, seeding, tree
+from .. import checks, latents, numerics, parameters, seeding, tree
 from ..capabilities import completed
-from ..latents import Exact, Hard, ask
+from ..latents import Exact, Hard
 from ..numerics import tuning
 from ..protocols import Data, Expect
 from ..record import record, static
@@ -91,6 +91,8 @@ class KMeans:
     def __post_init__(self) -> None:
         checks.positive_integer("num_clusters", self.num_clusters)
 
+    @seeding.start(*INITS)
+    @functools.partial(jax.jit, static_argnames="method")
     def init(
         self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++"
     ) -> KMeansParams:
@@ -100,13 +102,6 @@ class KMeans:
         2 + log K candidates for every seed), "k-means||" (Bahmani et al. 2012: candidates drawn
         many at a time, then k-means++ among them) or "random_rows".
         """
-        checks.choice("method", method, INITS)
-        x, weights = checks.native((x, weights))
-        self.check(x, weights)
-        return self._init(checks.random_key(key), x, weights, method)
-
-    @functools.partial(jax.jit, static_argnames="method")
-    def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> KMeansParams:
         x, weights = tree.present(x, weights)
         rows, count = checks.matrix("x", x), self.num_clusters
         if method == "k-means||":
@@ -162,12 +157,7 @@ class KMeans:
 
         return jax.lax.cond(jnp.any(self.degenerate(stats)), refilled, lambda stats: stats, stats)
 
-    def e_step(
-        self, params: KMeansParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
-    ) -> KMeansStats:
-        """Counts and moments of the rows nearest to each centre, and minus the inertia."""
-        x = checks.present(x, weights)
-        return self.statistics(params, x, ask(expect, self, params, x), weights)
+    e_step = latents.e_step
 
     def m_step(self, stats: KMeansStats) -> KMeansParams:
         """The mean of each cluster's rows; an empty cluster keeps its centre."""

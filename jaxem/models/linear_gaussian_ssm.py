@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, numerics, parameters, sequences, tree
+from .. import checks, numerics, parameters, seeding, sequences, tree
 from ..families.linear_equation import LinearEquation
 from ..latents import Exact, linear_gaussian
 from ..latents.linear_gaussian import Forecast, StateMoments, SteadyState
@@ -51,7 +51,6 @@ class LinearGaussianSSM:
     prior: LinearGaussianSSMStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = COVARIANCES
-    collapses = True
 
     def __post_init__(self) -> None:
         checks.positive_integer("state_size", self.state_size)
@@ -76,18 +75,14 @@ class LinearGaussianSSM:
         """The data as `Sequences`: an axis of independent sequences first."""
         return sequences.as_sequences(x)
 
+    @seeding.start()
+    @jax.jit
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None) -> LinearGaussianSSMParams:
         """A random start (pure in `key`, so `vmap` over keys gives many).
 
         Independent states of unit variance that decay at different rates, and random emissions that explain half of
         the observations' variance (of their mean square, where there is no emission bias to take the mean).
         """
-        x, weights = checks.native((x, weights))
-        self.check(x, weights)
-        return self._init(checks.random_key(key), self.units(x), weights)
-
-    @jax.jit
-    def _init(self, key: jax.Array, x: Sequences, weights: jax.Array | None) -> LinearGaussianSSMParams:
         x, inputs = self._read(data.without_absent(x, weights))
         mean, variance = data.column_moments(x, weights, centred=self.emission_bias)
         return random_start(key, params_like(self.layout, x.values, inputs), mean, variance)

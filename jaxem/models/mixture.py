@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities, checks, numerics, parameters, seeding, tree
+from .. import capabilities, checks, latents, numerics, parameters, seeding, tree
 from ..data import allowed, as_labelled, split
-from ..latents import Exact, ask, categorical
+from ..latents import Exact, categorical
 from ..latents.categorical import CategoricalPosterior
 from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
@@ -47,6 +47,7 @@ class MixtureStats:
         return self.components.count
 
 
+@capabilities.completed("model")
 @record(kw_only=False)
 class Mixture:
     """p(x) = sum_k weights_k p(x | component k), for any family of components.
@@ -63,9 +64,6 @@ class Mixture:
     num_components: int = static()
     prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
     gate: Gate | None = dataclasses.field(default=None, kw_only=True)
-
-    separable = ("weights", "components")
-    collapses = True
 
     def __post_init__(self) -> None:
         checks.component_family(self.family)
@@ -84,22 +82,15 @@ class Mixture:
         }
 
     params_type = MixtureParams
-    params_of = assembly.params_of
-    part_statistics = assembly.part_statistics
-    with_part_statistics = assembly.with_part_statistics
-    m_step = assembly.m_step
-    blocks = assembly.blocks
-    m_step_for = assembly.m_step_for
-    q_function = assembly.q_function
-    log_prior = assembly.log_prior
-    rebase = assembly.rebase
-    degenerate = assembly.degenerate
-    degrees = assembly.degrees
-    check_held = assembly.check_held
-    unconstrain = assembly.unconstrain
-    constrain = assembly.constrain
+    part_params, params_of, part_statistics, with_part_statistics = assembly.by_name
+    m_step, q_function, log_prior, rebase = assembly.surrogate
+    unconstrain, constrain = assembly.coordinates
+    blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
     supports = property(assembly.supports)
+    separable = ("weights", "components")
 
+    @seeding.start(*seeding.METHODS)
+    @functools.partial(jax.jit, static_argnames="method")
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++") -> Params:
         """A random start (pure in `key`, so `vmap` over keys gives many).
 
@@ -108,26 +99,11 @@ class Mixture:
         of every row is then spread over all components. Rows of weight 0 are never seeds; a
         component with labelled rows is seeded by one of them.
         """
-        checks.choice("method", method, seeding.METHODS)
-        x, weights = checks.native((x, weights))
-        self.check(x, weights)
-        return self._init(checks.random_key(key), x, weights, method)
-
-    @functools.partial(jax.jit, static_argnames="method")
-    def _init(self, key: jax.Array, x: Data, weights: jax.Array | None, method: str) -> MixtureParams:
         x, weights = tree.present(tree.one_precision(x), weights)
-        rows, labels = split(x)
-        share = seeding.shares(key, self.family, rows, weights, self.num_components, method, labels)
-        return self._from_responsibilities(x, share, weights, seeding.SMOOTHING)
+        members = seeding.membership(key, self.family, x, weights, self.num_components, method)
+        return seeding.estimated(self, x, members, weights, seeding.SMOOTHING)
 
-    def params_from_responsibilities(
-        self, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
-    ) -> MixtureParams:
-        """The M-step from given responsibilities (N, K), or labels (N,) of a whole-number dtype."""
-        x, weights = checks.native((x, weights))
-        self.check(x, weights)
-        given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), self.num_weights)
-        return self._from_responsibilities(x, given, weights, 0.0)
+    params_from_responsibilities = seeding.params_from_responsibilities
 
     def infer(self, params: MixtureParams, x: Data, expect: Expect = Exact()) -> CategoricalPosterior:
         """The posterior over components of every row; its `evidence` is log p(x_n), (N,)."""
@@ -151,34 +127,13 @@ class Mixture:
             loglik=numerics.weighted_sum(evidence, weights),
         )
 
-    def e_step(
-        self, params: MixtureParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
-    ) -> MixtureStats:
-        """Expected counts and component statistics, sum_n w_n r_kn t(x_n), and sum_n w_n log p(x_n)."""
-        x = checks.present(x, weights)
-        return self.statistics(params, x, ask(expect, self, params, x), weights)
-
-    def stats(
-        self, params: MixtureParams, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
-    ) -> MixtureStats:
-        """The statistics under any responsibilities q (N, K); loglik stays that of `params`.
-
-        q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
-        """
-        x = checks.present(x, weights)
-        exact = self.infer(params, x)
-        return self.statistics(params, x, dataclasses.replace(exact, responsibilities=responsibilities.T), weights)
-
+    e_step = latents.e_step
+    stats = categorical.stats
     log_prob = categorical.log_prob
     posterior = categorical.responsibilities
     predict = categorical.likeliest
     sample = categorical.sample
     sample_with_labels = categorical.sample_with_labels
-
-    def num_parameters(self, params: MixtureParams) -> int:
-        """Free parameters: K - 1 weights and the components'."""
-        self.check_count(params)
-        return assembly.num_parameters(self, params)
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
@@ -193,10 +148,9 @@ class Mixture:
 
     def params_like(self, x: Data) -> MixtureParams:
         """The shapes that parameters have for such data."""
-        rows, parts = split(x)[0], self.parts
-        return MixtureParams(
-            weights=seeding.params_like(parts["weights"], rows, self.num_weights),
-            components=seeding.params_like(parts["components"], rows, self.num_components),
+        rows, counts = split(x)[0], self.counts
+        return self.params_of(
+            {name: seeding.params_like(part, rows, counts[name]) for name, part in self.parts.items()}
         )
 
     def floats_per_row(self, params: MixtureParams, x: Data) -> int:
@@ -205,9 +159,9 @@ class Mixture:
         own = parts["weights"].floats_per_row(params.weights) + parts["components"].floats_per_row(params.components)
         return 2 * self.num_weights + own
 
-    def floats_per_restart(self, params: MixtureParams, x: Data) -> int:
-        """The part of these that every restart has for itself, where several are run on the same rows."""
-        return self.floats_per_row(params, x) - self.parts["components"].shared_floats_per_row(params.components)
+    def shared_floats_per_row(self, params: MixtureParams, x: Data) -> int:
+        """The part of these that restarts on the same rows share."""
+        return self.parts["components"].shared_floats_per_row(params.components)
 
     def coarse(self) -> "Mixture":
         """The same model in its cheapest arithmetic, for the bulk of many restarts; itself where there is none."""
@@ -218,6 +172,11 @@ class Mixture:
     def num_weights(self) -> int:
         """Components, and those that the family adds by itself."""
         return self.num_components + self.parts["components"].extra_components
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many components every part is told that there are."""
+        return {"weights": self.num_weights, "components": self.num_components}
 
     def check_count(self, params: MixtureParams) -> None:
         """Raise unless parameters are a mixture's, with as many weights as it has components."""
@@ -232,24 +191,3 @@ class Mixture:
         joint = parts["weights"].log_prob(params.weights, rows)
         joint = joint + parts["components"].log_prob(params.components, rows)
         return joint if labels is None else jnp.where(allowed(labels, joint.shape[0]), joint, -jnp.inf)
-
-    @functools.partial(jax.jit, static_argnames="smoothing")
-    def _from_responsibilities(
-        self, x: Data, share: jax.Array, weights: jax.Array | None, smoothing: float
-    ) -> MixtureParams:
-        """M-step from labels (N,) or responsibilities (N, K)."""
-        x, weights = tree.present(x, weights)
-        rows, labels = split(x)
-        if labels is not None:
-            share = jnp.where(labels < 0, share, labels) if share.ndim == 1 else as_labelled(share.T, x).T
-        parts, counts = self.parts, {"weights": self.num_weights, "components": self.num_components}
-        pooled = {name: part.pooled(rows, weights, counts[name]) for name, part in parts.items()}
-        of = seeding.statistics(parts, pooled, rows, share, weights, self.num_weights, smoothing)
-        return self.params_of({name: part.m_step(of[name]) for name, part in parts.items()})
-
-
-def params_from_responsibilities(
-    model: Mixture, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
-) -> MixtureParams:
-    """The parameters that responsibilities (N, K), or whole-number labels (N,), lead to: one M-step."""
-    return model.params_from_responsibilities(x, responsibilities, weights)

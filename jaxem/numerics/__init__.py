@@ -16,10 +16,10 @@ from .elementary import (
 from .factorisations import (
     cholesky,
     covariance_to_real,
+    damped_least_squares,
     floored_cholesky,
     inverse_lower,
     real_to_covariance,
-    singular_values,
     solve,
 )
 from .krylov import gmres
@@ -27,6 +27,7 @@ from .krylov import gmres
 __all__ = [
     "cholesky",
     "covariance_to_real",
+    "damped_least_squares",
     "first_argmax",
     "first_largest",
     "floored_cholesky",
@@ -40,7 +41,6 @@ __all__ = [
     "safe_divide",
     "safe_log",
     "simplex_to_real",
-    "singular_values",
     "solve",
     "to_rank",
     "weighted_sum",

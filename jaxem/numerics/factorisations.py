@@ -190,6 +190,35 @@ def singular_values(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     return _lapack_svd(matrix)
 
 
+def damped_least_squares(rows: jax.Array, target: jax.Array, shrunk: jax.Array) -> jax.Array:
+    """The g (M,) that minimises |target - rowsᵀ g|² + damping |g|², for rows (M, P) and a target (P,).
+
+    shrunk: what the squared length of the undamped g is multiplied by, in (0, 1], which the damping is found for.
+    Directions that the rows lack, to rounding, are left out.
+    """
+    dtype = target.dtype
+    left, sizes, right = singular_values(rows)
+    along = right @ target
+    good = sizes > 8 * jnp.finfo(dtype).eps * len(rows) * sizes[0]
+    sizes = jnp.where(good, sizes, 1)
+
+    def coefficients(damping: jax.Array) -> jax.Array:
+        return jnp.where(good, sizes * along / (jnp.square(sizes) + damping), 0)
+
+    goal = shrunk * jnp.sum(jnp.square(coefficients(jnp.zeros((), dtype))))
+    scale = jnp.square(jnp.max(jnp.where(good, sizes, 0)))
+    low, high = jnp.log(jnp.finfo(dtype).eps) * 2, -jnp.log(jnp.finfo(dtype).eps)
+
+    def halve(_: int, between: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = between
+        middle = 0.5 * (low + high)
+        too_long = jnp.sum(jnp.square(coefficients(scale * jnp.exp(middle)))) > goal
+        return jnp.where(too_long, middle, low), jnp.where(too_long, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 30, halve, (low, high))
+    return coefficients(scale * jnp.exp(low)) @ left.T
+
+
 def covariance_to_real(covariance: jax.Array) -> jax.Array:
     """Log-Cholesky: positive definite (..., D, D) to R^(D(D+1)/2) (Pinheiro & Bates 1996)."""
     factor = cholesky(covariance)

@@ -1,7 +1,8 @@
 """A model's M-step, Q, prior, coordinates and all else that follows from its parts: written once, for all models.
 
-The functions of this file are the methods of what is `Assembled`, as in `m_step = assembly.m_step`. Models are, and so
-are families that consist of others.
+The functions of this file are the methods of what is `Assembled`: of models, and of families that consist of others.
+A class takes them in groups, each in the order in which it stands at the end of this file:
+`m_step, q_function, log_prior, rebase = assembly.surrogate`.
 """
 
 import functools
@@ -24,6 +25,10 @@ class Assembled(Protocol):
         """name -> `Part`, complete."""
         ...
 
+    def part_params(self, params: Params) -> dict[str, Params]:
+        """The parameters of every part."""
+        ...
+
     def params_of(self, values: dict[str, Any]) -> Params:
         """Parameters from those of every part."""
         ...
@@ -35,6 +40,11 @@ class Assembled(Protocol):
     def with_part_statistics(self, stats: Stats, of: dict[str, Any]) -> Stats:
         """Statistics with these in place of the parts'."""
         ...
+
+
+def part_params(self: Any, params: Params) -> dict[str, Params]:
+    """The parameters of every part, where they go by the parts' names."""
+    return fields(params)
 
 
 def params_of(self: Any, values: dict[str, Any]) -> Params:
@@ -59,44 +69,36 @@ def m_step(self: Assembled, stats: Stats) -> Params:
     return self.params_of({name: part.m_step(of[name]) for name, part in self.parts.items()})
 
 
-def blocks(self: Assembled, params: Params) -> tuple[str, ...]:
-    """Names of parameters with a conditional M-step of their own: parts, or "part.name" within one that has such."""
-    names: list[str] = []
-    for name, part in self.parts.items():
-        inside = statements.blocks(part, fields(params)[name])
-        names += [f"{name}.{block}" for block in inside] if inside else [name]
-    return tuple(names)
-
-
-def m_step_for(self: Assembled, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
-    """The M-step over the named blocks alone, all other parameters held where they are."""
-    of, values = self.part_statistics(stats), fields(params)
-    for name, part in self.parts.items():
-        inside = tuple(block.removeprefix(f"{name}.") for block in names if block.startswith(f"{name}."))
-        if inside:
-            values[name] = statements.m_step_for(part, values[name], of[name], inside)
-        elif name in names:
-            values[name] = part.m_step(of[name])
-    return self.params_of(values)
-
-
 def q_function(self: Assembled, params: Params, stats: Stats) -> jax.Array:
     """The sum of the parts' Q: the expected complete-data log-likelihood, linear in the statistics."""
-    of, values = self.part_statistics(stats), fields(params)
+    of, values = self.part_statistics(stats), self.part_params(params)
     return _total(part.q_function(values[name], of[name]) for name, part in self.parts.items())
 
 
 def log_prior(self: Assembled, params: Params) -> jax.Array:
     """The sum of the parts' log-densities of their priors; 0 without any."""
-    values = fields(params)
+    values = self.part_params(params)
     return _total(part.log_prior(values[name]) for name, part in self.parts.items())
 
 
 def rebase(self: Assembled, stats: Stats, params: Params) -> Stats:
     """The same statistics about the reference of `params`, exactly, where parts have one."""
-    of, values = self.part_statistics(stats), fields(params)
+    of, values = self.part_statistics(stats), self.part_params(params)
     moved = {name: part.rebase(of[name], values[name]) for name, part in self.parts.items()}
     return self.with_part_statistics(stats, moved)
+
+
+def unconstrain(self: Assembled, params: Params) -> Any:
+    """The parts' own unconstrained coordinates, in a record of the same kind; what follows from parts has none."""
+    values = self.part_params(params)
+    theta = {name: value[:0] for name, value in values.items() if name not in self.parts}
+    return replace(params, **theta, **{name: part.unconstrain(values[name]) for name, part in self.parts.items()})
+
+
+def constrain(self: Assembled, theta: Any) -> Params:
+    """Inverse of `unconstrain`."""
+    values = self.part_params(theta)
+    return self.params_of({name: part.constrain(values[name]) for name, part in self.parts.items()})
 
 
 def degenerate(self: Assembled, stats: Stats, held: tuple[str, ...] = ()) -> jax.Array:
@@ -107,14 +109,37 @@ def degenerate(self: Assembled, stats: Stats, held: tuple[str, ...] = ()) -> jax
     return functools.reduce(operator.or_, kept) if kept else jnp.zeros(0, bool)
 
 
+def blocks(self: Assembled, params: Params) -> tuple[str, ...]:
+    """Names of parameters with a conditional M-step of their own: parts, or "part.name" within one that has such."""
+    values = self.part_params(params)
+    names: list[str] = []
+    for name, part in self.parts.items():
+        inside = statements.blocks(part, values[name])
+        names += [f"{name}.{block}" for block in inside] if inside else [name]
+    return tuple(names)
+
+
+def m_step_for(self: Assembled, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
+    """The M-step over the named blocks alone, all other parameters held where they are."""
+    of, values = self.part_statistics(stats), self.part_params(params)
+    for name, part in self.parts.items():
+        inside = tuple(block.removeprefix(f"{name}.") for block in names if block.startswith(f"{name}."))
+        if inside:
+            values[name] = statements.m_step_for(part, values[name], of[name], inside)
+        elif name in names:
+            values[name] = part.m_step(of[name])
+    return self.params_of(values)
+
+
 def degrees(self: Assembled, params: Params) -> dict[str, int]:
     """Free parameters by name of the part."""
-    values = fields(params)
+    values = self.part_params(params)
     return {name: part.num_parameters(values[name]) for name, part in self.parts.items()}
 
 
 def num_parameters(self: Any, params: Params) -> int:
-    """Free parameters of all parts."""
+    """Free parameters of all parts. A probability counts as one unless a support rules it out."""
+    self.check_count(params)
     return sum(self.degrees(params).values())
 
 
@@ -124,18 +149,6 @@ def check_held(self: Assembled, values: dict[str, Any]) -> None:
         self.parts[name].check_value(name, value)
 
 
-def unconstrain(self: Assembled, params: Params) -> Any:
-    """The parts' own unconstrained coordinates, in a record of the same kind."""
-    values = fields(params)
-    return replace(params, **{name: part.unconstrain(values[name]) for name, part in self.parts.items()})
-
-
-def constrain(self: Assembled, theta: Any) -> Params:
-    """Inverse of `unconstrain`."""
-    values = fields(theta)
-    return self.params_of({name: part.constrain(values[name]) for name, part in self.parts.items()})
-
-
 def supports(self: Assembled) -> dict[str, Any]:
     """Where the values of the parts' parameters lie."""
     return {name: part.supports for name, part in self.parts.items()}
@@ -143,3 +156,9 @@ def supports(self: Assembled) -> dict[str, Any]:
 
 def _total(terms: Any) -> jax.Array:
     return functools.reduce(operator.add, terms)
+
+
+by_name = part_params, params_of, part_statistics, with_part_statistics
+surrogate = m_step, q_function, log_prior, rebase
+coordinates = unconstrain, constrain
+pieces = blocks, m_step_for, degenerate, degrees, num_parameters, check_held

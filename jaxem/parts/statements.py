@@ -159,8 +159,7 @@ class Fixed:
 
     def degenerate(self, stats: Stats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components that died or collapsed: what is held does not."""
-        inner = _inner(self)
-        return inner.degenerate(stats, held=(*held, *self.values)) if inner.collapses else inner.degenerate(stats)
+        return capabilities.degenerate(self.inner, stats, (*held, *self.values))
 
     def blocks(self, params: Params) -> tuple[str, ...]:
         """The model's blocks, but for those that are held."""

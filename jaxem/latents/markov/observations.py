@@ -46,9 +46,10 @@ def start(
     each = seen.astype(dtype)
     if weights is not None:
         each = each * jnp.tile(weights.astype(dtype), x.num_steps)
-    share = seeding.shares(key, family, rows, each, num_states, method)
-    stats = seeding.family_stats(family, rows, share, each, num_states, seeding.SMOOTHING)
-    states = seeding.responsibilities(share, num_states, seeding.SMOOTHING, dtype)
+    membership = seeding.membership(key, family, rows, each, num_states, method)
+    parts, counts = {"": capabilities.complete("part", family)}, {"": num_states}
+    stats = seeding.statistics(parts, counts, rows, membership, each, seeding.SMOOTHING)[""]
+    states = seeding.responsibilities(membership, num_states, seeding.SMOOTHING, dtype)
     states = (states * each[None]).reshape(num_states, x.num_steps, x.num_rows)
     links = x.links(dtype)
     before = states[:, :-1] * (jnp.ones((), dtype) if links is None else links[None])
