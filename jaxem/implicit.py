@@ -196,7 +196,7 @@ def _moves(
     _, right = jax.jvp(lambda values: system.residual(theta, values), (values,), (moves,))
     _, change = jax.linearize(lambda theta: system.residual(theta, values), theta)
     along = jax.lax.custom_linear_solve(
-        lambda move: -change(move), right, solve=numerics.gmres, transpose_solve=numerics.gmres
+        lambda move: -change(move), right, solve=numerics.gmres, transpose_solve=numerics.gmres_in_range
     )
     # NaN, and no plausible number, where a fit has not come to its limit.
     known = jnp.where(status == Status.CONVERGED, 1, jnp.nan).astype(theta.dtype)

@@ -16,8 +16,10 @@ from jaxem import (
     Fixed,
     Gradient,
     Mixture,
+    MixtureParams,
     Normal,
     NormalInverseWishart,
+    NormalParams,
     Status,
     anderson,
     annealed_em,
@@ -29,7 +31,7 @@ from jaxem import (
     stochastic_em,
 )
 from jaxem.capabilities import complete
-from jaxem.numerics import gmres
+from jaxem.numerics import gmres, gmres_in_range
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -42,7 +44,7 @@ def _covector(found):
     return jnp.cos(1.7 * jnp.arange(found.size))
 
 
-def _agrees(fit, at, direction, *, forward=False, step=1e-4, rtol=1e-5):
+def _agrees(fit, at, direction, *, forward=False, step=3e-3, rtol=2e-5):
     """The slope of `fit(value) -> Result` along a direction is Richardson's difference of refits.
 
     In reverse mode, of one combination of all that has a slope; in forward mode of each.
@@ -88,9 +90,12 @@ def test_the_whole_zoo(name):
 
 
 RNG = np.random.default_rng(3)
-X = jnp.asarray(np.concatenate([RNG.normal(size=(30, 2)), RNG.normal(size=(25, 2)) * [0.8, 1.3] + [3, 1]]))
+X = np.concatenate([RNG.normal(size=(30, 2)), RNG.normal(size=(25, 2)) * [0.8, 1.3] + [3, 1]])
 MODEL = Mixture(Normal("full"), 2)
-START = MODEL.params_from_responsibilities(X, np.repeat([0, 1], [30, 25]))
+START = MixtureParams(
+    weights=np.array([0.5, 0.5]),
+    components=NormalParams(mean=np.array([[0.0, 0.0], [3.0, 1.0]]), covariance=np.stack([np.eye(2)] * 2)),
+)
 PRECISE = {"tol": 1e-13, "max_steps": 20_000}
 
 
@@ -115,7 +120,7 @@ def _held(mean):
     [
         (lambda x: em_fit(MODEL, START, x, **PRECISE), X),
         (lambda s: em_fit(_prior(s), START, X, **PRECISE), {"scale": 0.7, "shrinkage": 1.5, "weights": 3.0}),
-        (lambda mean: em_fit(_held(mean), START, X, **PRECISE), jnp.array([[0.1, -0.2], [3.1, 1.2]])),
+        (lambda mean: em_fit(_held(mean), START, X, **PRECISE), np.array([[0.1, -0.2], [3.1, 1.2]])),
         (lambda t: em_fit(MODEL, START, X, algorithm=EM(expect=Exact(t)), **PRECISE), 0.8),
     ],
     ids=["data", "priors", "held values", "temperature"],
@@ -123,8 +128,8 @@ def _held(mean):
 def test_all_that_is_given_counts(fit, at):
     """In both modes; the objective moves with a held value as the likelihood does, with no M-step between them."""
     at = jax.tree.map(jnp.asarray, at)
-    direction = jax.tree.map(lambda leaf: jnp.asarray(RNG.normal(size=leaf.shape)), at)
-    _agrees(fit, at, direction, forward=True, step=1e-3)
+    direction = jax.tree.map(lambda leaf: jnp.asarray(np.cos(1 + np.arange(leaf.size)).reshape(leaf.shape)), at)
+    _agrees(fit, at, direction, forward=True)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_a_limit_does_not_know_what_led_there(algorithm):
         return jax.grad(lambda x: _mean(em_fit(MODEL, START, x, algorithm=algorithm, **PRECISE)))(X)
 
     plain = slope(EM())
-    np.testing.assert_allclose(slope(algorithm), plain, rtol=1e-5, atol=1e-6 * np.max(np.abs(plain)))
+    np.testing.assert_allclose(slope(algorithm), plain, rtol=0, atol=1e-5 * np.max(np.abs(plain)))
 
 
 def _shifted_coins():
@@ -164,11 +169,11 @@ def test_where_q_is_climbed_the_objective_is_level():
     heads, model = jnp.array([5.0, 9.0, 8.0, 4.0, 7.0]), _shifted_coins()
     fit = lambda heads: em_fit(model, jnp.array([0.4, 0.0]), heads, **PRECISE)  # noqa: E731
     assert fit(heads).status == Status.CONVERGED
-    _agrees(fit, heads, jnp.array([1.0, -0.5, 0.3, 0.2, 0.7]), forward=True, step=1e-3)
+    _agrees(fit, heads, jnp.array([1.0, -0.5, 0.3, 0.2, 0.7]), forward=True)
 
 
 def test_a_block_that_is_frozen_does_not_move():
-    algorithm = EM(maximize=Conditional("components"))
+    algorithm = EM(maximize=Conditional(("components.mean", "components.covariance")))
     fit = lambda x: em_fit(MODEL, START, x, algorithm=algorithm, **PRECISE)  # noqa: E731
     _agrees(fit, X, jnp.asarray(RNG.normal(size=X.shape)))
     assert np.all(jax.grad(lambda x: fit(x).params.weights[0])(X) == 0)
@@ -184,8 +189,8 @@ def test_derivatives_of_higher_order():
     direction = jnp.asarray(RNG.normal(size=X.shape))
     along = lambda t: _mean(em_fit(MODEL, START, X + t * direction, **PRECISE))  # noqa: E731
     slope = jax.jit(jax.grad(along))
-    difference = (slope(1e-3) - slope(-1e-3)) / 2e-3
-    np.testing.assert_allclose(jax.jit(jax.hessian(along))(0.0), difference, rtol=1e-5)
+    wide, narrow = ((slope(h) - slope(-h)) / (2 * h) for h in (1e-2, 5e-3))
+    np.testing.assert_allclose(jax.jit(jax.hessian(along))(0.0), (4 * narrow - wide) / 3, rtol=1e-4)
 
 
 def test_restarts_have_the_derivative_of_the_best():
@@ -195,7 +200,7 @@ def test_restarts_have_the_derivative_of_the_best():
     runs = best(X)
     alone = jax.grad(lambda x: _mean(em_fit(MODEL, runs.best.params, x, **PRECISE)))(X)
     found = jax.jit(jax.grad(lambda x: _mean(best(x).best)))(X)
-    np.testing.assert_allclose(found, alone, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5 * np.max(np.abs(alone)))
     assert np.all(np.isnan(jax.grad(lambda x: jnp.sum(best(x).objective))(X)))
 
 
@@ -230,12 +235,10 @@ def test_a_fixed_number_of_steps_is_unrolled():
 
 
 def test_float32_survives():
-    slopes = [
-        jax.grad(lambda x: _mean(em_fit(MODEL, jax.tree.map(x.dtype.type, START), x, tol=tol)))(x)
-        for x, tol in ((X.astype(jnp.float32), 1e-6), (X, 1e-13))
-    ]
-    assert slopes[0].dtype == jnp.float32
-    np.testing.assert_allclose(slopes[0], slopes[1], rtol=0, atol=5e-3 * np.max(np.abs(slopes[1])))
+    single = jax.grad(lambda x: _mean(em_fit(MODEL, jax.tree.map(np.float32, START), x)))(X.astype(np.float32))
+    double = jax.grad(lambda x: _mean(em_fit(MODEL, START, x, **PRECISE)))(X)
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single, double, rtol=0, atol=5e-3 * np.max(np.abs(double)))
 
 
 @pytest.mark.parametrize("size", [1, 7, 130])
@@ -257,3 +260,11 @@ def test_singular_linear_systems():
     solve = jax.jit(lambda right: gmres(lambda v: matrix @ v, right))
     np.testing.assert_allclose(solve(jnp.array([1.0, 1.0, 0.0])), [1, 2, 0], atol=1e-12)
     assert np.all(np.isnan(solve(jnp.array([1.0, 1.0, 1.0]))))
+    # x = M b for consistent b; of the transpose nothing has to be consistent.
+    random = np.random.default_rng(0)
+    basis = np.eye(5) + 0.3 * random.normal(size=(5, 5))
+    singular = basis @ np.diag([1.0, 0.6, 0.3, 0.1, 0.0]) @ np.linalg.inv(basis)
+    inverse = basis @ np.diag([1.0, 1 / 0.6, 1 / 0.3, 10.0, 0.0]) @ np.linalg.inv(basis)
+    right = random.normal(size=5)
+    np.testing.assert_allclose(gmres(lambda v: singular @ v, singular @ right), inverse @ singular @ right, atol=1e-9)
+    np.testing.assert_allclose(gmres_in_range(lambda v: singular.T @ v, right), inverse.T @ right, atol=1e-7)

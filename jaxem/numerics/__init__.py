@@ -22,7 +22,7 @@ from .factorisations import (
     real_to_covariance,
     solve,
 )
-from .krylov import gmres
+from .krylov import gmres, gmres_in_range
 
 __all__ = [
     "cholesky",
@@ -32,6 +32,7 @@ __all__ = [
     "first_largest",
     "floored_cholesky",
     "gmres",
+    "gmres_in_range",
     "inverse_lower",
     "normalize",
     "product",

@@ -32,6 +32,23 @@ def gmres(times: Callable[[jax.Array], jax.Array], right: jax.Array) -> jax.Arra
     return jnp.where(size <= jnp.sqrt(eps) * length, found, jnp.nan)
 
 
+def gmres_in_range(times: Callable[[jax.Array], jax.Array], right: jax.Array) -> jax.Array:
+    """The same where only a part of `right` can be reached: the solution for that part, which is an image itself.
+
+    It is what the transpose of `gmres` has to be: a matrix A that is singular, but none of whose powers lose more, has
+    one inverse within its range, whose transpose is that of Aᵀ. It solves A² x = A right, the rest of which is 0, and
+    is asked for only where A x = right has no solution: the square of a matrix costs digits.
+    (The group inverse; Ben-Israel & Greville, Generalized Inverses, section 4.4.)
+    """
+    found = gmres(times, right)
+    solved = jnp.all(jnp.isfinite(found))
+
+    def of_square(_: jax.Array, found: jax.Array) -> jax.Array:
+        return gmres(lambda vector: times(times(vector)), times(right))
+
+    return jax.lax.fori_loop(0, jnp.where(solved, 0, 1), of_square, found)
+
+
 def _nearest(times: Callable[[jax.Array], jax.Array], rest: jax.Array, enough: jax.Array) -> jax.Array:
     """One cycle: of the Krylov space of `rest`, the vector whose image is nearest to it, or no further than `enough`.
 
