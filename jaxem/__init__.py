@@ -41,6 +41,9 @@ from .families import Binomial as Binomial
 from .families import BinomialParams as BinomialParams
 from .families import Categorical as Categorical
 from .families import CategoricalParams as CategoricalParams
+from .families import CensoredNormal as CensoredNormal
+from .families import CensoredNormalParams as CensoredNormalParams
+from .families import CensoredRegression as CensoredRegression
 from .families import Exponential as Exponential
 from .families import ExponentialParams as ExponentialParams
 from .families import Gamma as Gamma
@@ -48,10 +51,13 @@ from .families import GammaParams as GammaParams
 from .families import LinearRegression as LinearRegression
 from .families import LinearRegressionParams as LinearRegressionParams
 from .families import LogisticRegression as LogisticRegression
+from .families import LowRankNormal as LowRankNormal
+from .families import LowRankNormalParams as LowRankNormalParams
 from .families import Multinomial as Multinomial
 from .families import MultinomialParams as MultinomialParams
 from .families import NegativeBinomial as NegativeBinomial
 from .families import NegativeBinomialParams as NegativeBinomialParams
+from .families import NoisyNormal as NoisyNormal
 from .families import Normal as Normal
 from .families import NormalInverseWishart as NormalInverseWishart
 from .families import NormalParams as NormalParams
@@ -71,8 +77,12 @@ from .families import default_prior as default_prior
 from .families import pseudo_rows as pseudo_rows
 from .fit import Result as Result
 from .fit import em_fit as em_fit
+from .latents.linear_gaussian.rotations import varimax as varimax
 from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM
+from .models import PPCA as PPCA
+from .models import FactorAnalysis as FactorAnalysis
+from .models import FactorAnalysisParams as FactorAnalysisParams
 from .models import HMMParams as HMMParams
 from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
@@ -80,6 +90,9 @@ from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
+from .models import MultivariateNormal as MultivariateNormal
+from .models import MultivariateNormalParams as MultivariateNormalParams
+from .models import PPCAParams as PPCAParams
 from .models import from_functions as from_functions
 from .parts import Fixed as Fixed
 from .parts import Tied as Tied

@@ -113,18 +113,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _covariances_for(sheet: Sheet, asked: list[str] | None) -> Sequence[str]:
-    """The covariances that were asked for, or those that differ; Refusal for one that takes no missing values."""
+    """The covariances that were asked for, or those that differ; with missing values those that fit the quickest."""
     one = len(sheet.columns) == 1
-    if not np.any(np.isnan(sheet.rows)):
-        # A single column's diagonal and spherical covariances are its full one.
-        return asked or _COVARIANCES[: 2 if one else None]
-    for name in asked or ():
-        if name in ("full", "tied"):
-            raise Refusal(
-                f"{sheet.name} has missing values, which {name} covariances do not integrate out; leave {name} out of "
-                "--covariance, drop those rows, or fill the values in"
-            )
-    return asked or ("diag", "tied_diag" if one else "spherical")
+    if np.any(np.isnan(sheet.rows)):
+        return asked or ("diag", "tied_diag" if one else "spherical")
+    # A single column's diagonal and spherical covariances are its full one.
+    return asked or _COVARIANCES[: 2 if one else None]
 
 
 @contextlib.contextmanager

@@ -66,8 +66,12 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "unconstrain": lambda model: lambda params: params,
         "constrain": lambda model: lambda theta: theta,
         "rebase": lambda model: lambda stats, params: stats,
+        # To know that no entry is missing saves nothing.
+        "without_missing": lambda model: lambda: model,
         # There is no cheaper arithmetic, how many temporaries there are is not known, and restarts share none of them.
         "coarse": lambda model: lambda: model,
+        # Its M-steps are taken as they are.
+        "expanded": lambda model: lambda params, stats, **statements: params,
         "floats_per_row": _none,
         "shared_floats_per_row": lambda model: lambda params, x: 0,
         # Starts are given, the M-step is a climb of Q or has no need of it, and is one for all parameters.
@@ -89,12 +93,20 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "check_value": lambda part: lambda name, value: None,
         # There is no cheaper arithmetic.
         "coarse": lambda part: lambda: part,
+        # Its M-steps are taken as they are.
+        "expanded": lambda part: lambda params, stats, **statements: params,
         # To know that no entry is missing saves nothing.
         "without_missing": lambda part: lambda: part,
         # It adds no component by itself.
         "extra_components": lambda part: 0,
         # Two M-steps make a start: the first centres statistics on the components' own means.
         "start_passes": lambda part: 2,
+        # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
+        "correlated": lambda part: False,
+        # There are no values to put in place of missing ones.
+        "expected_values": _none,
+        "drawn_values": _none,
+        "completed": _none,
         # Restarts on the same rows share none of its temporaries.
         "shared_floats_per_row": lambda part: lambda params: 0,
     },
@@ -112,6 +124,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Those that all components can share, and the common value, None where it is that of the pooled statistics.
         "shareable": lambda inner: (),
         "share": lambda inner: None,
+        # Whether what is shared changes the M-step of others: `m_step_given` is then told, as `shared`.
+        "shares_jointly": lambda inner: False,
+        # Its M-steps are taken as they are.
+        "expanded": lambda inner: lambda params, stats, **statements: params,
         # Free parameters by name: as many as each has coordinates.
         "degrees": lambda inner: functools.partial(_degrees, inner),
         # Other forms of it.
@@ -250,6 +266,11 @@ def states(completed: Any, *names: str) -> bool:
     """Whether an object has all of these by itself, and none by default."""
     inner = original(completed)
     return all(hasattr(inner, name) and not isinstance(getattr(type(inner), name, None), _Default) for name in names)
+
+
+def informed(model: Any, x: Any) -> Any:
+    """The complete model in its form for such data: where it can be seen that nothing is missing, less is compiled."""
+    return model.without_missing() if tree.nothing_missing(x) else model
 
 
 def fitted_model(model: Any) -> Model:

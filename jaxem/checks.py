@@ -194,6 +194,12 @@ def some_observed(message: str) -> None:
         raise ValueError(message)
 
 
+def warn_of_fit(message: str) -> None:
+    """Warn, in the user's own line, where parameters are to be estimated."""
+    if _ESTIMATING.get():
+        warnings.warn(message, stacklevel=_users_frame())
+
+
 @contextlib.contextmanager
 def without_estimation() -> Iterator[None]:
     """Within it data are checked as ones that known parameters are applied to: one row is enough, whatever it lacks."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
-from .capabilities import complete, fitted_model, fitting_algorithm
+from .capabilities import complete, fitted_model, fitting_algorithm, informed
 from .em import EM, anderson, objective
 from .protocols import Algorithm, Data, Model, Params
 from .record import fields, record
@@ -247,6 +247,7 @@ def em_fit(
     algorithm = chosen(model, algorithm)
     checks.limits(tol, max_steps)
     x, weights = data_of(model, x, weights, sees_all=sees_all_rows(model, algorithm))
+    model = informed(model, x)
     parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)

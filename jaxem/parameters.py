@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, tree
-from .capabilities import complete
+from .capabilities import complete, informed, original
 from .protocols import Algorithm, Data, Model, Params
 from .record import fields
 
@@ -202,6 +202,7 @@ def at_rows(method: Callable) -> Any:
         with checks.without_estimation():
             self.check(x)
         check("params", self, params, x)
-        return method(self, checks.native(params), x, *rest, **options)
+        model = original(informed(complete("model", self), x))
+        return method(model, checks.native(params), x, *rest, **options)
 
     return checked

@@ -91,6 +91,11 @@ class Model(Protocol):
         ...
 
     @property
+    def expanded(self) -> Any:
+        """(params, stats) -> params, what parts make of an M-step's parameters beyond Q; see `Family`."""
+        ...
+
+    @property
     def likelihood(self) -> bool:
         """Whether the objective is one; else it has no unit of its own."""
         ...
@@ -233,7 +238,8 @@ class Family(Part, Protocol):
     Of its optional members, which stand in `capabilities`, some are about statements: `separable` names parameters
     whose being held or shared leaves the M-step of the others as it is, `m_step_given(stats, **held)` holds others,
     `shareable` names what components can share, and `share(stats, name, params)` is the common value given the M-step
-    of all others (see `Fixed` and `Tied`).
+    of all others (see `Fixed` and `Tied`). `expanded(params, stats)` is what parameter expansion makes of an M-step
+    from statistics of all rows: parameters of no lower likelihood (Liu, Rubin & Wu 1998, PX-EM, Biometrika 85).
     """
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
@@ -294,7 +300,7 @@ class Gather(Protocol):
 
     @property
     def rate(self) -> Any:
-        """The share of its statistics that an update renews: a number, or a function of the update's number."""
+        """The fraction of its statistics that an update renews: a number, or a function of the update's number."""
         ...
 
     @property

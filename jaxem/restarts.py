@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
-from .capabilities import fitted_model
+from .capabilities import fitted_model, informed
 from .fit import Result, chosen, data_of, differentiable, history_capacity, sees_all_rows
 from .numerics import tuning
 from .protocols import Data, Params
@@ -190,6 +190,7 @@ def fit_restarts(
     # A start of the user's own is drawn from the rows as they are.
     sees_all = sees_all_rows(model, algorithm) and not callable(init)
     x, weights = tree.present(*data_of(model, x, weights, sees_all))
+    model = informed(model, x)
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
         parameters.check("init", model, starts, x, lead=(num_restarts,))

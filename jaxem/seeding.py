@@ -34,7 +34,8 @@ def start(*methods: str) -> Callable:
                 checks.choice("method", options["method"], methods)
             x, weights = checks.native((x, weights))
             self.check(x, weights)
-            return init(self, checks.random_key(key), self.units(x), weights, **options)
+            known = capabilities.informed(capabilities.complete("model", self), x)
+            return init(capabilities.original(known), checks.random_key(key), known.units(x), weights, **options)
 
         return checked
 
@@ -114,7 +115,7 @@ def statistics(
 
     def again(_: int, values: dict[str, Params]) -> dict[str, Params]:
         of = at(values)
-        return {name: part.m_step(of[name]) for name, part in parts.items()}
+        return {name: part.expanded(part.m_step(of[name]), of[name]) for name, part in parts.items()}
 
     passes = max(part.start_passes for part in parts.values())
     return at(jax.lax.fori_loop(0, passes - 1, again, pooled))
@@ -127,7 +128,8 @@ def params_from_responsibilities(
     x, weights = checks.native((x, weights))
     model.check(x, weights)
     given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), model.num_weights)
-    return estimated(model, x, given, weights, 0.0)
+    known = capabilities.original(capabilities.informed(capabilities.complete("model", model), x))
+    return estimated(known, x, given, weights, 0.0)
 
 
 @functools.partial(jax.jit, static_argnames="smoothing")
@@ -142,7 +144,7 @@ def estimated(model: Any, x: Data, membership: jax.Array, weights: jax.Array | N
         numbered = membership.ndim == 1
         membership = jnp.where(labels < 0, membership, labels) if numbered else as_labelled(membership.T, x).T
     of = statistics(model.parts, model.counts, rows, membership, weights, smoothing)
-    return model.params_of({name: part.m_step(of[name]) for name, part in model.parts.items()})
+    return model.params_of({name: part.expanded(part.m_step(of[name]), of[name]) for name, part in model.parts.items()})
 
 
 def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -172,6 +174,23 @@ def _first(key: jax.Array, weights: jax.Array | None, points: jax.Array) -> jax.
     return jnp.minimum(height.astype(jnp.int32), rows - 1)
 
 
+def _one_seed(
+    key: jax.Array, weights: jax.Array | None, points: jax.Array, num_seeds: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Squared distances to the nearest seed (N,), which that is (N,), and the seeds (K,), after the first is drawn."""
+    first = _first(jax.random.fold_in(key, 0), weights, points)
+    return (
+        _distances(points, first),
+        jnp.zeros(points.shape[0], jnp.int32),
+        jnp.zeros(num_seeds, jnp.int32).at[0].set(first.astype(jnp.int32)),
+    )
+
+
+def _distances(points: jax.Array, seed: jax.Array) -> jax.Array:
+    """Squared distances (N,) of all rows to one of them."""
+    return jnp.sum(jnp.square(points - points[seed][None]), axis=-1)
+
+
 def kmeans_plusplus(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -188,18 +207,11 @@ def kmeans_plusplus(
         # Once every row coincides with a seed there is no distance left to draw by.
         mass = jnp.where(jnp.sum(mass) > 0, mass, each)
         seed = _draw(jax.random.fold_in(key, k), mass)
-        to_seed = jnp.sum(jnp.square(points - points[seed][None]), axis=-1)
+        to_seed = _distances(points, seed)
         closer = to_seed < distance
         return jnp.minimum(distance, to_seed), jnp.where(closer, k, nearest), seeds.at[k].set(seed)
 
-    rows = points.shape[0]
-    first = _first(jax.random.fold_in(key, 0), weights, points)
-    start = (
-        jnp.sum(jnp.square(points - points[first][None]), axis=-1),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros(num_seeds, jnp.int32).at[0].set(first.astype(jnp.int32)),
-    )
-    _, nearest, seeds = jax.lax.fori_loop(1, num_seeds, body, start)
+    _, nearest, seeds = jax.lax.fori_loop(1, num_seeds, body, _one_seed(key, weights, points, num_seeds))
     return seeds, nearest
 
 
@@ -221,19 +233,13 @@ def greedy_kmeans_plusplus(
         mass = jnp.where(jnp.sum(mass) > 0, mass, each)
         keys = jax.random.split(jax.random.fold_in(key, k), candidates)
         drawn = jax.vmap(_draw, in_axes=(0, None))(keys, mass)
-        to_drawn = jax.vmap(lambda seed: jnp.sum(jnp.square(points - points[seed][None]), axis=-1))(drawn)
+        to_drawn = jax.vmap(_distances, in_axes=(None, 0))(points, drawn)
         best = jnp.argmin(numerics.weighted_sum(jnp.minimum(to_drawn, distance[None]), weights))
         closer = to_drawn[best] < distance
         distance = jnp.minimum(distance, to_drawn[best])
         return distance, jnp.where(closer, k, nearest), seeds.at[k].set(drawn[best].astype(jnp.int32))
 
-    first = _first(jax.random.fold_in(key, 0), weights, points)
-    start = (
-        jnp.sum(jnp.square(points - points[first][None]), axis=-1),
-        jnp.zeros(points.shape[0], jnp.int32),
-        jnp.zeros(num_seeds, jnp.int32).at[0].set(first.astype(jnp.int32)),
-    )
-    _, nearest, seeds = jax.lax.fori_loop(1, num_seeds, body, start)
+    _, nearest, seeds = jax.lax.fori_loop(1, num_seeds, body, _one_seed(key, weights, points, num_seeds))
     return seeds, nearest
 
 
@@ -248,7 +254,7 @@ def random_rows(
 
     def body(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         distance, nearest = carry
-        to_seed = jnp.sum(jnp.square(points - points[seeds[k]][None]), axis=-1)
+        to_seed = _distances(points, seeds[k])
         return jnp.minimum(distance, to_seed), jnp.where(to_seed < distance, k, nearest)
 
     rows = points.shape[0]

@@ -215,8 +215,7 @@ def as_sequences(x: Any) -> Sequences:
             full = bool(jnp.all(jnp.asarray(x.lengths) == x.num_steps))
             x = dataclasses.replace(x, lengths=None) if full else x
         if x.complete is None and checks.is_concrete(x.values):
-            floats = [leaf for leaf in jax.tree.leaves(x.values) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            x = dataclasses.replace(x, complete=not any(checks.has_nan(leaf) for leaf in floats))
+            x = dataclasses.replace(x, complete=tree.nothing_missing(x.values))
     return x
 
 

@@ -97,7 +97,7 @@ class _Case:
 
         def counted(*arguments: Any, **options: Any) -> Any:
             self.traces.append(None)
-            return em_fit(*arguments, **options)
+            return em_fit(*arguments, algorithm=EM(), **options)
 
         return jax.jit(counted)
 

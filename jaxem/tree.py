@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import checks
 from .numerics import tuning
 
 Tree = Any
@@ -74,6 +75,12 @@ def all_finite(a: Tree) -> jax.Array:
     """Whether every entry of every floating-point leaf is finite; a scalar boolean."""
     floats = [leaf for leaf in jax.tree.leaves(a) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats])) if floats else jnp.array(True)
+
+
+def nothing_missing(x: Tree) -> bool:
+    """Whether it can be seen that no floating-point entry of the data is NaN."""
+    floats = [leaf for leaf in jax.tree.leaves(x) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    return checks.is_concrete(x) and not any(checks.has_nan(leaf) for leaf in floats)
 
 
 def num_rows(x: Tree) -> int:

@@ -22,6 +22,8 @@ from jaxem import (
     Binomial,
     Categorical,
     CategoricalParams,
+    CensoredNormal,
+    CensoredNormalParams,
     Exponential,
     Gamma,
     GammaParams,
@@ -147,10 +149,37 @@ def _elliptic(params, matrices, laws, law_of_square):
     return Rows(lambda x: np.stack([law.logpdf(x) for law in laws]), p_value)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Observed:
+    """A normal distribution of what is observed of rows."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def logpdf(self, x):
+        def one(row, seen):
+            law = st.multivariate_normal(self.mean[seen], self.covariance[np.ix_(seen, seen)]) if np.any(seen) else None
+            return law.logpdf(row[seen]) if law else 0.0
+
+        return np.array([one(row, seen) for row, seen in zip(x, ~np.isnan(x), strict=True)])
+
+
 def _normal(params, _):
     matrices = np.asarray(params.covariance)
-    laws = [st.multivariate_normal(np.asarray(m), c) for m, c in zip(params.mean, matrices, strict=True)]
+    laws = [_Observed(np.asarray(m), c) for m, c in zip(params.mean, matrices, strict=True)]
     return _elliptic(params, matrices, laws, st.chi2(2))
+
+
+def _censored(params, upper):
+    """Rows whose upper bounds stand beside: probabilities where these differ from the lower ones."""
+    law = st.norm(np.asarray(params.mean)[:, None], np.sqrt(params.variance)[:, None])
+
+    def logpdf(lower):
+        with np.errstate(divide="ignore"):
+            mass = np.log(np.where(lower > 0, law.sf(lower) - law.sf(upper), law.cdf(upper) - law.cdf(lower)))
+        return np.where(lower == upper, law.logpdf(np.clip(lower, -9, 9)), mass)
+
+    return Rows(logpdf, lambda rows: st.kstest(rows, st.norm(law.mean()[0, 0], law.std()[0, 0]).cdf).pvalue)
 
 
 def _student_t(params, _):
@@ -283,12 +312,20 @@ def cases() -> dict[str, Case]:
             negative_binomial,
             NegativeBinomialParams(mean=none, concentration=scarce.at[1].set(jnp.array([1e-3, 1e2, 1e5]))),
         ),
-        "normal": Case(Normal("full"), NormalParams(mean=mean, covariance=covariance), plane, _normal, missing=False),
+        "normal": Case(Normal("full"), NormalParams(mean=mean, covariance=covariance), plane, _normal),
         "normal, diag": Case(
             Normal("diag"),
             NormalParams(mean=rate, covariance=scarce),
             waits,
             lambda p, _: st.norm(p.mean[:, None], np.sqrt(p.covariance[:, None])),
+        ),
+        "censored normal": Case(
+            CensoredNormal(),
+            CensoredNormalParams(mean=jnp.array([0.5, -1.0]), variance=jnp.array([1.0, 4.0])),
+            (np.r_[plane[:9, 0], -np.inf, 1.0, -np.inf], np.r_[plane[:6, 0], plane[6:9, 0] + 1, -1.0, np.inf, np.inf]),
+            _censored,
+            CensoredNormalParams(mean=jnp.array([0.5, 3.0]), variance=jnp.array([100.0, 0.25])),
+            missing=False,
         ),
         "student t": Case(
             StudentT(),
@@ -373,7 +410,7 @@ def test_samplers_draw_from_the_density(name, x64):
     drawn = jax.jit(case.family.sample)(jax.random.key(3), case.params, jnp.arange(4000) % 2)
     case.family.check(drawn)
     for component in (0, 1):
-        rows = np.asarray(drawn)[component::2]
+        rows = np.asarray(jax.tree.leaves(drawn)[0])[component::2]
         laws = [case.reference(jax.tree.map(lambda leaf: leaf[k : k + 1], case.params), None) for k in (0, 1)]  # noqa: B023
         right, wrong = (law.p_value(rows) if isinstance(law, Rows) else p_value(law, rows) for law in laws)
         right, wrong = (right, wrong) if component == 0 else (wrong, right)

@@ -6,13 +6,17 @@ import numpy as np
 
 from jaxem import (
     HMM,
+    PPCA,
     Background,
     Bernoulli,
     Beta,
     Binomial,
     Categorical,
+    CensoredNormal,
+    CensoredRegression,
     Dirichlet,
     Exponential,
+    FactorAnalysis,
     Fixed,
     Gamma,
     GammaPrior,
@@ -21,9 +25,13 @@ from jaxem import (
     LinearGaussianSSM,
     LinearRegression,
     LogisticRegression,
+    LowRankNormal,
     Mixture,
+    Moments,
     Multinomial,
+    MultivariateNormal,
     NegativeBinomial,
+    NoisyNormal,
     Normal,
     NormalInverseWishart,
     Poisson,
@@ -79,7 +87,20 @@ _zeros = np.where(_rng.random(40) < 0.3, 0, _counts[:, 1])
 _design = _rng.normal(size=(40, 2))
 _response = np.where(_labels == 0, 1.0, -1.0) * (_design @ [2.0, 1.0]) + 0.5 * _rng.normal(size=40)
 _binary = (_response + _rng.normal(size=40) > 0).astype(np.int32)
+
+
+def _bounds(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What may be known of values: two in five exactly, others from one side or to a whole number, and one missing."""
+    kind = np.arange(40) % 5
+    lower = np.select([kind < 2, kind == 2, kind == 3], [y, -np.inf, y - 0.3], np.floor(y))
+    upper = np.select([kind < 2, kind == 2, kind == 3], [y, y + 0.3, np.inf], np.floor(y) + 1)
+    lower[6] = upper[6] = np.nan
+    return lower, upper
+
+
+_censored = (_design, *_bounds(_response))
 _mixed = {"size": _holes(_points), "smoker": _holes(_yes)}
+_noise = np.random.default_rng(9).uniform(0.2, 1.0, (40, 2))
 
 
 def _strict(columns: int) -> NormalInverseWishart:
@@ -122,6 +143,13 @@ def _packed(x: np.ndarray) -> Sequences:
     return pack_sequences(parts, 9)
 
 
+def _grouped(x: np.ndarray) -> Moments:
+    """Moments of forty groups of eight rows."""
+    groups = x[np.random.default_rng(9).integers(0, 40, (40, 8))]
+    apart = groups - groups.mean(axis=1, keepdims=True)
+    return Moments(groups.mean(axis=1), np.einsum("gni,gnj->gij", apart, apart) / 8, np.full(40, 8.0))
+
+
 class _Lazy(dict):
     """A dict of functions that gives what they return."""
 
@@ -156,6 +184,13 @@ def zoo() -> dict:
                 Mixture(Normal("spherical", prior=default_prior(jnp.asarray(_points), 2, "spherical")), 2),
                 _holes(_points),
             ),
+            "full, missing": lambda: (Mixture(Normal("full"), 2), _holes(_many)),
+            "tied, prior, missing": lambda: (Mixture(Normal("tied", prior=_strict(2)), 3), _holes(_points)),
+            "noisy normal": lambda: (Mixture(NoisyNormal(), 2), (_holes(_points), _noise)),
+            "noisy normal, diag, correlated noise": lambda: (
+                Mixture(NoisyNormal("diag"), 2),
+                (_points, _noise[:, :, None] * np.array([[1.0, 0.5], [0.5, 1.0]]) * _noise[:, None]),
+            ),
             "labelled": lambda: (Mixture(Normal("full"), 3), _known(_points)),
             "bernoulli": lambda: (Mixture(Bernoulli(), 3), _yes),
             "bernoulli, prior, missing": lambda: (Mixture(Bernoulli(prior=Beta(2.0, 3.0)), 2), _holes(_yes)),
@@ -181,6 +216,12 @@ def zoo() -> dict:
                 Mixture(LinearRegression(prior=pseudo_rows(LinearRegression(), (_design, _response), 3.0)), 2),
                 (_design, _response),
             ),
+            "censored normal": lambda: (Mixture(CensoredNormal(), 2), _bounds(_points[:, 0])),
+            "censored regression, prior": lambda: (
+                Mixture(CensoredRegression(prior=pseudo_rows(CensoredRegression(), _censored, 3.0)), 2),
+                _censored,
+            ),
+            "censored regression, shared": lambda: (Mixture(Tied(CensoredRegression(), "variance"), 2), _censored),
             "logistic regression": lambda: (Mixture(LogisticRegression(ridge=0.5), 2), (_design, _binary)),
             "poisson regression": lambda: (Mixture(PoissonRegression(ridge=0.5), 2), (_design, _counts[:, 0])),
             "product": lambda: (Mixture(Product({"size": Normal("diag"), "smoker": Bernoulli()}), 2), _mixed),
@@ -209,11 +250,19 @@ def zoo() -> dict:
             "negative binomial": lambda: (Mixture(NegativeBinomial(), 2), _holes(_visits)),
             "directions": lambda: (Mixture(VonMisesFisher(), 3), _directions),
             "directions, circle, shared": lambda: (Mixture(Tied(VonMisesFisher(), "concentration"), 3), _circle),
+            "factor analysers": lambda: (Mixture(LowRankNormal(2), 2), _many),
+            "ppca, shared noise": lambda: (
+                Mixture(Tied(LowRankNormal(1, noise="isotropic"), "noise_variance"), 3),
+                _points,
+            ),
+            "factor analysers, shared loadings": lambda: (Mixture(Tied(LowRankNormal(1), "loadings"), 2), _many[:, :4]),
             "kmeans": lambda: (KMeans(3), _points),
             "exponential": lambda: (Mixture(Exponential(), 3), _holes(_waits)),
             "hmm": lambda: (HMM(Normal(), 2), Sequences(_gaps(_paths), _lengths)),
+            "hmm, factor analysers": lambda: (HMM(LowRankNormal(1), 2), Sequences(_gaps(_paths), _lengths)),
             "hmm, logarithms": lambda: (HMM(Normal("diag"), 2, form="log"), Sequences(_gaps(_paths), _lengths)),
             "hmm, parallel": lambda: (HMM(Normal("tied"), 2, parallel=True), Sequences(_paths, _lengths)),
+            "hmm, missing entries": lambda: (HMM(Normal(), 2), Sequences(_holes(_paths), _lengths)),
             "hmm, packed": lambda: (HMM(Normal("diag"), 2, form="scaled"), _packed(_paths)),
             "hmm, priors": lambda: (
                 HMM(Poisson(), 2, initial_prior=Dirichlet(2.0), transition_prior=Dirichlet(1 + 3 * jnp.eye(2))),
@@ -240,6 +289,12 @@ def zoo() -> dict:
             ),
             "linear system, missing, packed": lambda: (LinearGaussianSSM(2), _packed(_holes(_series))),
             "linear system, held, prior, missing": lambda: (_held_system(), _holes(_series)),
+            "multivariate normal, missing": lambda: (MultivariateNormal(), _holes(_many)),
+            "multivariate normal, prior, moments": lambda: (MultivariateNormal(prior=_strict(5)), _grouped(_many)),
+            "factor analysis": lambda: (FactorAnalysis(2, missing=False), _many),
+            "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
+            "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),
+            "ppca, missing": lambda: (PPCA(2), _holes(_many)),
         }
     )
 

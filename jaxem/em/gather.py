@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import checks, tree
-from ..capabilities import complete, completed
+from ..capabilities import complete, completed, informed
 from ..protocols import Data, Expect, Model, Params, Problem, Stats
 from ..record import record, static
 
@@ -16,7 +16,7 @@ from ..record import record, static
 def pose(model: Model | Any, x: Data, weights: jax.Array | None) -> Problem:
     """What comes in, as the steps see it: the model complete, its data with a leading axis of independent units."""
     model = complete("model", model)
-    return Problem(model=model, x=model.units(x), weights=weights)
+    return Problem(model=informed(model, x), x=model.units(x), weights=weights)
 
 
 @functools.partial(jax.jit, inline=True)

@@ -15,10 +15,10 @@ from ..capabilities import complete, completed, original
 from ..protocols import Model, Nature, Params, Problem, Stats
 from ..record import record, static
 
-# Lengths at which a gradient step that would lower Q is tried again.
+# Fractions of its length at which a gradient step that would lower Q is tried again.
 _SHORTER = tuple(2.0**-power for power in (0, 1, 2, 3, 5, 8, 12, 20))
 
-# Directions along which the curvature of Q is looked at, to tell what an M-step left.
+# Steps of conjugate gradients by which what an M-step left of Q is estimated.
 _CURVATURES = 10
 
 
@@ -48,8 +48,9 @@ class ClosedForm:
 class Ascent:
     """What gradient steps remember.
 
-    optimizer: the optimiser's state; total: the number of rows that Q is a sum over; missed: what the last M-step is
-    known to have left of Q + log-prior, in nats.
+    optimizer: the optimiser's state.
+    total: the weight of all rows, which Q is divided by.
+    missed: what the last M-step is known to have left of Q + log-prior, in nats.
     """
 
     optimizer: Any
@@ -65,11 +66,12 @@ _LBFGS = optax.lbfgs(memory_size=8)
 class Gradient:
     """Generalised EM: steps of an optax optimiser up Q + log-prior, per row, in unconstrained coordinates.
 
-    optimizer: any optax GradientTransformation, L-BFGS (the default) included; build it once, since
-    it is part of the jit key. num_steps: its steps in one EM step. Its state is carried from one EM
-    step to the next. A step that would lower Q is shortened, down to a millionth, or refused, and
-    the optimiser then starts anew: so no EM step lowers the objective (Dempster, Laird & Rubin 1977,
-    section 3: GEM). Statistics are at hand, so a gradient step does not touch the data.
+    optimizer: any optax GradientTransformation, L-BFGS by default; build it once, since it is part of the jit key.
+    num_steps: its steps in one EM step.
+
+    The optimiser's state is carried from one EM step to the next. A step that would lower Q is shortened, down to a
+    millionth, or refused, and then the optimiser starts anew: so no EM step lowers the objective (Dempster, Laird &
+    Rubin 1977, section 3: GEM). A gradient step uses the statistics at hand, and does not touch the data.
     Raises TypeError for what is no optax optimiser, for models without `q_function`, and for states of
     another optimiser; ValueError for num_steps below 1.
     """
@@ -146,9 +148,9 @@ class Gradient:
 class Conditional:
     """ECM: Q is maximised over one block of parameters after the other, the rest held where they are.
 
-    blocks: names as the model's `blocks(params)` declares them, "weights" or "components.mean"; tuples of
-    names are one block; without any, every declared name is a block. Parameters in no block stay as
-    they are: frozen. multicycle: an E-step before every block (still one step a round of all blocks).
+    blocks: names as the model's `blocks(params)` declares them, such as "weights" or "components.mean"; a tuple of
+        names is one block. Without any, every declared name is a block. Parameters in no block stay as they are.
+    multicycle: whether there is an E-step before every block; a step still goes through all of them.
     Meng & Rubin (1993), Maximum likelihood estimation via the ECM algorithm, Biometrika 80.
     Raises TypeError for models that declare no blocks, ValueError for names that they do not have.
     """
@@ -169,7 +171,7 @@ class Conditional:
         self._blocks(problem.model, params)
 
     def rounds(self, problem: Problem, params: Params) -> int:
-        """E-steps in one round."""
+        """How many E-steps a step has."""
         return len(self._blocks(problem.model, params)) if self.multicycle else 1
 
     def step(
@@ -182,16 +184,17 @@ class Conditional:
         key: jax.Array | None,
     ) -> tuple[Params, None]:
         model = problem.model
-        rounds: list[Callable] = [
+        m_steps: list[Callable] = [
             functools.partial(model.m_step_for, stats=stats, names=block) for block in self._blocks(model, params)
         ]
         if self.multicycle:
-            return jax.lax.switch(index, rounds, params), None
-        for maximize in rounds:
-            params = maximize(params)
+            return jax.lax.switch(index, m_steps, params), None
+        for m_step in m_steps:
+            params = m_step(params)
         return params, None
 
     def _blocks(self, model: Model, params: Params) -> tuple[tuple[str, ...], ...]:
+        """The blocks, checked against those that the model declares."""
         if model.m_step_for is None:
             raise TypeError(
                 f"{type(original(model)).__name__} declares no blocks of parameters (blocks and m_step_for)"
@@ -210,7 +213,9 @@ def surrogate(model: Model, params: Params, stats: Stats) -> jax.Array:
 
 
 def _decrement(function: Callable[[Any], jax.Array], theta: Any, slope: Any) -> jax.Array:
-    """What a Newton step from theta would lower a function by, gᵀH⁻¹g / 2; infinite where it bends downwards.
+    """What a Newton step from theta would lower a function by, gᵀH⁻¹g / 2; infinite where it is not convex.
+
+    slope: its gradient g at theta.
 
     By conjugate gradients, whose every iterate is a lower bound (Nocedal & Wright, Numerical Optimization, section
     5.1): a step that an optimiser refused or made too small is not taken for the end of the ascent.

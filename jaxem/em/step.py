@@ -21,9 +21,15 @@ from .maximize import ClosedForm
 class EMState:
     """Parameters, and the statistics and log-likelihood at exactly these parameters.
 
-    `gather` and `maximize` hold what those slots remember; `key` drives what is random; num_passes:
-    E-steps so far, counted in passes over the data. Where a gather sees a part of the rows at a time,
-    statistics and log-likelihood are its running account of all of them.
+    Where a gather sees a part of the rows at a time, statistics and log-likelihood are its running account of all rows.
+
+    params: the parameters.
+    stats: expected statistics at these.
+    loglik: the log-likelihood at these; None where the model tells none.
+    gather, maximize: what those slots remember.
+    key: what the draws of the steps to come are made from.
+    num_steps: steps so far.
+    num_passes: E-steps so far, counted in passes over the data.
     deferred: whether the E-step at the start was left to the first step (see `EM.begin`).
     """
 
@@ -58,9 +64,12 @@ def of_inner(name: str) -> Any:
 class EM:
     """The EM algorithm (Dempster, Laird & Rubin 1977) in three slots.
 
-    expect: the posterior of the latents; gather: how statistics are summed over the data;
-    maximize: how parameters are made from them. A state is always consistent: its statistics
-    and log-likelihood belong to its parameters, so an objective is never one step stale.
+    expect: how the posterior of the latents enters the statistics.
+    gather: how statistics are summed over the data.
+    maximize: how parameters are made from them.
+
+    A state is always consistent: its statistics and log-likelihood belong to its parameters, so that an objective is
+    never one step behind.
     """
 
     expect: Any = Exact()
@@ -182,9 +191,11 @@ class EM:
 
     def maximized(self, problem: Problem, state: EMState, index: jax.Array | int = 0) -> tuple[Params, EMState]:
         """The parameters that a state's statistics lead to, and the state with what the slot remembers then."""
-        maximize = self.slots[2]
+        _, gather, maximize = self.slots
         key, own = _split(state.key, maximize)
         params, memory = maximize.step(problem, state.params, state.stats, state.maximize, index, own)
+        if Nature.of((gather.nature, maximize.nature)).complete and not maximize.nature.stochastic:
+            params = problem.model.expanded(params, state.stats)
         return params, dataclasses.replace(state, maximize=memory, key=key)
 
     def moved(self, problem: Problem, state: EMState, params: Params, index: jax.Array | int = 0) -> EMState:

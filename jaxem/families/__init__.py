@@ -10,6 +10,10 @@ from .categorical import Categorical as Categorical
 from .categorical import CategoricalParams as CategoricalParams
 from .categorical import Multinomial as Multinomial
 from .categorical import MultinomialParams as MultinomialParams
+from .censored import CensoredNormal as CensoredNormal
+from .censored import CensoredNormalParams as CensoredNormalParams
+from .censored import CensoredRegression as CensoredRegression
+from .censored import CensoredStats as CensoredStats
 from .columns import pseudo_rows as pseudo_rows
 from .gamma import Gamma as Gamma
 from .gamma import GammaParams as GammaParams
@@ -19,9 +23,13 @@ from .generalized_linear import PoissonRegression as PoissonRegression
 from .generalized_linear import RegressionParams as RegressionParams
 from .linear_regression import LinearRegression as LinearRegression
 from .linear_regression import LinearRegressionParams as LinearRegressionParams
+from .low_rank import LowRankNormal as LowRankNormal
+from .low_rank import LowRankNormalParams as LowRankNormalParams
+from .low_rank import LowRankNormalStats as LowRankNormalStats
 from .negative_binomial import NegativeBinomial as NegativeBinomial
 from .negative_binomial import NegativeBinomialParams as NegativeBinomialParams
 from .negative_binomial import NegativeBinomialStats as NegativeBinomialStats
+from .noisy_normal import NoisyNormal as NoisyNormal
 from .normal import Normal as Normal
 from .normal import NormalParams as NormalParams
 from .normal import NormalStats as NormalStats

@@ -76,6 +76,10 @@ class Background:
         """The family's own: the background has nothing to estimate but its weight."""
         return self.family.m_step(stats.components)
 
+    def expanded(self, params: Params, stats: BackgroundStats) -> Params:
+        """What the family makes of it."""
+        return self._inside.expanded(params, stats.components)
+
     def q_function(self, params: Params, stats: BackgroundStats) -> jax.Array:
         outside = stats.count[-1] * jnp.log(jnp.asarray(self.volume, stats.count.dtype))
         return self.family.q_function(params, stats.components) - outside
@@ -111,6 +115,10 @@ class Background:
 
     def coarse(self) -> "Background":
         family = capabilities.original(self._inside.coarse())
+        return self if family is self.family else dataclasses.replace(self, family=family)
+
+    def without_missing(self) -> "Background":
+        family = capabilities.original(self._inside.without_missing())
         return self if family is self.family else dataclasses.replace(self, family=family)
 
 

@@ -187,8 +187,8 @@ class Binomial:
         if not isinstance(x, (tuple, list)):
             return columns.filled(successes, tree.float_dtype(x))
         values, trials, observed = self._read(x, tree.float_dtype(x))
-        share = jnp.where(observed & (trials > 0), values / jnp.where(trials > 0, trials, 1), jnp.nan)
-        return columns.filled(share, share.dtype)
+        rate = jnp.where(observed & (trials > 0), values / jnp.where(trials > 0, trials, 1), jnp.nan)
+        return columns.filled(rate, rate.dtype)
 
     def log_prob(self, params: BernoulliParams, x: Data) -> jax.Array:
         """Log-probability of every row under every component: (N, D) -> (K, N)."""

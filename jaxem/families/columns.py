@@ -79,6 +79,21 @@ def filled(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(observed, values, mean)
 
 
+def available_moments(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean (D,) and covariance (D, D) of what is observed of rows (N, D), positive semi-definite.
+
+    A missing entry is one without correlations, that has its column's mean and variance.
+    """
+    values, observed = read(x, x.dtype)
+    share = weights[:, None] * observed
+    total = jnp.sum(share, axis=0)
+    mean = jnp.sum(share * values, axis=0) / total
+    deviations = jnp.where(observed, values - mean[None], 0)
+    sums = numerics.product(weights[:, None] * deviations, deviations, "ni,nj->ij")
+    unseen = jnp.diagonal(sums) * (jnp.sum(weights) - total) / total
+    return mean, (sums + jnp.diag(unseen)) / jnp.sum(weights)
+
+
 def pseudo_rows(family: Any, x: Data, num_rows: float = 1.0) -> Stats:
     """Pseudo-statistics: `num_rows` rows spread over the data, as a family's `prior` takes them.
 

@@ -22,8 +22,13 @@ def read(x: Data) -> tuple[jax.Array, jax.Array]:
     """The design, a row of ones above the features (P + 1, N), and the response (N,), in one floating dtype."""
     features, response = _both(x)
     dtype = tree.float_dtype((features, response))
+    return matrix(features, dtype), jnp.asarray(response, dtype).reshape(-1)
+
+
+def matrix(features: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The design (P + 1, N), z of every row, from features (N, P) or (N,)."""
     rows = checks.columns("x[0]", features).T.astype(dtype)
-    return jnp.concatenate([jnp.ones_like(rows[:1]), rows]), jnp.asarray(response, dtype).reshape(-1)
+    return jnp.concatenate([jnp.ones_like(rows[:1]), rows])
 
 
 def _both(x: Data, name: str = "x") -> tuple[jax.Array, jax.Array]:
@@ -40,10 +45,16 @@ def check(x: Data, name: str = "x") -> None:
         raise ValueError(
             f"{name}[1], the response, must have shape ({rows},), one a row of features; got {response.shape}"
         )
-    for part, values in (("[0]", features), ("[1]", response)):
-        if jnp.issubdtype(values.dtype, jnp.floating):
-            checks.finite_matrix(name + part, values)
-    if checks.is_concrete(features) and tree.float_dtype((features, response)) == jnp.float32:
+    check_features(f"{name}[0]", features, tree.float_dtype((features, response)))
+    if jnp.issubdtype(response.dtype, jnp.floating):
+        checks.finite_matrix(f"{name}[1]", response)
+
+
+def check_features(name: str, features: jax.Array, dtype: jnp.dtype) -> None:
+    """Refuse features (N, P) or (N,) that are not finite, and warn of those that are far from 0 in this dtype."""
+    if jnp.issubdtype(features.dtype, jnp.floating):
+        checks.finite_matrix(name, features)
+    if checks.is_concrete(features) and dtype == jnp.float32:
         exact = np.asarray(features, np.float64).reshape(len(features), -1)
         mean, spread = np.mean(exact, axis=0), np.std(exact, axis=0)
         # A constant column tells no slope, and loses none.
@@ -51,9 +62,9 @@ def check(x: Data, name: str = "x") -> None:
         if np.any(far):
             column = np.argmax(far)
             warnings.warn(
-                f"{name}[0], the features, lie too far from 0 for float32: column {column} has mean {mean[column]:.3g} "
+                f"{name}, the features, lie too far from 0 for float32: column {column} has mean {mean[column]:.3g} "
                 f"and standard deviation {spread[column]:.3g}. Subtract the mean from it, or enable float64",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

@@ -17,7 +17,7 @@ from .. import numerics
 from ..numerics import tuning
 from ..record import record, static
 from . import columns, design
-from .covariance import Diagonal, Full
+from .covariance import Diagonal, Full, Spherical
 
 # Coefficients (O, F_g) of each group of features; None where a group is not there, or not held.
 Groups = Sequence[jax.Array | None]
@@ -28,7 +28,7 @@ class EquationParams:
     """response = sum over groups of coefficients · features + noise.
 
     coefficients   (O, F_g) of each group of features, None for a group that is not there
-    covariance     (O, O) of the noise, or (O,) where it is diagonal
+    covariance     (O, O) of the noise, (O,) where it is diagonal, or () where it is spherical
     """
 
     coefficients: tuple[jax.Array | None, ...]
@@ -48,7 +48,7 @@ class EquationStats:
     reference   count · line   (O, F)
     gram        sum E ffᵀ      (F, F)
     cross       sum E f eᵀ     (F, O)
-    square      sum E eeᵀ      (O, O), or (O,) where noise is diagonal
+    square      sum E eeᵀ      (O, O), (O,) where noise is diagonal, or its trace () where noise is spherical
     """
 
     count: jax.Array
@@ -88,7 +88,7 @@ class LinearEquation:
     pseudo-statistics, as `pseudo_stats` makes them.
     """
 
-    noise: Full | Diagonal = static()
+    noise: Full | Diagonal | Spherical = static()
     widths: tuple[int | None, ...] = static()
     prior: EquationStats | None = None
 
@@ -210,7 +210,9 @@ class LinearEquation:
             best = _about(stats, line)
         rows = line.shape[-2]
         count = stats.count[..., None]
-        covariance = best.square / (count[..., None] if self.noise.trailing == 2 else count)
+        covariance = best.square / (
+            self.noise.repeats(rows) * jnp.expand_dims(stats.count, tuple(range(-self.noise.trailing, 0)))
+        )
         eps = jnp.finfo(covariance.dtype).eps
         deep = self.noise.columns_of(stats.square, rows) / count
         energy = deep + jnp.sum(line * numerics.product(line, best.gram, "...if,...fg->...ig"), axis=-1) / count
@@ -240,6 +242,7 @@ def _about(stats: EquationStats, line: jax.Array) -> EquationStats:
         change = half + jnp.swapaxes(half, -1, -2)
     else:
         change = 2 * jnp.sum(jnp.swapaxes(delta, -1, -2) * twice, axis=-2)
+        change = change if stats.square.ndim > stats.count.ndim else jnp.sum(change, axis=-1)
     return dataclasses.replace(
         stats,
         reference=stats.count[..., None, None] * line,

@@ -76,15 +76,8 @@ class LinearRegression:
         """Weighted normal equations: responsibilities (K, N)."""
         matrix, response = design.read(x)
         residual = response[None] - design.predict(params, matrix)
-        count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT
-        weighted = responsibilities * residual
-        return LinearRegressionStats(
-            count=count,
-            reference=count[:, None] * design.line(params),
-            gram=design.gram(responsibilities, matrix),
-            cross=columns.sums(weighted, matrix),
-            square=jnp.sum(weighted * residual, axis=1) + columns.PSEUDO_COUNT * params.variance,
-            energy=columns.sums(responsibilities, jnp.square(response)[None])[:, 0],
+        return expected_stats(
+            params, matrix, responsibilities, residual, jnp.square(residual), jnp.square(response)[None]
         )
 
     def m_step(self, stats: LinearRegressionStats) -> LinearRegressionParams:
@@ -160,3 +153,27 @@ class LinearRegression:
             coefficients=line[:, 1:], intercept=line[:, 0], variance=jnp.maximum(variance, lowest)
         )
         return estimate, variance < lowest
+
+
+def expected_stats(
+    params: LinearRegressionParams,
+    matrix: jax.Array,
+    responsibilities: jax.Array,
+    residual: jax.Array,
+    square: jax.Array,
+    energy: jax.Array,
+) -> LinearRegressionStats:
+    """Normal equations from the rows' z (P + 1, N), responsibilities (K, N), and expectations of what is seen of rows.
+
+    These are E[e] and E[e²] (K, N), and E[response²] (K, N) or (1, N), under the current parameters.
+    A vanishing pseudo-row keeps a component without rows as it is.
+    """
+    count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT
+    return LinearRegressionStats(
+        count=count,
+        reference=count[:, None] * design.line(params),
+        gram=design.gram(responsibilities, matrix),
+        cross=columns.sums(responsibilities * residual, matrix),
+        square=jnp.sum(responsibilities * square, axis=1) + columns.PSEUDO_COUNT * params.variance,
+        energy=jnp.sum(responsibilities * energy, axis=1),
+    )

@@ -169,11 +169,11 @@ def _complete(concentration: jax.Array, values: jax.Array) -> tuple[jax.Array, j
     Both differences are taken by Stirling's series, so that neither cancels for a large c.
     """
     c, values = concentration[..., None], values[None]
-    share, more = values / c, values + c
-    log_share, gap = jnp.log1p(share), c * special.log1p_gap(share)
-    rest = special.stirling_error(more) - special.stirling_error(c)
-    base = (values - 0.5) * log_share - gap + rest - jax.lax.lgamma(values + 1)
-    slopes = 0.5 * values / more + c * (special.digamma_error(c) - special.digamma_error(more))
+    ratio, total = values / c, values + c
+    log_ratio, gap = jnp.log1p(ratio), c * special.log1p_gap(ratio)
+    rest = special.stirling_error(total) - special.stirling_error(c)
+    base = (values - 0.5) * log_ratio - gap + rest - jax.lax.lgamma(values + 1)
+    slopes = 0.5 * values / total + c * (special.digamma_error(c) - special.digamma_error(total))
     return base, gap - slopes
 
 

@@ -10,8 +10,8 @@ from .. import capabilities, checks, numerics, parameters
 from ..numerics import tuning
 from ..record import record, static
 from . import columns as columns_of
+from . import conditional, normal_moments
 from . import covariance as shapes
-from . import normal_moments
 from .normal_prior import NormalInverseWishart
 
 
@@ -35,8 +35,9 @@ class NormalStats:
     reference: (K, D), c times the rows behind each entry.
     first: (K, D), sum r (x - c).
     second: stored as the covariance is, sum r (x - c)(x - c)ᵀ.
-    observed: (K, D), sum r over observed entries, for covariances without correlations; None for others, which take
-        no missing values.
+    observed: (K, D), sum r over observed entries, for covariances without correlations; None for others, whose moments
+        are expected ones, of missing entries too.
+    base: (K,), for such: sum r times what Q of these moments lacks to log p(x) where they were made.
     """
 
     count: jax.Array
@@ -44,6 +45,7 @@ class NormalStats:
     first: jax.Array
     second: jax.Array
     observed: jax.Array | None = None
+    base: jax.Array | None = None
 
     @property
     def rows(self) -> jax.Array:
@@ -63,11 +65,14 @@ class Normal:
         mean, exact however tight the clusters are; "expanded" uses moments about one common point, two matrix products
         in all, which loses (spread / width)² units of rounding; "auto" (default) takes the expanded form while that
         loss is small, judged at every step, and with few columns, where there is less to win, the whitened one.
-    missing: whether to look for missing entries, NaN, which covariances without correlations integrate out exactly
-        ("full" and "tied" refuse them). Looking costs a compilation of both cases; False says that there are none.
+    missing: whether to look for missing entries, NaN, which are integrated out exactly: where columns are correlated,
+        by the moments of each row given what is observed of it. Where data cannot be looked at, as under jit, both
+        cases are compiled; False says that there are none.
 
-    Data are (N, D), or (N,) for one column. Raises ValueError for an unknown covariance or form.
-    Bishop, Pattern Recognition and Machine Learning, section 9.2.
+    Data are (N, D), or (N,) for one column. A row of which nothing is observed counts in a mixture's weights alone.
+    Raises ValueError for an unknown covariance or form.
+    Bishop, Pattern Recognition and Machine Learning, section 9.2; Little & Rubin (2002), Statistical Analysis with
+    Missing Data, section 11.2; Ghahramani & Jordan (1994), Supervised learning from incomplete data via an EM approach.
     """
 
     covariance: str = static(default="full")
@@ -94,20 +99,22 @@ class Normal:
         return shapes.NAMES[self.covariance][1]
 
     @property
-    def _by_column(self) -> bool:
-        """Whether columns are independent given the component."""
-        return not isinstance(self.shape, shapes.Full)
+    def correlated(self) -> bool:
+        """Whether columns are, given the component."""
+        return isinstance(self.shape, shapes.Full)
 
     def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalParams:
         """The data's mean and covariance, in every component."""
         x = checks.matrix("x", x)
         weights = jnp.ones(x.shape[0], x.dtype) if weights is None else weights.astype(x.dtype)
-        if self._by_column:
+        if not self.correlated:
             values, observed = columns_of.read(x, x.dtype)
             share = weights[:, None] * observed
             total = jnp.sum(share, axis=0)
             mean = jnp.sum(share * values, axis=0) / total
             matrix = jnp.diag(jnp.sum(share * jnp.square(values - mean[None]), axis=0) / total)
+        elif self.missing:
+            mean, matrix = columns_of.available_moments(x, weights)
         else:
             total = jnp.sum(weights)
             mean = numerics.product(weights, x, "n,nd->d") / total
@@ -123,12 +130,12 @@ class Normal:
 
     def features(self, x: jax.Array) -> jax.Array:
         rows = checks.matrix("x", x)
-        return columns_of.filled(rows, rows.dtype) if self._by_column else rows
+        return columns_of.filled(rows, rows.dtype) if self.missing or not self.correlated else rows
 
     def log_prob(self, params: NormalParams, x: jax.Array) -> jax.Array:
         """Log-density of every row under every component: (N, D) -> (K, N)."""
         x, observed = self._rows(params, x)
-        return normal_moments.log_prob(self._components(params), x, observed, self.form)
+        return normal_moments.log_prob(self.components(params), x, observed, self.form)
 
     def stats(self, params: NormalParams, x: jax.Array, responsibilities: jax.Array) -> NormalStats:
         """Expected sufficient statistics: x (N, D), responsibilities (K, N), row weights included.
@@ -136,18 +143,36 @@ class Normal:
         A vanishing pseudo-count of the current parameters keeps a component without rows as it is.
         """
         x, observed = self._rows(params, x)
-        parts = self._components(params)
-        sums = normal_moments.moments(parts, x, observed, responsibilities, self.form)
+        parts = self.components(params)
+        return self.stats_of(parts, normal_moments.moments(parts, x, observed, responsibilities, self.form))
+
+    def stats_of(self, parts: normal_moments.Components, sums: normal_moments.Sums) -> NormalStats:
+        """Statistics from moments about the components' means."""
         pseudo = columns_of.PSEUDO_COUNT
         entries = sums.entries + pseudo
-        second = sums.second + pseudo * self.shape.repeats(x.shape[1]) * parts.covariance
+        second = sums.second + pseudo * self.shape.repeats(parts.mean.shape[1]) * parts.covariance
         return NormalStats(
             count=sums.count + pseudo,
-            observed=entries if self._by_column else None,
-            reference=entries * params.mean,
+            observed=None if self.correlated else entries,
+            reference=entries * parts.mean,
             first=sums.first,
             second=jnp.sum(second, axis=0) if self.tied else second,
+            base=sums.base,
         )
+
+    def expected_values(self, params: NormalParams, x: jax.Array) -> jax.Array:
+        """What is expected of every row given what is observed of it, under every component: (N, K, D)."""
+        return conditional.means(params.mean, self.covariance_matrix(params), self._measured(params, x))
+
+    def drawn_values(self, key: jax.Array, params: NormalParams, x: jax.Array, labels: jax.Array) -> jax.Array:
+        """Joint draws given what is observed, from the components of labels (N, M): (N, M, D)."""
+        rows = self._measured(params, x)
+        return conditional.draws(key, params.mean, self.covariance_matrix(params), rows, labels)
+
+    def completed(self, x: jax.Array, values: jax.Array) -> jax.Array:
+        """The rows with these values (N, D) where they are missing, in their own shape."""
+        rows = checks.matrix("x", x)
+        return jnp.where(jnp.isnan(rows), values, rows).reshape(jnp.shape(x))
 
     def m_step(self, stats: NormalStats) -> NormalParams:
         """Weighted means and covariances; with a prior, the posterior mode."""
@@ -169,12 +194,16 @@ class Normal:
         return empty | self._estimate(stats)[1]
 
     def q_function(self, params: NormalParams, stats: NormalStats) -> jax.Array:
-        """Expected complete-data log-likelihood of the observations; linear in stats of one reference."""
+        """Expected complete-data log-likelihood; linear in stats of one reference.
+
+        Of expected moments it is a lower bound of the log-likelihood, tight at the parameters that they were made with.
+        """
         columns = params.mean.shape[-1]
         moved = self.rebase(stats, params)
         precision = self.shape.precision(self.shape.whitener(params.covariance, columns)[0])
         scales = self.shape.log_scales(self._each(params), columns) + 0.5 * math.log(2 * math.pi)
-        return -jnp.sum(stats.rows * scales) - 0.5 * jnp.sum(self.shape.trace(precision, moved.second))
+        q = -jnp.sum(stats.rows * scales) - 0.5 * jnp.sum(self.shape.trace(precision, moved.second))
+        return q if stats.base is None else q + jnp.sum(stats.base)
 
     def log_prior(self, params: NormalParams) -> jax.Array:
         """Log-density of the prior, 0 without one."""
@@ -187,9 +216,8 @@ class Normal:
         delta = stats.reference / stats.rows - params.mean
         first = stats.first + stats.rows * delta
         change = self.shape.cross(delta, stats.first + first)
-        return NormalStats(
-            count=stats.count,
-            observed=stats.observed,
+        return dataclasses.replace(
+            stats,
             reference=stats.rows * params.mean,
             first=first,
             second=stats.second + (jnp.sum(change, axis=0) if self.tied else change),
@@ -224,7 +252,7 @@ class Normal:
 
     def check(self, x: jax.Array, name: str = "x") -> None:
         """Raise for data that no normal component can have produced: eager only."""
-        checks.finite_matrix(name, x, missing=self._by_column and self.missing)
+        checks.finite_matrix(name, x, missing=self.missing)
 
     def coarse(self) -> "Normal":
         """The cheapest form, for the bulk of many restarts."""
@@ -271,8 +299,14 @@ class Normal:
             return params.covariance
         return jnp.broadcast_to(params.covariance, (params.mean.shape[0], *params.covariance.shape))
 
-    def _components(self, params: NormalParams) -> normal_moments.Components:
-        return normal_moments.components(self.shape, params.mean, self._each(params))
+    def components(self, params: NormalParams) -> normal_moments.Components:
+        """What densities and moments make of the parameters."""
+        return normal_moments.components(self.shape, params.mean, self._each(params), self.tied)
+
+    def _measured(self, params: NormalParams, x: jax.Array) -> conditional.Measured:
+        rows, observed = dataclasses.replace(self, missing=True)._rows(params, x)
+        assert observed is not None
+        return conditional.Measured(values=rows, observed=observed.T > 0)
 
     def _rows(self, params: NormalParams, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Rows (N, D), something finite in place of missing entries, and which entries are observed.
@@ -284,7 +318,7 @@ class Normal:
             raise ValueError(
                 f"x must have {params.mean.shape[-1]} columns, as the parameters have; got shape {jnp.shape(x)}"
             )
-        if not (self._by_column and self.missing):
+        if not self.missing:
             return rows, None
         observed = ~jnp.isnan(rows)
         return jnp.where(observed, rows, jnp.mean(params.mean, axis=0)), observed.T.astype(rows.dtype)

@@ -1,10 +1,11 @@
-"""Densities and second moments of K normal components, in three ways that give the same numbers.
+"""Densities and second moments of K normal components, in four ways that give the same numbers.
 
 whitened: deviations of every row from each component's own mean. Exact, however tight the clusters are.
 expanded: monomials of the rows about one common point. All densities are one matrix product and all moments another,
     which lose (spread / width)² units of rounding.
 masked: deviations that are 0 where an entry is missing. Where columns are independent given the component, this
     integrates missing entries out exactly.
+conditional: for columns that are not, moments of every row given what is observed of it; see `conditional.py`.
 
 Letters: K components, D columns, N rows; F features, which are 1, the columns, and the shape's monomials of them.
 """
@@ -17,9 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import numerics
+from .. import checks, numerics
 from ..numerics import tuning
-from ..record import record
+from ..record import record, static
+from . import conditional
 from . import covariance as shapes
 
 FORMS = ("auto", "whitened", "expanded")
@@ -34,6 +36,7 @@ class Components:
     covariance: (K, ...), in the storage of the shape.
     whitener: (K, ...), W with WᵀW the inverse covariance, in the same storage.
     constant: (K,), -(D log 2 pi + log det covariance) / 2.
+    tied: whether the covariances are all the same.
     """
 
     shape: shapes.Shape
@@ -41,6 +44,7 @@ class Components:
     covariance: jax.Array
     whitener: jax.Array
     constant: jax.Array
+    tied: bool = static()
 
 
 @record
@@ -65,20 +69,23 @@ class Sums:
     entries: (K, D), sum r over observed entries.
     first: (K, D), sum r (x - c).
     second: (K, ...), sum r (x - c)(x - c)ᵀ, in the storage of the shape.
+    base: (K,), sum r times what log p(x) has above the expected log-density of complete rows; None where moments are
+        of observed entries alone.
     """
 
     count: jax.Array
     entries: jax.Array
     first: jax.Array
     second: jax.Array
+    base: jax.Array | None = None
 
 
-def components(shape: shapes.Shape, mean: jax.Array, covariance: jax.Array) -> Components:
-    """Components from means (K, D) and covariances (K, ...)."""
+def components(shape: shapes.Shape, mean: jax.Array, covariance: jax.Array, tied: bool) -> Components:
+    """Components from means (K, D) and covariances (K, ...), all the same where they are tied."""
     columns = mean.shape[-1]
     whitener, half_logdet = shape.whitener(covariance, columns)
     constant = -half_logdet - 0.5 * columns * math.log(2 * math.pi)
-    return Components(shape=shape, mean=mean, covariance=covariance, whitener=whitener, constant=constant)
+    return Components(shape=shape, mean=mean, covariance=covariance, whitener=whitener, constant=constant, tied=tied)
 
 
 def log_prob(parts: Components, x: jax.Array, observed: jax.Array | None, form: str) -> jax.Array:
@@ -95,12 +102,14 @@ def log_prob(parts: Components, x: jax.Array, observed: jax.Array | None, form: 
             return _whitened_log_prob(parts, rows)
         return _choose(form, _is_far(parts, rows), _expanded_log_prob, _whitened_log_prob, parts, rows)
 
-    return _complete_or_not(observed, complete, lambda observed: _masked_log_prob(parts, x, observed))
+    correlated = _correlated(parts)
+    masked = functools.partial(_conditional_log_prob if correlated else _masked_log_prob, parts, x)
+    return _complete_or_not(correlated, observed, complete, masked)
 
 
 def moments(parts: Components, x: jax.Array, observed: jax.Array | None, r: jax.Array, form: str) -> Sums:
     """Moments of rows (N, D) with responsibilities r (K, N); observed, form: as in `log_prob`."""
-    rows = _about_their_mean(x)
+    rows, correlated = _about_their_mean(x), _correlated(parts)
 
     def complete() -> Sums:
         whitened = functools.partial(_whitened_moments, parts.shape)
@@ -114,9 +123,25 @@ def moments(parts: Components, x: jax.Array, observed: jax.Array | None, r: jax.
         else:
             found = _choose(form, far, expanded, whitened, *arguments)
         count, first, second = found
-        return Sums(count=count, entries=jnp.broadcast_to(count[:, None], first.shape), first=first, second=second)
+        base = jnp.zeros_like(count) if correlated else None
+        entries = jnp.broadcast_to(count[:, None], first.shape)
+        return Sums(count=count, entries=entries, first=first, second=second, base=base)
 
-    return _complete_or_not(observed, complete, lambda observed: _masked_moments(parts, x, r, observed))
+    masked = functools.partial(_conditional_moments if correlated else _masked_moments, parts, x, r)
+    return _complete_or_not(correlated, observed, complete, masked)
+
+
+def expected(parts: Components, found: conditional.Sums) -> Sums:
+    """Moments of rows that were not seen as they are, in the storage of the shape."""
+    second = parts.shape.from_matrix(found.second)
+    square = parts.shape.trace(parts.shape.precision(parts.whitener), second)
+    return Sums(
+        count=found.count,
+        entries=jnp.broadcast_to(found.count[:, None], found.first.shape),
+        first=found.first,
+        second=second,
+        base=found.loglik - (parts.constant * found.count - 0.5 * square),
+    )
 
 
 def _whitened_log_prob(parts: Components, rows: Rows) -> jax.Array:
@@ -185,6 +210,21 @@ def _masked_moments(parts: Components, x: jax.Array, r: jax.Array, observed: jax
     )
 
 
+def _correlated(parts: Components) -> bool:
+    return isinstance(parts.shape, shapes.Full)
+
+
+def _conditional_log_prob(parts: Components, x: jax.Array, observed: jax.Array) -> jax.Array:
+    rows = conditional.Measured(values=x, observed=observed.T > 0)
+    return conditional.log_prob(parts.mean, parts.covariance[:1] if parts.tied else parts.covariance, rows)
+
+
+def _conditional_moments(parts: Components, x: jax.Array, r: jax.Array, observed: jax.Array) -> Sums:
+    rows = conditional.Measured(values=x, observed=observed.T > 0)
+    covariance = parts.covariance[:1] if parts.tied else parts.covariance
+    return expected(parts, conditional.moments(parts.mean, covariance, rows, r))
+
+
 def _choose(form: str, far: jax.Array, expanded: Callable, whitened: Callable, *arguments: Any) -> Any:
     """The form asked for; under "auto", expanded while the means are near the centre."""
     if form == "auto":
@@ -194,11 +234,11 @@ def _choose(form: str, far: jax.Array, expanded: Callable, whitened: Callable, *
     return (whitened if form == "whitened" else expanded)(*arguments)
 
 
-def _complete_or_not(observed: jax.Array | None, complete: Callable, masked: Callable) -> Any:
-    """One of two ways: a real branch, since most data have no missing entries."""
-    if observed is None:
+def _complete_or_not(correlated: bool, observed: jax.Array | None, complete: Callable, masked: Callable) -> Any:
+    """One of two ways: a real branch, since most data have no missing entries, and under `vmap` too."""
+    if observed is None or (correlated and checks.is_concrete(observed) and bool(jnp.all(observed == 1))):
         return complete()
-    return jax.lax.cond(jnp.all(observed == 1), lambda _: complete(), masked, observed)
+    return jax.lax.cond(numerics.in_any_lane(jnp.any(observed != 1)), masked, lambda _: complete(), observed)
 
 
 def _about_their_mean(x: jax.Array) -> Rows:

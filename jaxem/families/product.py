@@ -19,11 +19,11 @@ class ProductStats:
     """Statistics of all blocks.
 
     count: (K,), sum r.
-    blocks: name -> the statistics of that family.
+    families: name -> the statistics of that family.
     """
 
     count: jax.Array
-    blocks: dict[str, Stats]
+    families: dict[str, Stats]
 
 
 @capabilities.completed("part")
@@ -61,15 +61,16 @@ class Product:
 
     def part_statistics(self, stats: ProductStats) -> dict[str, Any]:
         """The statistics of every block."""
-        return stats.blocks
+        return stats.families
 
     def with_part_statistics(self, stats: ProductStats, of: dict[str, Any]) -> ProductStats:
         """Statistics with these in place of the blocks'."""
-        return ProductStats(count=stats.count, blocks=of)
+        return ProductStats(count=stats.count, families=of)
 
     params_type = dict
     part_params, params_of = assembly.part_params, assembly.params_of
     m_step, q_function, log_prior, rebase = assembly.surrogate
+    expanded = assembly.expanded
     unconstrain, constrain = assembly.coordinates
     degenerate = assembly.degenerate
     supports = property(assembly.supports)
@@ -80,19 +81,19 @@ class Product:
         return max(family.start_passes for family in self.parts.values())
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
-        return {name: f.pooled(part, weights, num_components) for name, f, part in self._parts(x)}
+        return {name: f.pooled(rows, weights, num_components) for name, f, rows in self._split(x)}
 
     def features(self, x: Data) -> jax.Array:
-        return jnp.concatenate([f.features(part) for _, f, part in self._parts(x)], axis=1)
+        return jnp.concatenate([f.features(rows) for _, f, rows in self._split(x)], axis=1)
 
     def log_prob(self, params: Params, x: Data) -> jax.Array:
         """Log-density of every row under every component: (K, N)."""
-        return _sum(f.log_prob(params[name], part) for name, f, part in self._parts(x))
+        return _sum(f.log_prob(params[name], rows) for name, f, rows in self._split(x))
 
     def stats(self, params: Params, x: Data, responsibilities: jax.Array) -> ProductStats:
         """Every block's expected statistics: responsibilities (K, N)."""
-        blocks = {name: f.stats(params[name], part, responsibilities) for name, f, part in self._parts(x)}
-        return ProductStats(count=next(iter(blocks.values())).count, blocks=blocks)
+        found = {name: f.stats(params[name], rows, responsibilities) for name, f, rows in self._split(x)}
+        return ProductStats(count=next(iter(found.values())).count, families=found)
 
     def sample(self, key: jax.Array, params: Params, labels: jax.Array) -> Data:
         """A dict of rows, each from the component that its label (N,) names."""
@@ -108,8 +109,8 @@ class Product:
         return sum(f.floats_per_row(params[name]) for name, f in self.families.items())
 
     def check(self, x: Data, name: str = "x") -> None:
-        for block, family, part in self._parts(x, name):
-            family.check(part, f"{name}[{block!r}]")
+        for block, family, rows in self._split(x, name):
+            family.check(rows, f"{name}[{block!r}]")
         tree.num_rows(x)
 
     def coarse(self) -> "Product":
@@ -122,7 +123,7 @@ class Product:
         forms = {name: capabilities.original(family.without_missing()) for name, family in self.parts.items()}
         return self if all(forms[name] is family for name, family in self.families.items()) else Product(forms)
 
-    def _parts(self, x: Data, name: str = "x") -> list[tuple[str, Family, Data]]:
+    def _split(self, x: Data, name: str = "x") -> list[tuple[str, Family, Data]]:
         """Name, family and rows of every block; TypeError or ValueError for data that are no such dict."""
         if not isinstance(x, Mapping):
             raise TypeError(f"{name} must be a dict with {sorted(self.families)}; got {type(x).__name__}")

@@ -1,5 +1,11 @@
 """Models: latent structure x observation family."""
 
+from .factor_analysis import PPCA as PPCA
+from .factor_analysis import FactorAnalysis as FactorAnalysis
+from .factor_analysis import FactorAnalysisParams as FactorAnalysisParams
+from .factor_analysis import FactorStats as FactorStats
+from .factor_analysis import FitTest as FitTest
+from .factor_analysis import PPCAParams as PPCAParams
 from .functions import from_functions as from_functions
 from .hmm import HMM as HMM
 from .hmm import HMMParams as HMMParams
@@ -13,3 +19,6 @@ from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStat
 from .mixture import Mixture as Mixture
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
+from .multivariate_normal import MultivariateNormal as MultivariateNormal
+from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
+from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats

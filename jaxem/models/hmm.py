@@ -129,6 +129,7 @@ class HMM:
 
     part_params = assembly.part_params
     m_step, q_function, log_prior, rebase = assembly.surrogate
+    expanded = assembly.expanded
     unconstrain, constrain = assembly.coordinates
     blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
 
@@ -162,7 +163,7 @@ class HMM:
             emissions=emissions,
             loglik=jnp.zeros((), starts.dtype),
         )
-        return self.m_step(stats)
+        return self.expanded(self.m_step(stats), stats)
 
     def infer(self, params: HMMParams, x: Data, expect: Expect = Exact()) -> markov.Posterior:
         """The posterior of the states: its `states`, `pairs`, and `evidence`, log p(x) of every sequence."""

@@ -24,16 +24,20 @@ _ROUNDS = 5
 
 @record
 class KMeansParams:
-    """centers (K, D)."""
+    """centers: (K, D)."""
 
     centers: jax.Array
 
 
 @record
 class KMeansStats:
-    """count (K,), reference = count c (K, D), first = sum r (x - c) (K, D), about the centres c of the E-step.
+    """Sums over the rows x of each cluster, about the centres c of the E-step.
 
-    scatter: sum r |x - c|^2; loglik: minus the inertia at the centres of the E-step.
+    count: (K,), how many rows there are.
+    reference: (K, D), count times c.
+    first: (K, D), the sum of x - c.
+    scatter: the sum of |x - c|² over all clusters.
+    loglik: minus the inertia at the centres of the E-step.
     """
 
     count: jax.Array
@@ -69,16 +73,18 @@ class NearestCentre:
 class KMeans:
     """Lloyd's algorithm: rows go to the nearest centre whole, centres go to the mean of their rows.
 
-    num_clusters: K; refill: give an empty cluster one of the farthest rows, as scikit-learn does.
-    Data: (N, D), or (N,) for one column; raw columns, so their units matter. Row weights count rows.
+    num_clusters: K.
+    refill: whether an empty cluster is given one of the farthest rows, as by scikit-learn.
 
-    It is hard EM for a mixture of spherical normals of equal weight, whose common variance goes to
-    0: of likelihood and posterior, only distances are left. The objective, `loglik`, is minus the
-    inertia, the sum of squared distances to the nearest centre: the classification log-likelihood up
-    to scale and constant. So `tol` is in squared units of x per row; `tol=0` runs to the fixed point.
-    The only posterior is hard, so Exact() and Hard() are the same here. Of equally near centres the
-    first is taken. A row that refills a cluster leaves its own, so that the inertia never rises;
-    statistics add over parts of the data only where no part has an empty cluster, or without `refill`.
+    Data are (N, D), or (N,) for one column. Columns are taken as they are, so that their units matter. Row weights
+    count rows: 2 is the row twice.
+
+    It is hard EM for a mixture of spherical normals of equal weight, whose common variance goes to 0: of likelihood and
+    posterior, only distances are left. The objective, `loglik`, is minus the inertia, the sum of squared distances to
+    the nearest centre: the classification log-likelihood up to scale and constant. So `tol` is in squared units of x
+    per row, and `tol=0` runs to the fixed point. The only posterior is hard, so that Exact() and Hard() are the same
+    here. Of equally near centres the first is taken. A row that refills a cluster leaves its own, so that the inertia
+    never rises; statistics add over parts of the data only where no part has an empty cluster, or without `refill`.
     Source: Lloyd, Least squares quantization in PCM (1982); Bishop, PRML, sections 9.1 and 9.3.2.
     Raises TypeError or ValueError for a num_clusters that is not a whole number of at least 1.
     """

@@ -7,33 +7,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import numerics
+from .. import capabilities, numerics
 from ..families.linear_equation import EquationParams, Groups, LinearEquation, over_lanes
 from ..latents import linear_gaussian
 from ..latents.linear_gaussian import System
+from ..record import fields
 from ..sequences import Sequences
 from .linear_gaussian_params import SHAPES, Layout, LinearGaussianSSMParams, LinearGaussianSSMStats, Terms
 
-Equations = tuple[LinearEquation, LinearEquation, LinearEquation]
+# name -> LinearEquation, of the initial states, the dynamics and the emissions; in this order.
+Equations = dict[str, Any]
 
 
 def equations_of(layout: Layout, prior: LinearGaussianSSMStats | None) -> Equations:
-    """Their one feature is 1; z_(t-1), 1 and u_t; and z_t, 1 and u_t."""
+    """The equations, complete. Their features are 1, for the initial states; z_(t-1), 1, u_t; and z_t, 1, u_t.
+
+    prior: pseudo-statistics of all of them, or None.
+    """
 
     def widths(terms: Terms) -> tuple[int | None, ...]:
         return layout.states, int(terms.bias), None if terms.inputs else 0
 
-    found = (
-        LinearEquation(noise=SHAPES["full"], widths=(1,)),
-        LinearEquation(noise=SHAPES["full"], widths=widths(layout.dynamics)),
-        LinearEquation(noise=layout.noise, widths=widths(layout.emission)),
-    )
-    if prior is None:
-        return found
-    first, second, third = (
-        dataclasses.replace(equation, prior=pseudo) for equation, pseudo in zip(found, prior.equations, strict=True)
-    )
-    return first, second, third
+    found = {
+        "initial": LinearEquation(noise=SHAPES["full"], widths=(1,)),
+        "dynamics": LinearEquation(noise=SHAPES["full"], widths=widths(layout.dynamics)),
+        "emission": LinearEquation(noise=layout.noise, widths=widths(layout.emission)),
+    }
+    pseudo = dict.fromkeys(found) if prior is None else fields(prior)
+    return {
+        name: capabilities.complete("part", dataclasses.replace(equation, prior=pseudo[name]))
+        for name, equation in found.items()
+    }
 
 
 def groups(
@@ -45,13 +49,13 @@ def groups(
     emission: Any = None,
     emission_bias: Any = None,
     emission_inputs: Any = None,
-) -> tuple[Groups, Groups, Groups]:
-    """The coefficients of the three equations by groups of features, what is not given as None."""
-    return (
-        (_column(initial_mean),),
-        (dynamics, _column(dynamics_bias), dynamics_inputs),
-        (emission, _column(emission_bias), emission_inputs),
-    )
+) -> dict[str, Groups]:
+    """The coefficients of every equation by groups of features, what is not given as None."""
+    return {
+        "initial": (_column(initial_mean),),
+        "dynamics": (dynamics, _column(dynamics_bias), dynamics_inputs),
+        "emission": (emission, _column(emission_bias), emission_inputs),
+    }
 
 
 def _column(vector: Any) -> Any:
@@ -59,22 +63,14 @@ def _column(vector: Any) -> Any:
     return vector if vector is None or np.ndim(vector) == 0 else vector[..., None]
 
 
-def split(params: LinearGaussianSSMParams) -> tuple[EquationParams, EquationParams, EquationParams]:
-    """The parameters of the three equations."""
-    initial, dynamics, emission = groups(
-        initial_mean=params.initial_mean,
-        dynamics=params.dynamics,
-        dynamics_bias=params.dynamics_bias,
-        dynamics_inputs=params.dynamics_inputs,
-        emission=params.emission,
-        emission_bias=params.emission_bias,
-        emission_inputs=params.emission_inputs,
-    )
-    return (
-        EquationParams(coefficients=tuple(initial), covariance=params.initial_covariance),
-        EquationParams(coefficients=tuple(dynamics), covariance=params.dynamics_covariance),
-        EquationParams(coefficients=tuple(emission), covariance=params.emission_covariance),
-    )
+def split(params: LinearGaussianSSMParams) -> dict[str, EquationParams]:
+    """The parameters of every equation."""
+    values = fields(params)
+    covariances = {name: values.pop(f"{name}_covariance") for name in ("initial", "dynamics", "emission")}
+    return {
+        name: EquationParams(coefficients=tuple(coefficients), covariance=covariances[name])
+        for name, coefficients in groups(**values).items()
+    }
 
 
 def join(initial: EquationParams, dynamics: EquationParams, emission: EquationParams) -> LinearGaussianSSMParams:
@@ -145,7 +141,9 @@ def expected_stats(
     )
     found = [
         equation.stats(at, equation.features(groups), noise, weights)
-        for equation, at, groups, noise in zip(equations, split(posterior.params), features, noises, strict=True)
+        for equation, at, groups, noise in zip(
+            equations.values(), split(posterior.params).values(), features, noises, strict=True
+        )
     ]
     loglik = over_lanes(posterior.log_prob, weights, x.num_rows)
     if posterior.white:  # less the squares of noise, which its moments tell
@@ -167,12 +165,11 @@ def pseudo_stats(
             found = found.at[states, :states].set(mean).at[:states, states].set(mean)
         return found
 
-    (first, start), *others = zip(equations, split(params), strict=True)
     steps, begins = (jnp.asarray(count, mean.dtype) for count in (num_steps, num_sequences))
-    dynamics, emission = (equation.pseudo_stats(at, gram(equation, at.line), steps) for equation, at in others)
-    return LinearGaussianSSMStats(
-        initial=first.pseudo_stats(start, jnp.ones((1, 1), mean.dtype), begins),
-        dynamics=dynamics,
-        emission=emission,
-        loglik=jnp.zeros((), mean.dtype),
-    )
+    at = split(params)
+    found = {
+        name: equations[name].pseudo_stats(at[name], gram(equations[name], at[name].line), steps)
+        for name in ("dynamics", "emission")
+    }
+    initial = equations["initial"].pseudo_stats(at["initial"], jnp.ones((1, 1), mean.dtype), begins)
+    return LinearGaussianSSMStats(initial=initial, **found, loglik=jnp.zeros((), mean.dtype))

@@ -60,11 +60,6 @@ class LinearGaussianSSMStats:
     emission: EquationStats
     loglik: jax.Array
 
-    @property
-    def equations(self) -> tuple[EquationStats, EquationStats, EquationStats]:
-        """One after the other."""
-        return self.initial, self.dynamics, self.emission
-
 
 @record
 class Terms:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters, seeding, sequences, tree
-from ..families.linear_equation import LinearEquation
+from ..capabilities import completed
 from ..latents import Exact, linear_gaussian
 from ..latents.linear_gaussian import Forecast, StateMoments, SteadyState
+from ..parts import assembly
 from ..protocols import Data
 from ..record import record, static
 from ..sequences import Sequences
@@ -22,18 +23,23 @@ from .linear_gaussian_params import LinearGaussianSSMParams as LinearGaussianSSM
 from .linear_gaussian_params import LinearGaussianSSMStats as LinearGaussianSSMStats
 
 
+@completed("model")
 @record(kw_only=False)
 class LinearGaussianSSM:
-    """Linear dynamics of a hidden state of `state_size` numbers, observed linearly, Gaussian noise in both.
+    """Linear dynamics of a hidden state, observed linearly, with Gaussian noise in both.
 
-    covariance: of the observations' noise, "full" or "diag"; dynamics_bias, emission_bias: whether there are constant
-    terms; dynamics_inputs, emission_inputs: whether known inputs u_t enter the state and the observation of their own
-    step; missing: False promises that no observation is NaN, and saves compiling for it; parallel: all time steps at
-    once, by an associative scan of log T depth, for accelerators: the same result up to some ten times the rounding
-    of the sequential recursions; prior: pseudo-statistics, as `pseudo_steps` makes them.
-    Data: observations (T,) or (T, D) of one sequence, (B, T, D) of several, or `Sequences` of any lengths; with inputs
-    a pair (observations, inputs (T, U) or (B, T, U)). NaN is a missing observation, by entry or of whole steps. Row
-    weights count sequences: 2 is the sequence twice.
+    state_size: S, how many numbers the state has.
+    covariance: the shape of the observation noise, "full" or "diag".
+    dynamics_bias, emission_bias: whether there are constant terms.
+    dynamics_inputs, emission_inputs: whether known inputs u_t enter the state and the observation of their own step.
+    missing: False promises that no observation is NaN, and saves compiling for it.
+    parallel: whether all time steps are taken at once, by an associative scan of depth log T, for accelerators. The
+        result is the same up to some ten times the rounding of the sequential recursions.
+    prior: pseudo-statistics, as `pseudo_steps` makes them.
+
+    Data are observations (T,) or (T, D) of one sequence, (B, T, D) of several, or `Sequences` of any lengths; with
+    inputs they are a pair (observations, inputs (T, U) or (B, T, U)). NaN is a missing observation, by entry or of
+    whole steps. Row weights count sequences: 2 is the sequence twice.
     Parameters are determined up to an invertible change of the state's coordinates, unless some are held by `Fixed`.
     Source: Shumway & Stoffer (1982), An approach to time series smoothing and forecasting using the EM algorithm, J.
     Time Series Analysis 3; Ghahramani & Hinton (1996), Parameter estimation for linear dynamical systems.
@@ -67,9 +73,21 @@ class LinearGaussianSSM:
         )
 
     @property
-    def equations(self) -> tuple[LinearEquation, LinearEquation, LinearEquation]:
-        """Of the first state (its feature is 1), of the dynamics and of the observations (state, 1, inputs)."""
+    def parts(self) -> dict[str, Any]:
+        """The linear equations of the first state, of the dynamics and of the observations."""
         return equations_of(self.layout, self.prior)
+
+    def part_params(self, params: LinearGaussianSSMParams) -> dict[str, Any]:
+        """The parameters of every equation."""
+        return split(params)
+
+    def params_of(self, values: dict[str, Any]) -> LinearGaussianSSMParams:
+        """Parameters from those of every equation."""
+        return join(**values)
+
+    part_statistics, with_part_statistics = assembly.part_statistics, assembly.with_part_statistics
+    m_step, q_function, log_prior, rebase = assembly.surrogate
+    constrain = assembly.constrain
 
     def units(self, x: Data) -> Sequences:
         """The data as `Sequences`: an axis of independent sequences first."""
@@ -108,7 +126,7 @@ class LinearGaussianSSM:
         if weights is not None:
             weights = weights.astype(x.values.dtype)
         # Noise is that of the parameters that the posterior was inferred at.
-        stats = posterior.average(lambda moments: expected_stats(self.equations, x, inputs, moments, weights))
+        stats = posterior.average(lambda moments: expected_stats(self.parts, x, inputs, moments, weights))
         return stats if posterior.params is params else self.rebase(stats, params)
 
     def e_step(
@@ -117,10 +135,6 @@ class LinearGaussianSSM:
         """Expected statistics, with the sum of log p(x) over the sequences; see `infer` and `statistics`."""
         x = data.without_absent(self.units(x), weights)
         return self.statistics(params, x, expect.posterior(self, params, x), weights)
-
-    def m_step(self, stats: LinearGaussianSSMStats) -> LinearGaussianSSMParams:
-        """Least squares in each of the three equations, and the mean outer product of what is left."""
-        return self.m_step_given(stats)
 
     def m_step_given(
         self,
@@ -144,8 +158,8 @@ class LinearGaussianSSM:
             emission_bias=emission_bias,
             emission_inputs=emission_inputs,
         )
-        parts = zip(self.equations, stats.equations, held, strict=True)
-        return join(*(equation.m_step(part, given) for equation, part, given in parts))
+        of = self.part_statistics(stats)
+        return self.params_of({name: part.m_step(of[name], held[name]) for name, part in self.parts.items()})
 
     def blocks(self, params: LinearGaussianSSMParams) -> tuple[str, ...]:
         """Names of parameters with a conditional M-step of their own: all that there are."""
@@ -163,27 +177,10 @@ class LinearGaussianSSM:
         """Whether (1,) the observations' noise collapsed: some combination of columns is predicted without error."""
         if "emission_covariance" in held:
             return jnp.zeros(1, bool)
-        emission, names = self.equations[2], ("emission", "emission_bias", "emission_inputs")
+        emission, names = self.parts["emission"], ("emission", "emission_bias", "emission_inputs")
         current = zip(names, emission.coefficients(stats.emission.line), strict=True)
         lines = [part if name in held else None for name, part in current]
         return emission.degenerate(stats.emission, lines).reshape(1)
-
-    def q_function(self, params: LinearGaussianSSMParams, stats: LinearGaussianSSMStats) -> jax.Array:
-        """Expected log-density of states and observations; covariances must be positive definite."""
-        parts = zip(self.equations, split(params), stats.equations, strict=True)
-        first, *others = (equation.q_function(at, part) for equation, at, part in parts)
-        return sum(others, first)
-
-    def log_prior(self, params: LinearGaussianSSMParams) -> jax.Array:
-        """Q of the pseudo-statistics, up to a constant; 0 without any."""
-        parts = zip(self.equations, split(params), strict=True)
-        return sum((equation.log_prior(at) for equation, at in parts), jnp.zeros((), params.dynamics.dtype))
-
-    def rebase(self, stats: LinearGaussianSSMStats, params: LinearGaussianSSMParams) -> LinearGaussianSSMStats:
-        """The same statistics about the lines of `params`, exactly."""
-        parts = zip(self.equations, stats.equations, split(params), strict=True)
-        initial, dynamics, emission = (equation.rebase(part, at) for equation, part, at in parts)
-        return dataclasses.replace(stats, initial=initial, dynamics=dynamics, emission=emission)
 
     def pseudo_steps(
         self, params: LinearGaussianSSMParams, num_steps: Any = 1.0, num_sequences: Any = 1.0
@@ -196,7 +193,7 @@ class LinearGaussianSSM:
         for name, value in {"num_steps": num_steps, "num_sequences": num_sequences}.items():
             if checks.is_known(value) and not np.all(np.asarray(value) > 0):
                 raise ValueError(f"{name} must be above 0; got {value}")
-        return pseudo_stats(self.equations, params, num_steps, num_sequences)
+        return pseudo_stats(self.parts, params, num_steps, num_sequences)
 
     @parameters.at_rows
     def log_prob(self, params: LinearGaussianSSMParams, x: Data) -> jax.Array:
@@ -300,11 +297,8 @@ class LinearGaussianSSM:
 
     def unconstrain(self, params: LinearGaussianSSMParams) -> LinearGaussianSSMParams:
         """Covariances by the logarithms of their Cholesky factors, or of their variances; the rest as it is."""
-        return join(*(equation.unconstrain(at) for equation, at in zip(self.equations, split(params), strict=True)))
-
-    def constrain(self, theta: LinearGaussianSSMParams) -> LinearGaussianSSMParams:
-        """Inverse of `unconstrain`."""
-        return join(*(equation.constrain(at) for equation, at in zip(self.equations, split(theta), strict=True)))
+        values = split(params)
+        return join(**{name: part.unconstrain(values[name]) for name, part in self.parts.items()})
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
@@ -319,7 +313,7 @@ class LinearGaussianSSM:
     @property
     def supports(self) -> parameters.Supports:
         """Where the values of parameters lie."""
-        return {name: equation.noise.support for name, equation in zip(self.separable, self.equations, strict=True)}
+        return {f"{name}_covariance": part.noise.support for name, part in self.parts.items()}
 
     def check_held(self, values: dict[str, Any]) -> None:
         """Raise ValueError for values to be held fixed that the model has none of, or that cannot be."""
@@ -329,11 +323,11 @@ class LinearGaussianSSM:
         """Temporaries of an E-step, in numbers a sequence."""
         x = self.units(x)
         width, states = params.emission.shape
-        share = 4 * (width + states)
+        a_step = 4 * (width + states)
         missing = self.missing and not x.complete
         if missing or x.lengths is not None:
-            share += 8 * states**2 + (3 * width**2 if self.covariance == "full" and missing else 0)
-        return x.num_steps * share
+            a_step += 8 * states**2 + (3 * width**2 if self.covariance == "full" and missing else 0)
+        return x.num_steps * a_step
 
     def _read(self, x: Sequences) -> tuple[Sequences, jax.Array | None]:
         """Observations alone as sequences, in one floating dtype, and inputs (B, T, U)."""

@@ -15,13 +15,16 @@ from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
 from ..protocols import Data, Expect, Family, Gate, Params, Stats
 from ..record import fields, record, static
+from .imputation import impute
 
 
 @record
 class MixtureParams:
-    """weights (K,), on the simplex; components: the family's parameters, component axis first.
+    """Parameters of a mixture of K components.
 
-    A family with a component of its own, as `Background`, has its weight last: (K + 1,).
+    weights: (K,), on the simplex; (K + 1,) where the family adds a component of its own, as `Background` does, whose
+        weight comes last. Of a gate: its parameters.
+    components: the family's parameters, component axis first.
     """
 
     weights: jax.Array
@@ -32,8 +35,8 @@ class MixtureParams:
 class MixtureStats:
     """Expected sufficient statistics of a mixture.
 
-    weights: those of the mixing weights, the expected number of rows of each component (K,), or of another gate.
-    components: the family's, their `count` (K,) the expected rows of each.
+    weights: those of the mixing weights, the expected number of rows of each component (K,), or those of a gate.
+    components: those of the family, whose `count` (K,) is the expected number of rows too.
     loglik: sum_n w_n log p(x_n), at the parameters of the E-step.
     """
 
@@ -52,10 +55,14 @@ class MixtureStats:
 class Mixture:
     """p(x) = sum_k weights_k p(x | component k), for any family of components.
 
-    family: the components, as in `Normal("full")`; num_components: K; prior: a Dirichlet on the weights; gate: a part
-    that gives log p(component k | x_n) (`protocols.Gate`), in place of constant weights: a mixture of experts. Data:
-    what the family takes, N rows, or these as `Labelled(x, labels)` where the components of some rows are known. Row
-    weights count rows: 2 is the row twice.
+    family: the components, as in `Normal("full")`.
+    num_components: K.
+    prior: a Dirichlet on the weights.
+    gate: a part that gives log p(component k | x_n) in place of constant weights (`protocols.Gate`): a mixture of
+        experts.
+
+    Data are N rows as the family takes them, or these as `Labelled(x, labels)` where the components of some rows are
+    known. Row weights count rows: 2 is the row twice.
     Source: McLachlan & Peel, Finite Mixture Models, section 2.8; Bishop, PRML, section 9.2.
     Raises TypeError or ValueError for a num_components that is not a whole number of at least 1.
     """
@@ -84,6 +91,7 @@ class Mixture:
     params_type = MixtureParams
     part_params, params_of, part_statistics, with_part_statistics = assembly.by_name
     m_step, q_function, log_prior, rebase = assembly.surrogate
+    expanded = assembly.expanded
     unconstrain, constrain = assembly.coordinates
     blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
     supports = property(assembly.supports)
@@ -94,10 +102,11 @@ class Mixture:
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++") -> Params:
         """A random start (pure in `key`, so `vmap` over keys gives many).
 
-        method: "k-means++" or "random_rows" give every row to its nearest seed, columns
-        standardised, and "random_responsibilities" draws them uniformly from the simplex; a tenth
-        of every row is then spread over all components. Rows of weight 0 are never seeds; a
-        component with labelled rows is seeded by one of them.
+        method: "k-means++" and "random_rows" give every row to its nearest seed, columns standardised;
+            "random_responsibilities" draws responsibilities uniformly from the simplex. A tenth of every row is then
+            spread over all components.
+
+        Rows of weight 0 are never seeds; a component with labelled rows is seeded by one of them.
         """
         x, weights = tree.present(tree.one_precision(x), weights)
         members = seeding.membership(key, self.family, x, weights, self.num_components, method)
@@ -134,6 +143,7 @@ class Mixture:
     predict = categorical.likeliest
     sample = categorical.sample
     sample_with_labels = categorical.sample_with_labels
+    impute = impute
 
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at."""
@@ -166,6 +176,11 @@ class Mixture:
     def coarse(self) -> "Mixture":
         """The same model in its cheapest arithmetic, for the bulk of many restarts; itself where there is none."""
         family = capabilities.original(self.parts["components"].coarse())
+        return self if family is self.family else dataclasses.replace(self, family=family)
+
+    def without_missing(self) -> "Mixture":
+        """The form for rows in which no entry is missing."""
+        family = capabilities.original(self.parts["components"].without_missing())
         return self if family is self.family else dataclasses.replace(self, family=family)
 
     @property

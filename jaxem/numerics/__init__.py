@@ -1,8 +1,10 @@
-"""Numerical tools that know nothing of models: elementary operations, and factorisations of small matrices."""
+"""Numerical tools that know nothing of models: elementary operations, factorisations of small
+matrices, and the truncated normal distribution."""
 
 from .elementary import (
     first_argmax,
     first_largest,
+    in_any_lane,
     normalize,
     product,
     real_to_simplex,
@@ -20,9 +22,11 @@ from .factorisations import (
     floored_cholesky,
     inverse_lower,
     real_to_covariance,
+    singular_values,
     solve,
 )
 from .krylov import gmres, gmres_in_range
+from .truncated import truncated_normal
 
 __all__ = [
     "cholesky",
@@ -33,6 +37,7 @@ __all__ = [
     "floored_cholesky",
     "gmres",
     "gmres_in_range",
+    "in_any_lane",
     "inverse_lower",
     "normalize",
     "product",
@@ -42,7 +47,9 @@ __all__ = [
     "safe_divide",
     "safe_log",
     "simplex_to_real",
+    "singular_values",
     "solve",
     "to_rank",
+    "truncated_normal",
     "weighted_sum",
 ]

@@ -118,20 +118,20 @@ def repaired(attempt: Callable, again: Callable, *arguments: Any) -> Any:
             pairs = jax.jvp(again, primals, tangents), (found, slope)
             return jax.tree.map(lambda new, old: jnp.where(failed, new, old), *pairs)
 
-        return jax.lax.cond(_in_any_lane(failed), mended, lambda *_: (found, slope), primals, tangents)
+        return jax.lax.cond(in_any_lane(failed), mended, lambda *_: (found, slope), primals, tangents)
 
     return run(*arguments)
 
 
 @jax.custom_batching.custom_vmap
-def _in_any_lane(condition: jax.Array) -> jax.Array:
+def in_any_lane(condition: jax.Array) -> jax.Array:
     """Whether it holds in any lane of a `vmap`."""
     return condition
 
 
-@_in_any_lane.def_vmap
+@in_any_lane.def_vmap
 def _over_lanes(size: int, batched: list[bool], condition: jax.Array) -> tuple[jax.Array, bool]:
-    return _in_any_lane(jnp.any(condition)), False
+    return in_any_lane(jnp.any(condition)), False
 
 
 def simplex_to_real(probabilities: jax.Array, support: Any = None) -> jax.Array:

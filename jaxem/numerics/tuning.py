@@ -63,6 +63,15 @@ TOURNAMENT_SLICES = 4
 # Rows of scores up to which one round compares them all. Benchmark: kmeans b.
 TOURNAMENT_ROWS = 8
 
+# --- Missing values.
+
+# Numbers of the conditional covariances of one component, of rows side by side: over all entries of a row they stay in
+# the second-level cache of a CPU's core. Benchmark: latents b.
+CONDITIONAL_NUMBERS = 1 << 16
+
+# Such rows at least, a power of two: whole vectors. Benchmark: latents b.
+FEWEST_CONDITIONAL_LANES = 1 << 4
+
 # --- k-means.
 
 # Scores of a block of rows against all centres take one part in this many of what a block may take: the rounds of the

@@ -69,6 +69,13 @@ def m_step(self: Assembled, stats: Stats) -> Params:
     return self.params_of({name: part.m_step(of[name]) for name, part in self.parts.items()})
 
 
+def expanded(self: Assembled, params: Params, stats: Stats, held: tuple[str, ...] = ()) -> Params:
+    """What parts make of an M-step's parameters where they go by the parts' names; see `protocols.Family`."""
+    of, values = self.part_statistics(stats), fields(params)
+    free = {name: part for name, part in self.parts.items() if name not in held}
+    return replace(params, **{name: part.expanded(values[name], of[name]) for name, part in free.items()})
+
+
 def q_function(self: Assembled, params: Params, stats: Stats) -> jax.Array:
     """The sum of the parts' Q: the expected complete-data log-likelihood, linear in the statistics."""
     of, values = self.part_statistics(stats), self.part_params(params)

@@ -17,8 +17,11 @@ from ..record import record, static
 class Probabilities:
     """Distributions p (..., V), each over its last axis; their statistics are expected counts in the same shape.
 
-    prior: a Dirichlet on each of them; support (..., V): where it is False (0), p is 0 and stays so, and counts as no
-    parameter; shape: of the table, where it is known. 0 log 0 = 0 throughout.
+    prior: a Dirichlet on each of them.
+    support: (..., V); where it is False (0), p is 0 and stays so, and counts as no parameter.
+    shape: that of the table, where it is known.
+
+    0 log 0 = 0 throughout.
     """
 
     prior: Dirichlet | None = None

@@ -1,7 +1,7 @@
-"""Statements about parameters: held fixed, or shared by all components.
+"""Statements about parameters: that they are held fixed, or shared by all components.
 
-Both wrap a model or a part and are one themselves, so they compose. An M-step under them is still an exact conditional
-maximisation; what cannot be honoured exactly is refused when it is stated.
+Both wrap a model or a part and are one themselves, so that they compose. An M-step under them is still an exact
+conditional maximisation; a statement that the M-step cannot keep exactly is refused when it is made.
 """
 
 import functools
@@ -60,7 +60,7 @@ def blocks(inner: Any, params: Params) -> tuple[str, ...]:
     None where one of the parameters has no such M-step: blocks cover all that is free.
     """
     part = capabilities.complete("stated", inner)
-    names = [name for name in fields(params) if name not in part.stated]
+    names = [name for name, value in fields(params).items() if name not in part.stated and value is not None]
     holdable = set(part.holdable)
     return tuple(names) if all(set(names) - {name} <= holdable for name in names) else ()
 
@@ -68,7 +68,8 @@ def blocks(inner: Any, params: Params) -> tuple[str, ...]:
 def m_step_for(inner: Any, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
     """The M-step over these parameters alone, all others held where they are."""
     stated = capabilities.complete("stated", inner).stated
-    held = {name: value for name, value in fields(params).items() if name not in (*names, *stated)}
+    kept = {name: value for name, value in fields(params).items() if name not in (*names, *stated)}
+    held = {name: value for name, value in kept.items() if value is not None}
     return Fixed(inner, held).m_step(stats) if held else inner.m_step(stats)
 
 
@@ -88,10 +89,12 @@ def _refuse(inner: Any, what: str, names: Any, known: tuple[str, ...]) -> None:
 class Fixed:
     """A model or family with some of its parameters held at given values.
 
-    inner: the model or family; values: name -> value, broadcast to the parameter's shape, as in
-    `Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})` or
-    `Mixture(Fixed(Normal("diag"), {"mean": centres}), 3)`. Starts take the values too, and held
-    parameters do not count as free. Values may be traced.
+    inner: the model or family.
+    values: name -> value, broadcast to the parameter's shape, as in
+        `Fixed(Mixture(Binomial(10), 2), {"weights": jnp.array([0.5, 0.5])})` or
+        `Mixture(Fixed(Normal("diag"), {"mean": centres}), 3)`. They may be traced.
+
+    Starts take the values too, and held parameters do not count as free.
     Raises TypeError for a parameter that the M-step cannot hold exactly, or that `inner` states already.
     """
 
@@ -157,6 +160,10 @@ class Fixed:
         given = {**own, **held}
         return self.apply(self.inner.m_step_given(stats, **given) if given else self.inner.m_step(stats))
 
+    def expanded(self, params: Params, stats: Stats, held: tuple[str, ...] = (), **shared: Any) -> Params:
+        """What is made of an M-step's parameters, but for those that are held."""
+        return _inner(self).expanded(params, stats, held=(*held, *self.values), **shared)
+
     def degenerate(self, stats: Stats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components that died or collapsed: what is held does not."""
         return capabilities.degenerate(self.inner, stats, (*held, *self.values))
@@ -201,10 +208,11 @@ class Fixed:
 class Tied:
     """A family some of whose parameters all components share.
 
-    inner: the family; names: of its parameters, one or several, as in
-    `Mixture(Tied(StudentT(), "degrees_of_freedom"), 3)`. They keep their shape, component axis
-    first, all components equal: the maximum given the sum of the components' statistics.
-    For covariances there are the tied shapes of `Normal` itself.
+    inner: the family.
+    names: of its parameters, one or several, as in `Mixture(Tied(StudentT(), "degrees_of_freedom"), 3)`.
+
+    Shared parameters keep their shape, component axis first, with all components equal: the maximum given the sum of
+    the components' statistics. For covariances there are the tied shapes of `Normal` itself.
     Raises TypeError for a parameter that the M-step cannot share exactly, or that `inner` states already.
     """
 
@@ -243,6 +251,8 @@ class Tied:
 
     def m_step_given(self, stats: Stats, **held: Any) -> Params:
         """The same, with parameters held by a statement around this one."""
+        if _inner(self).shares_jointly:
+            return self.inner.m_step_given(stats, **{**held, "shared": (*self.names, *held.get("shared", ()))})
         params = self.inner.m_step_given(stats, **held) if held else self.inner.m_step(stats)
         share = _inner(self).share
 
@@ -251,6 +261,10 @@ class Tied:
             return jnp.broadcast_to(found, value.shape)
 
         return _changed(params, self.names, shared)
+
+    def expanded(self, params: Params, stats: Stats, shared: tuple[str, ...] = (), **held: Any) -> Params:
+        """What is made of an M-step's parameters; those that are shared stay so."""
+        return _inner(self).expanded(params, stats, shared=(*shared, *self.names), **held)
 
     def blocks(self, params: Params) -> tuple[str, ...]:
         """The model's blocks, but for those that are shared."""

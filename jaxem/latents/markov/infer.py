@@ -25,12 +25,12 @@ def infer(chain: Chain, expect: Any, form: str, in_parallel: bool) -> tuple[Smoo
     """
     if isinstance(expect, Hard):
         path, evidence = paths.decode(chain)
-        share = jnp.ones(1, chain.log_likelihood.dtype)
-        return Paths(path=path[..., None], share=share, linked=chain.linked, num_states=chain.num_states), evidence
+        mass = jnp.ones(1, chain.log_likelihood.dtype)
+        return Paths(path=path[..., None], mass=mass, linked=chain.linked, num_states=chain.num_states), evidence
     if isinstance(expect, Sample):
         filtered, evidence = log_filter(chain, form, in_parallel)
-        path, share = paths.draw(chain, filtered, expect)
-        return Paths(path=path, share=share, linked=chain.linked, num_states=chain.num_states), evidence
+        path, mass = paths.draw(chain, filtered, expect)
+        return Paths(path=path, mass=mass, linked=chain.linked, num_states=chain.num_states), evidence
     if not isinstance(expect, Exact):
         raise _unknown(expect)
     if expect.temperature is None:

@@ -13,7 +13,9 @@ from ...sequences import Sequences
 def log_likelihood(family: Family, emissions: Params, x: Sequences, num_states: int) -> jax.Array:
     """log p(x_t | z_t = k) (T, K[, B]), 0 where nothing is observed."""
     rows, seen = x.rows()
-    # Not by `without_missing`: the branch on missing entries keeps XLA from computing densities anew for each use.
+    part = capabilities.complete("part", family)
+    # Else not by `without_missing`: the branch on missing entries keeps XLA from computing densities anew for each use.
+    family = part.without_missing() if x.complete and part.correlated else family
     size = _rows_at_a_time(family, emissions, rows, num_states)
     scores = tree.map_over_blocks(lambda rows: family.log_prob(emissions, rows).T, rows, size)
     scores = jnp.where(seen, scores.T, 0)
@@ -47,8 +49,8 @@ def start(
     if weights is not None:
         each = each * jnp.tile(weights.astype(dtype), x.num_steps)
     membership = seeding.membership(key, family, rows, each, num_states, method)
-    parts, counts = {"": capabilities.complete("part", family)}, {"": num_states}
-    stats = seeding.statistics(parts, counts, rows, membership, each, seeding.SMOOTHING)[""]
+    parts, counts = {"emissions": capabilities.complete("part", family)}, {"emissions": num_states}
+    stats = seeding.statistics(parts, counts, rows, membership, each, seeding.SMOOTHING)["emissions"]
     states = seeding.responsibilities(membership, num_states, seeding.SMOOTHING, dtype)
     states = (states * each[None]).reshape(num_states, x.num_steps, x.num_rows)
     links = x.links(dtype)

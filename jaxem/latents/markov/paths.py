@@ -46,14 +46,14 @@ def decode(chain: Chain) -> tuple[jax.Array, jax.Array]:
 
 
 def draw(chain: Chain, filtered: jax.Array, expect: Sample) -> tuple[jax.Array, jax.Array]:
-    """Paths (T[, L], n) drawn backwards from log p(z_t | x_1..t) (T, K[, L]), and the share (n,) that each counts.
+    """Paths (T[, L], n) drawn backwards from log p(z_t | x_1..t) (T, K[, L]), and the mass (n,) of each.
 
     A state is -1 where none is possible. Chib (1996), Calculating posterior distributions and modal estimates in
     Markov mixture models, J. Econometrics 75.
     """
     key, lanes = expect.random_key(), filtered.shape[2:]
     used = expect.num_samples if expect.used is None else expect.used
-    share = (jnp.arange(expect.num_samples) < used) / jnp.asarray(used, filtered.dtype)
+    mass = (jnp.arange(expect.num_samples) < used) / jnp.asarray(used, filtered.dtype)
     moves = numerics.safe_log(chain.transition)
 
     def pick(number: jax.Array, logs: jax.Array) -> jax.Array:
@@ -74,4 +74,4 @@ def draw(chain: Chain, filtered: jax.Array, expect: Sample) -> tuple[jax.Array, 
     shape = (chain.num_states, *lanes, expect.num_samples)
     last = pick(steps[-1], jnp.broadcast_to(filtered[-1][..., None], shape))
     _, path = jax.lax.scan(step, last, (steps[:-1], filtered[:-1], chain.linked), reverse=True)
-    return jnp.concatenate([path, last[None]]), share
+    return jnp.concatenate([path, last[None]]), mass

@@ -127,13 +127,13 @@ class Paths:
     """An average over whole paths: the likeliest one, or draws.
 
     path (T[, L], n): states; -1 where none is possible
-    share (n,): how much each path counts, in sum 1
+    mass (n,): the probability of each path, in sum 1
     linked (T - 1[, L]): as of the chain
     num_states: K
     """
 
     path: jax.Array
-    share: jax.Array
+    mass: jax.Array
     linked: jax.Array | None
     num_states: int = static()
 
@@ -141,28 +141,28 @@ class Paths:
     def states(self) -> jax.Array:
         """As `Form` says."""
         states = self._indicators(self.path, 1)
-        return jnp.sum(states * numerics.to_rank(self.share, states.ndim), axis=-1)
+        return jnp.sum(states * numerics.to_rank(self.mass, states.ndim), axis=-1)
 
     def moves(self, weights: jax.Array | None = None) -> jax.Array:
         """As `Form` says."""
 
         def add(total: jax.Array, step: Any) -> tuple[jax.Array, None]:
             before, after, linked = step
-            share = numerics.to_rank(self.share, before.ndim)
-            each = share if linked is None else share * linked[..., None]
+            each = numerics.to_rank(self.mass, before.ndim)
+            each = each if linked is None else each * linked[..., None]
             each = each if weights is None else each * weights[..., None]
             before, after = self._indicators(before, 0) * each[None], self._indicators(after, 0)
             flat = self.num_states, -1
             return total + numerics.product(before.reshape(flat), after.reshape(flat), "in,jn->ij"), None
 
-        start = tree.varying(jnp.zeros((self.num_states, self.num_states), self.share.dtype), self.path)
+        start = tree.varying(jnp.zeros((self.num_states, self.num_states), self.mass.dtype), self.path)
         return jax.lax.scan(add, start, (self.path[:-1], self.path[1:], self.linked))[0]
 
     def pairs(self) -> jax.Array:
         """As `Form` says."""
         states = self._indicators(self.path, 1)
         both = states[:-1, :, None] * states[1:, None]
-        pairs = jnp.sum(both * numerics.to_rank(self.share, both.ndim), axis=-1)
+        pairs = jnp.sum(both * numerics.to_rank(self.mass, both.ndim), axis=-1)
         return pairs if self.linked is None else jnp.where(self.linked[:, None, None], pairs, 0)
 
     def expected_log(self, other: Form, masks: Masks, weights: jax.Array | None = None) -> jax.Array:
@@ -172,7 +172,7 @@ class Paths:
     def _indicators(self, path: jax.Array, axis: int) -> jax.Array:
         """1 where the path is, states along one more axis."""
         states = jnp.arange(self.num_states).reshape(*(1,) * axis, -1, *(1,) * (path.ndim - axis))
-        return (jnp.expand_dims(path, axis) == states).astype(self.share.dtype)
+        return (jnp.expand_dims(path, axis) == states).astype(self.mass.dtype)
 
 
 @record(kw_only=False)

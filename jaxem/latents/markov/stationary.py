@@ -173,9 +173,9 @@ def _climb(transition: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple[
         last = hoped <= 4 * eps * (
             len(starts) * jnp.sum(starts) + jnp.sum(jnp.where(moves > 0, moves * jnp.abs(move), 0))
         )
-        share = gained / hoped
-        taken = last | (share > 1e-3)
-        radius = jnp.where(share > 0.75, 2 * at.radius, jnp.where(share > 0.25, at.radius, 0.25 * at.radius))
+        agreement = gained / hoped
+        taken = last | (agreement > 1e-3)
+        radius = jnp.where(agreement > 0.75, 2 * at.radius, jnp.where(agreement > 0.25, at.radius, 0.25 * at.radius))
         return _Point(
             transition=jnp.where(taken, after, chain),
             radius=radius,

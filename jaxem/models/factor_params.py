@@ -1,0 +1,125 @@
+"""Parameters and statistics of factor models, and what a fitted one is asked."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import checks, parameters
+from ..families.covariance import Diagonal, Spherical
+from ..families.linear_equation import EquationStats
+from ..latents.linear_gaussian import factors
+from ..protocols import Data
+from ..record import record
+from . import factor_data as data
+
+# Of its column's variance, what a uniqueness is below before it is looked at whether it goes to 0.
+_SMALL = 1e-2
+
+
+@record
+class FactorAnalysisParams:
+    """x = mean + loadings z + noise.
+
+    mean          (D,)
+    loadings      (D, Q)
+    uniquenesses  (D,), variances of the noise
+    """
+
+    mean: jax.Array
+    loadings: jax.Array
+    uniquenesses: jax.Array
+
+
+@record
+class PPCAParams:
+    """x = mean + loadings z + noise.
+
+    mean            (D,)
+    loadings        (D, Q)
+    noise_variance  (), of the noise in every column
+    """
+
+    mean: jax.Array
+    loadings: jax.Array
+    noise_variance: jax.Array
+
+
+FactorParams = FactorAnalysisParams | PPCAParams
+
+
+@record
+class FactorStats:
+    """Expected statistics of rows and factors, additive over rows.
+
+    equation  normal equations of x on (z, 1), about the current mean and loadings
+    noise     (D,), or (): count times the current noise
+    loglik    (), at the parameters of the E-step
+    """
+
+    equation: EquationStats
+    noise: jax.Array
+    loglik: jax.Array
+
+
+class FitTest(NamedTuple):
+    """statistic: χ²; degrees_of_freedom; p_value: the chance of at least that under the model."""
+
+    statistic: jax.Array
+    degrees_of_freedom: int
+    p_value: jax.Array
+
+
+# The shape of the noise, the record of parameters, and its name there.
+NOISE: dict[str, tuple[Diagonal | Spherical, Any, str]] = {
+    "diag": (Diagonal(), FactorAnalysisParams, "uniquenesses"),
+    "isotropic": (Spherical(), PPCAParams, "noise_variance"),
+}
+
+
+def heywood(loadings: jax.Array, noise: jax.Array, mapped: jax.Array) -> jax.Array:
+    """Columns (D,) whose uniqueness, now `noise`, the likelihood sends to 0, all else held; mapped: its M-step then.
+
+    Along one uniqueness ψ the likelihood is highest at ψ + (u - ψ) / r², u being its M-step and r the share of ψ that
+    the factors do not tell (Zhao, Yu & Jiang 2008, ML estimation for factor analysis: EM or non-EM?, Statistics and
+    Computing 18). A Heywood case has that at 0 or below, and has come down to a hundredth of its column's variance.
+    """
+    untold = 1 - jnp.sum(loadings * factors.factors(loadings, noise).projection.T, axis=1)
+    small = noise < _SMALL * (jnp.sum(jnp.square(loadings), axis=1) + noise)
+    return small & (noise - mapped >= jnp.square(untold) * noise)
+
+
+def likelihood_ratio_test(self: Any, params: FactorParams, x: Data, weights: jax.Array | None = None) -> FitTest:
+    """Fitted factors against any covariance: is what they leave of the correlations more than chance?
+
+    (n - 1 - (2 D + 5) / 6 - 2 Q / 3) (log det Σ - log det S + tr Σ⁻¹ S - D), with Bartlett's correction (1951, The
+    effect of standardization on a χ² approximation in factor analysis, Biometrika 38), against χ² on as many
+    degrees of freedom as S has entries that the model has no parameters for.
+    Raises ValueError for rows that are no more than columns, or have missing entries: their S is not known.
+    """
+    x, weights = checks.native((x, weights))
+    with checks.without_estimation():
+        self.check(x, weights)
+    parameters.check("params", self, params, x)
+    size, each = data.reduced(x, weights, missing=False)
+    if not isinstance(size, data.Roots):
+        raise ValueError(
+            "x must be Moments, or more complete rows than columns, for a test against the covariance of the rows; "
+            f"got {checks.told(x)}. Criteria (jaxem.bic) compare models on any data"
+        )
+    latents, entries = self.num_latents, len(params.mean)
+    freedom = entries * (entries + 3) // 2 - self.num_parameters(params)
+    if freedom < 1:
+        raise ValueError(f"{latents} factors of {entries} columns leave no degrees of freedom to test: take fewer")
+    count = size.count[0] if each is None else size.count[0] * each[0]
+    free = entries * (1 + math.log(2 * math.pi)) + 2 * jnp.sum(jnp.log(jnp.diagonal(size.root[0])))
+    lack = -2 * jnp.sum(self.log_prob(params, size)) / size.count[0] - free
+    statistic = (count - 1 - (2 * entries + 5) / 6 - 2 * latents / 3) * lack
+    p_value = jax.scipy.special.gammaincc(0.5 * freedom, 0.5 * jnp.maximum(statistic, 0))
+    return FitTest(statistic=statistic, degrees_of_freedom=freedom, p_value=p_value)
+
+
+def freedom(noise: Any, entries: int, latents: int) -> int:
+    """Entries of a covariance less the parameters of one with so many factors."""
+    return entries * (entries + 1) // 2 - noise.degrees(entries) - entries * latents + latents * (latents - 1) // 2

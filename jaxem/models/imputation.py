@@ -1,0 +1,65 @@
+"""Missing values filled in: by what is expected of them, or by draws, for multiple imputation."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import capabilities, checks, numerics, parameters, tree
+from ..data import split
+from ..protocols import Data, Params
+
+
+@parameters.at_rows
+def impute(
+    model: Any, params: Params, x: Data, *, key: jax.Array | None = None, num_draws: int | None = None
+) -> jax.Array:
+    """The rows with what is missing of them filled in; what is observed stays as it is. A method of mixtures.
+
+    Without a key by conditional means, (N, D); with one by draws from the components' posterior and all that is missing
+    of a row together, (num_draws, N, D), for multiple imputation (Rubin 1987). Of a `NoisyNormal` these are the values
+    behind the noise.
+    """
+    shares = model.posterior(params, x)
+    return filled_in(model.family, tree.no_whole_numbers(params, x).components, split(x)[0], shares, key, num_draws)
+
+
+def filled_in(
+    family: Any, params: Params, x: Data, shares: jax.Array, key: jax.Array | None, num_draws: int | None
+) -> jax.Array:
+    """Values in place of the missing ones, from a family's components and their shares in every row (N, K).
+
+    Without a key the conditional means, in the shape of the rows; else `num_draws` joint draws of all that is missing
+    of a row, one where it is None, along a new first axis. Raises TypeError for a family that has no such values.
+    """
+    part = capabilities.complete("part", family)
+    if part.expected_values is None or part.drawn_values is None:
+        raise TypeError(f"{type(family).__name__} has no values to put in place of missing ones: Normal has")
+    if key is None and num_draws is not None:
+        raise TypeError("num_draws needs a key, as in impute(params, x, key=jax.random.key(0), num_draws=20)")
+    if key is None:
+        return _means(family, params, x, shares)
+    checks.positive_integer("num_draws", 1 if num_draws is None else num_draws)
+    return _draws(checks.random_key(key), family, params, x, shares, num_draws or 1)
+
+
+@jax.jit
+def _means(family: Any, params: Params, x: Data, shares: jax.Array) -> jax.Array:
+    def block(data: tuple[Data, jax.Array]) -> jax.Array:
+        x, shares = data
+        values = family.expected_values(params, x)
+        return family.completed(x, numerics.product(shares, values, "nk,nkd->nd"))
+
+    floats = family.floats_per_row(params) + tree.size(params.mean)
+    return tree.map_over_blocks(block, (x, shares), tree.rows_per_block(floats, shares.dtype))
+
+
+@functools.partial(jax.jit, static_argnames="num_draws")
+def _draws(key: jax.Array, family: Any, params: Params, x: Data, shares: jax.Array, num_draws: int) -> jax.Array:
+    key_labels, key_values = jax.random.split(key)
+    upto = jnp.cumsum(shares, axis=1)
+    level = upto[:, -1:] * jax.random.uniform(key_labels, (shares.shape[0], num_draws), shares.dtype)
+    labels = jnp.sum(level[:, :, None] >= upto[:, None, :-1], axis=2)
+    values = family.drawn_values(key_values, params, x, labels)
+    return jax.vmap(lambda drawn: family.completed(x, drawn), in_axes=1)(values)
