@@ -27,7 +27,7 @@ def gmres(times: Callable[[jax.Array], jax.Array], right: jax.Array) -> jax.Arra
         after = jnp.linalg.norm(rest)
         return found, rest, after, (after < 0.5 * size) & (after > 20 * eps * length)
 
-    start = (jnp.zeros_like(right), right, length, length > 0)
+    start: tuple[jax.Array, ...] = (jnp.zeros_like(right), right, length, length > 0)
     found, _, size, _ = jax.lax.while_loop(lambda carry: carry[3], cycle, start)
     return jnp.where(size <= jnp.sqrt(eps) * length, found, jnp.nan)
 
@@ -76,7 +76,7 @@ def _nearest(times: Callable[[jax.Array], jax.Array], rest: jax.Array, enough: j
         column, target = _turned(turn, count, column), _turned(turn, count, target)
         return count + 1, basis, triangle.at[:, count].set(column[:width]), turns.at[count].set(turn), target
 
-    start = (
+    start: tuple[jax.Array, ...] = (
         jnp.zeros((), jnp.int32),
         jnp.zeros((width + 1, len(rest)), rest.dtype).at[0].set(rest / jnp.where(size > 0, size, 1)),
         jnp.zeros((width, width), rest.dtype),
