@@ -247,7 +247,7 @@ def em_fit(
     algorithm = chosen(model, algorithm)
     checks.limits(tol, max_steps)
     x, weights = data_of(model, x, weights, sees_all=sees_all_rows(model, algorithm))
-    model = informed(model, x)
+    model = informed(model, implicit.constants(x))
     parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)

@@ -190,7 +190,7 @@ def fit_restarts(
     # A start of the user's own is drawn from the rows as they are.
     sees_all = sees_all_rows(model, algorithm) and not callable(init)
     x, weights = tree.present(*data_of(model, x, weights, sees_all))
-    model = informed(model, x)
+    model = informed(model, implicit.constants(x))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
         parameters.check("init", model, starts, x, lead=(num_restarts,))
