@@ -62,7 +62,7 @@ SCREEN = Screen(steps=30, keep=0.125)
 AGREEMENT = {"float32": 1e-4, "float64": 1e-9}
 MB = 1e6
 # Float32 operations a second of matrix products on the two cores that the README's figures are from.
-_PEAK = 1e11
+PEAK = 1e11
 
 
 def clusters(rows: int, columns: int, count: int, spread: float, dtype: str, seed: int = 0) -> np.ndarray:
@@ -375,7 +375,7 @@ def many_columns(quick: bool, repeats: int) -> list[Row]:
         rows, count = (1000 if quick else 10_000), 8
         work = 4 * rows * count * columns**2
         print(f"\n(e) one fit, N = {rows}, D = {columns}, K = {count}, full, {STEPS} steps, float32; ", end="")
-        print(f"{work / 1e9:.2f} G operations a step, {1e3 * work / _PEAK:.0f} ms at {_PEAK / 1e9:.0f} G a second")
+        print(f"{work / 1e9:.2f} G operations a step, {1e3 * work / PEAK:.0f} ms at {PEAK / 1e9:.0f} G a second")
         x = clusters(rows, columns, count, spread=1.0, dtype="float32")
         start = start_at(random_row_starts(x, count, 1), 0)
         # A row in so many columns is near few others, and scikit-learn raises for a component without D of them:

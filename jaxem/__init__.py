@@ -14,6 +14,7 @@ from .em import Blocks as Blocks
 from .em import ClosedForm as ClosedForm
 from .em import Conditional as Conditional
 from .em import Exact as Exact
+from .em import Expanded as Expanded
 from .em import Full as Full
 from .em import Gradient as Gradient
 from .em import Hard as Hard

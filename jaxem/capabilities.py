@@ -58,6 +58,9 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Every step needs every row, and plain EM is fast enough where no algorithm is named.
         "reduced": lambda model: lambda x, weights=None: (model.units(x), weights),
         "crawls": lambda model: False,
+        # It is part of no larger model with the same likelihoods: M-steps are taken as they are.
+        "expands": lambda model: False,
+        "expanded": lambda model: lambda params, stats, **statements: params,
         # No component can die or collapse, there is no prior, and the objective is a log-likelihood.
         "degenerate": lambda model: lambda stats: jnp.zeros(0, bool),
         "log_prior": lambda model: lambda params: 0.0,
@@ -70,8 +73,6 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "without_missing": lambda model: lambda: model,
         # There is no cheaper arithmetic, how many temporaries there are is not known, and restarts share none of them.
         "coarse": lambda model: lambda: model,
-        # Its M-steps are taken as they are.
-        "expanded": lambda model: lambda params, stats, **statements: params,
         "floats_per_row": _none,
         "shared_floats_per_row": lambda model: lambda params, x: 0,
         # Starts are given, the M-step is a climb of Q or has no need of it, and is one for all parameters.
@@ -94,6 +95,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # There is no cheaper arithmetic.
         "coarse": lambda part: lambda: part,
         # Its M-steps are taken as they are.
+        "expands": lambda part: False,
         "expanded": lambda part: lambda params, stats, **statements: params,
         # To know that no entry is missing saves nothing.
         "without_missing": lambda part: lambda: part,

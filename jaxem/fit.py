@@ -10,7 +10,7 @@ import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
 from .capabilities import complete, fitted_model, fitting_algorithm, informed
-from .em import EM, anderson, objective
+from .em import EM, Expanded, anderson, objective
 from .protocols import Algorithm, Data, Model, Params
 from .record import fields, record
 from .status import EMError, Status
@@ -193,7 +193,8 @@ def history_capacity(max_steps: Any, fits: int = 1) -> int:
 def chosen(model: Model, algorithm: Algorithm | Any | None) -> Algorithm:
     """The algorithm, complete; where none is named, EM, or an accelerator where the model says that EM crawls."""
     if algorithm is None:
-        algorithm = anderson() if model.crawls else EM()
+        step = EM(maximize=Expanded()) if model.expands else EM()
+        algorithm = anderson(step) if model.crawls else step
     return fitting_algorithm(algorithm)
 
 
@@ -228,7 +229,8 @@ def em_fit(
     """Fit a model by EM from one start, in one compiled loop.
 
     x: N rows as the model takes them; weights (N,): how many rows each row counts for.
-    algorithm: None is `EM()`, and `anderson()` for models of which it is known that plain EM takes thousands of steps.
+    algorithm: None is `EM()`, or `EM(maximize=Expanded())` for models that can be expanded, under `anderson(...)` for
+    those that say that plain EM takes thousands of steps.
     tol: stop when what is left to gain, per unit of weight, is estimated to be at most this (nats;
     see `jaxem.stopping`). It is a distance to the limit, not a step size, and is floored at the
     dtype's resolution; a negative tol takes exactly max_steps steps.

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import checks, tree
 from .capabilities import complete, informed, original
-from .protocols import Algorithm, Data, Model, Params
+from .protocols import Algorithm, AnyModel, Data, Model, Params
 from .record import fields
 
 # How far below 0 an eigenvalue may lie, in units of the largest entry of its matrix.
@@ -86,7 +86,7 @@ def _supported(name: str, params: Any, supports: Supports) -> None:
             support(place, np.asarray(value))
 
 
-def shapes(name: str, model: Model | Any, params: Params, x: Data, lead: tuple[int, ...] = ()) -> None:
+def shapes(name: str, model: AnyModel, params: Params, x: Data, lead: tuple[int, ...] = ()) -> None:
     """Raise for parameters of another structure or shape than the model's own for these data.
 
     lead: axes that all of them have in front, such as one of restarts.
@@ -159,7 +159,7 @@ def rows_like(x: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *jnp.shape(leaf)[1:]), jnp.result_type(leaf)), x)
 
 
-def check(name: str, model: Model | Any, params: Params, x: Data, lead: tuple[int, ...] = ()) -> None:
+def check(name: str, model: AnyModel, params: Params, x: Data, lead: tuple[int, ...] = ()) -> None:
     """Raise for parameters that do not fit a model and its data, by name: shapes everywhere, values eagerly."""
     shapes(name, model, params, x, lead)
     _supported(name, params, complete("model", model).supports)

@@ -15,9 +15,12 @@ def _times_log(exponent: jax.Array, value: jax.Array) -> jax.Array:
 
 @record(kw_only=False)
 class Dirichlet:
-    """Dirichlet prior on probabilities: concentration, a scalar or (K,); at least 1 for an interior mode.
+    """Dirichlet prior on probabilities.
 
-    Its log-density is normalised. A concentration of 1 is flat: maximum likelihood.
+    concentration: a scalar or (K,). 1 is flat, so that the M-step is maximum likelihood; below 1 the density has no
+        mode in the interior.
+
+    Its log-density is normalised.
     """
 
     concentration: jax.Array | float
@@ -36,7 +39,10 @@ class Dirichlet:
 
 @record(kw_only=False)
 class Beta:
-    """Beta prior on every probability: a - 1 successes and b - 1 failures seen before. Scalars, or (D,)."""
+    """Beta prior on every probability, as if a - 1 successes and b - 1 failures had been seen before.
+
+    a, b: scalars, or (D,).
+    """
 
     a: jax.Array | float
     b: jax.Array | float
@@ -55,7 +61,10 @@ class Beta:
 
 @record(kw_only=False)
 class GammaPrior:
-    """Gamma prior on every rate: shape - 1 events in an exposure (or time) of `rate`. Scalars, or (D,)."""
+    """Gamma prior on every rate, as if shape - 1 events had been seen in an exposure (or time) of `rate`.
+
+    shape, rate: scalars, or (D,).
+    """
 
     shape: jax.Array | float
     rate: jax.Array | float

@@ -91,8 +91,12 @@ class Model(Protocol):
         ...
 
     @property
-    def expanded(self) -> Any:
-        """(params, stats) -> params, what parts make of an M-step's parameters beyond Q; see `Family`."""
+    def expands(self) -> bool:
+        """Whether it is part of a larger model with the same likelihoods, whose M-step `expanded` makes of its own."""
+        ...
+
+    def expanded(self, params: Params, stats: Stats, held: tuple[str, ...] = ()) -> Params:
+        """The parameters of an M-step, and in them what the M-step of the larger model adds where nothing is held."""
         ...
 
     @property
@@ -170,6 +174,10 @@ class Model(Protocol):
         ...
 
 
+# A model as it comes in: it may leave out what `capabilities` knows.
+AnyModel = Model | Any
+
+
 @record
 class Problem:
     """What is to be fitted: a complete model and its data, with a leading axis of independent units; see `pose`."""
@@ -238,8 +246,7 @@ class Family(Part, Protocol):
     Of its optional members, which stand in `capabilities`, some are about statements: `separable` names parameters
     whose being held or shared leaves the M-step of the others as it is, `m_step_given(stats, **held)` holds others,
     `shareable` names what components can share, and `share(stats, name, params)` is the common value given the M-step
-    of all others (see `Fixed` and `Tied`). `expanded(params, stats)` is what parameter expansion makes of an M-step
-    from statistics of all rows: parameters of no lower likelihood (Liu, Rubin & Wu 1998, PX-EM, Biometrika 85).
+    of all others (see `Fixed` and `Tied`). `expands` and `expanded(params, stats)` are as in `Model`.
     """
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Params:
@@ -339,13 +346,7 @@ class Maximize(Protocol):
         ...
 
     def step(
-        self,
-        problem: Problem,
-        params: Params,
-        stats: Stats,
-        state: Any,
-        index: jax.Array | int,
-        key: jax.Array | None,
+        self, problem: Problem, params: Params, stats: Stats, state: Any, index: jax.Array | int, key: jax.Array | None
     ) -> tuple[Params, Any]:
         """Parameters from statistics; key: for its draws, where its nature is stochastic and the algorithm has one."""
         ...

@@ -24,13 +24,17 @@ _GROUPS = 4
 def start(*methods: str) -> Callable:
     """A decorator of a model's `init(key, x, weights, ...)`: its arguments are checked before anything is traced.
 
-    methods: what its `method` may be. The function itself is given a new-style key, and data with an axis of units.
+    methods: what its `method` may be, the default first.
+
+    The function itself is given a new-style key, and data with a leading axis of units.
     """
 
     def with_checks(init: Callable) -> Any:
         @functools.wraps(init)
         def checked(self: Any, key: jax.Array, x: Data, weights: jax.Array | None = None, **options: Any) -> Params:
-            if "method" in options:
+            if methods:
+                # Always given, so that the default by its name is no other program.
+                options = {"method": methods[0], **options}
                 checks.choice("method", options["method"], methods)
             x, weights = checks.native((x, weights))
             self.check(x, weights)

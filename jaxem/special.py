@@ -1,4 +1,4 @@
-"""Relatives of the gamma function that do not cancel, and Newton's method for the equations they lead to."""
+"""Relatives of the gamma function, written so that nothing cancels, and Newton's method for equations in them."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Bernoulli numbers B_2, B_4, ..., B_16, and from where on Stirling's series with so many is exact to rounding.
+# Bernoulli numbers B_2, B_4, ..., B_16. Stirling's series with these is exact to rounding from _LARGE on.
 _BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510)
 _LARGE = 8
 
@@ -37,7 +37,7 @@ def log_minus_digamma(a: jax.Array) -> jax.Array:
 
 
 def log_beta(a: jax.Array, b: jax.Array) -> jax.Array:
-    """log of the beta function, a and b > 0, by Stirling's formula: JAX's own is off by 1e-6, in float64 too."""
+    """log of the beta function, a and b > 0, by Stirling's formula: JAX's own is off by 1e-6 even in float64."""
     errors = stirling_error(a) + stirling_error(b) - stirling_error(a + b)
     logs = (0.5 - a) * jnp.log1p(b / a) + (0.5 - b) * jnp.log1p(a / b)
     return logs + errors + 0.5 * jnp.log(2 * math.pi / (a + b))
@@ -54,10 +54,10 @@ def log1p_gap(u: jax.Array) -> jax.Array:
 
 
 def solve(function: Callable[[jax.Array], jax.Array], target: jax.Array, start: jax.Array) -> jax.Array:
-    """The u > 0 with function(u) = target, for a function that is close to a power law: of the shape of `target`.
+    """The u > 0, in the shape of `target` > 0, with function(u) = target, for a function that is close to a power law.
 
-    Newton's method from log u to log function(u), where a power law is a straight line: a fixed,
-    small number of steps is exact to rounding from a `start` of the right order. Targets above 0.
+    Newton's method for log function(u) as a function of log u, where a power law is a straight line: a fixed, small
+    number of steps is exact to rounding from a `start` of the right order of magnitude.
     """
 
     def step(_: int, u: jax.Array) -> jax.Array:
@@ -68,12 +68,12 @@ def solve(function: Callable[[jax.Array], jax.Array], target: jax.Array, start: 
 
 
 def _raised(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where Stirling's series holds: a itself, or `_LARGE` above it, and then where recurrences lead back to."""
+    """Where recurrences lead back to, and where Stirling's series holds: a and a + _LARGE, or 1 and a for a large a."""
     return jnp.where(a < _LARGE, a, 1), jnp.where(a < _LARGE, a + _LARGE, a)
 
 
 def _rising(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a (a + 1) ... (a + _LARGE - 1), and its slope."""
+    """a (a + 1) ... (a + _LARGE - 1), and its derivative."""
     value, slope = a, jnp.ones_like(a)
     for i in range(1, _LARGE):
         value, slope = value * (a + i), slope * (a + i) + value

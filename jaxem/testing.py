@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tree
-from .capabilities import complete, states
+from .capabilities import complete, informed, states
 from .diagnostics import free_energy
 from .em import EM, Blocks
 from .fit import em_fit
-from .protocols import Data, Model, Params
+from .protocols import AnyModel, Data, Params
 
 LAWS: dict[str, Callable[["_Case"], None]] = {}
 
@@ -115,7 +115,7 @@ class _Case:
 
 
 def check_model(
-    model: Model | Any, params: Params, x: Data, *, key: jax.Array | None = None, skip: Iterable[str] = ()
+    model: AnyModel, params: Params, x: Data, *, key: jax.Array | None = None, skip: Iterable[str] = ()
 ) -> tuple[str, ...]:
     """Check every law that applies to this model at these parameters and data.
 
@@ -130,7 +130,7 @@ def check_model(
     x = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf)), x)
     double = tree.float_dtype(x) == jnp.float64
     seed = 0 if key is None else int(jax.random.bits(key))
-    case = _Case(complete("model", model), params, x, seed, 1e-9 if double else 2e-3)
+    case = _Case(informed(complete("model", model), x), params, x, seed, 1e-9 if double else 2e-3)
     checked = []
     for name, law in LAWS.items():
         if name in skip:

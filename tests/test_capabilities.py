@@ -10,6 +10,7 @@ import pytest
 
 from jaxem import (
     EM,
+    HMM,
     Blocks,
     ClosedForm,
     Conditional,
@@ -18,6 +19,7 @@ from jaxem import (
     Gradient,
     Incremental,
     KMeans,
+    LinearGaussianSSM,
     Mixture,
     Poisson,
     Screen,
@@ -70,7 +72,7 @@ class Mean:
 @pytest.mark.parametrize(
     ("kind", "thing"),
     [
-        ("model", KMeans(2)),
+        *(("model", model) for model in (KMeans(2), MODEL, HMM(Poisson(), 2), LinearGaussianSSM(2))),
         *(("gather", gather) for gather in (Full(), Blocks(3), Stepwise(3), VarianceReduced(3), Incremental(3))),
         *(("maximize", maximize) for maximize in (ClosedForm(), Gradient(), Conditional())),
         *(

@@ -14,6 +14,7 @@ from jaxem import (
     EM,
     HMM,
     Bernoulli,
+    Expanded,
     Fixed,
     KMeans,
     LinearGaussianSSM,
@@ -56,6 +57,7 @@ VARIANTS = {
     "`annealed_em(schedule)`": annealed_em((2.0, 1.5)),
     "`squarem(EM())`": squarem(EM()),
     "`anderson(EM())`": anderson(EM()),
+    "`EM(maximize=Expanded())`": EM(maximize=Expanded()),
 }
 
 

@@ -34,7 +34,7 @@ from jaxem.em import EM, Blocks
 X = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32) + 4 * (np.arange(30) % 2)[:, None]
 X = X.astype(np.float32)
 KEY = jax.random.key(0)
-MODEL = Mixture(Normal("full"), 2)
+MODEL = Mixture(Normal("full", missing=False), 2)
 START = MixtureParams(
     weights=jnp.array([0.5, 0.5]),
     components=NormalParams(mean=jnp.array([[0.0, 0.0], [4.0, 4.0]]), covariance=jnp.stack([jnp.eye(2)] * 2)),
@@ -137,8 +137,9 @@ def test_bad_weights_are_refused(case, door):
     refused(lambda: DOORS[door](x, weights), exception, *parts)
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
+@pytest.mark.parametrize("case", sorted(set(BAD_ROWS) - {"NaN"}))
 def test_a_prior_refuses_bad_rows(case):
+    """Missing entries are none of them."""
     x, exception, *parts = BAD_ROWS[case]
     refused(lambda: default_prior(x, 2), exception, *parts)
 

@@ -30,6 +30,8 @@ from jaxem import (
     LinearRegression,
     LinearRegressionParams,
     LogisticRegression,
+    LowRankNormal,
+    LowRankNormalParams,
     Mixture,
     Multinomial,
     MultinomialParams,
@@ -164,10 +166,15 @@ class _Observed:
         return np.array([one(row, seen) for row, seen in zip(x, ~np.isnan(x), strict=True)])
 
 
-def _normal(params, _):
-    matrices = np.asarray(params.covariance)
+def _normal(params, _, matrices=None):
+    matrices = np.asarray(params.covariance) if matrices is None else matrices
     laws = [_Observed(np.asarray(m), c) for m, c in zip(params.mean, matrices, strict=True)]
-    return _elliptic(params, matrices, laws, st.chi2(2))
+    return _elliptic(params, matrices, laws, st.chi2(matrices.shape[-1]))
+
+
+def _low_rank(params, _):
+    loadings, own = np.asarray(params.loadings), np.asarray(params.uniquenesses)
+    return _normal(params, None, loadings @ np.swapaxes(loadings, 1, 2) + own[:, :, None] * np.eye(own.shape[1]))
 
 
 def _censored(params, upper):
@@ -325,6 +332,13 @@ def cases() -> dict[str, Case]:
             (np.r_[plane[:9, 0], -np.inf, 1.0, -np.inf], np.r_[plane[:6, 0], plane[6:9, 0] + 1, -1.0, np.inf, np.inf]),
             _censored,
             CensoredNormalParams(mean=jnp.array([0.5, 3.0]), variance=jnp.array([100.0, 0.25])),
+            missing=False,
+        ),
+        "low rank": Case(
+            LowRankNormal(1),
+            LowRankNormalParams(mean=rate, loadings=(2 * edge - share)[..., None], uniquenesses=scarce),
+            waits,
+            _low_rank,
             missing=False,
         ),
         "student t": Case(

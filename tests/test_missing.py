@@ -21,10 +21,11 @@ from jaxem import (
     Poisson,
     Sequences,
     Status,
+    default_prior,
     em_fit,
     fit_restarts,
 )
-from jaxem.capabilities import complete, informed
+from jaxem.capabilities import complete, informed, original
 from jaxem.families import conditional
 
 RNG = np.random.default_rng(11)
@@ -216,6 +217,18 @@ def test_a_row_without_observed_entries_changes_nothing():
     np.testing.assert_allclose(fits[1].loglik, fits[0].loglik, rtol=1e-8)
 
 
+def test_the_default_prior_is_that_of_what_is_observed():
+    """Without a hole it is the one of complete rows; holes leave the variances of the columns."""
+    x = two_clusters()
+    prior = default_prior(jnp.asarray(x), 1)
+    np.testing.assert_allclose(prior.mean, np.nanmean(x, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(np.diag(prior.scale), np.nanvar(x, axis=0) * 80 / 79, rtol=1e-12)
+    assert np.all(np.linalg.eigvalsh(np.asarray(prior.scale)) > 0)
+    model = Mixture(Normal(prior=prior), 2)
+    fit = em_fit(model, model.init(jax.random.key(0), x), x)
+    assert fit.converged
+
+
 def test_a_column_without_observed_entries_is_refused_by_name():
     x = two_clusters()
     x[:, 1] = np.nan
@@ -290,7 +303,7 @@ def test_where_nothing_is_missing_less_is_compiled():
     x = two_clusters()
     full = np.where(np.isnan(x), 0.0, x)
     model = complete("model", Mixture(Normal("tied"), 2))
-    assert informed(model, full).inner == Mixture(Normal("tied", missing=False), 2)
+    assert original(informed(model, full)) == Mixture(Normal("tied", missing=False), 2)
     assert informed(model, x) is model
     held = complete("model", Fixed(Mixture(Normal(), 2), {"weights": jnp.array([0.5, 0.5])}))
     assert informed(held, full).family == Normal(missing=False)
@@ -310,6 +323,9 @@ def test_a_chain_of_full_covariances_takes_single_missing_entries():
     full = HMM(Normal(), 2)
     np.testing.assert_allclose(full.log_prob(wide, x), diagonal.log_prob(params, x), rtol=1e-11)
     np.testing.assert_allclose(full.smooth(wide, x), diagonal.smooth(params, x), rtol=1e-9)
+    # Where columns are independent given the state, what is expected of an entry is the states' means, smoothed.
+    expected = np.where(np.isnan(x), np.asarray(full.smooth(wide, x)) @ np.asarray(mean), x)
+    np.testing.assert_allclose(full.impute(wide, x), expected, rtol=1e-10)
     fit = em_fit(full, wide, Sequences(x), max_steps=30, tol=-1.0)
     assert np.all(np.diff(fit.history) > -1e-9)
     assert fit.status == Status.MAX_STEPS

@@ -17,6 +17,7 @@ from zoo import NAMES, zoo
 from jaxem import (
     EM,
     HMM,
+    FactorAnalysis,
     LinearGaussianSSM,
     LinearRegression,
     LogisticRegression,
@@ -107,6 +108,7 @@ MANY_COLUMNS = {
     "hmm": lambda: (HMM(Normal("full"), 2), SERIES),
     "linear system": lambda: (LinearGaussianSSM(9, missing=False, dynamics_bias=True), SERIES),
     "linear system, missing": lambda: (LinearGaussianSSM(2), SERIES),
+    "factor analysis": lambda: (FactorAnalysis(3), WIDE),
 }
 
 
@@ -120,7 +122,7 @@ def test_nor_do_many_columns(name):
     assert not batched_calls(jax.jit(_steps(EM(), model, x)).lower(_many(params)))
     if name != "linear system":
         assert not batched_calls(jax.jit(jax.vmap(_gradient(model, x))).lower(_many(params)))
-    if name in ("full", "linear system"):
+    if name in ("full", "linear system", "factor analysis"):
         assert not batched_calls(jax.jit(_steps(anderson(memory=3), model, x)).lower(_many(params)))
         restarts = jax.jit(functools.partial(fit_restarts, model, num_restarts=4, block_size=3))
         assert not batched_calls(restarts.lower(jax.random.key(0), x))

@@ -36,7 +36,7 @@ from jaxem import (
 PACKAGE = str(Path(jaxem.__file__).parent)
 KEY = jax.random.key(0)
 # Parameters that may be any numbers.
-FREE = {"mean", "coefficients", "intercept", "centers", "initial_mean", "dynamics", "emission"}
+FREE = {"mean", "coefficients", "intercept", "centers", "initial_mean", "dynamics", "emission", "loadings"}
 
 
 def refusal(call) -> str:

@@ -12,6 +12,7 @@ from .gather import Full as Full
 from .gather import pose as pose
 from .maximize import ClosedForm as ClosedForm
 from .maximize import Conditional as Conditional
+from .maximize import Expanded as Expanded
 from .maximize import Gradient as Gradient
 from .minibatch import Incremental as Incremental
 from .minibatch import PowerRate as PowerRate

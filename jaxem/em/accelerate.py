@@ -10,10 +10,10 @@ from jax.flatten_util import ravel_pytree
 
 from .. import checks, numerics, tree
 from ..capabilities import completed
-from ..protocols import Data, Model, Nature, Params, Problem
+from ..protocols import AnyModel, Data, Model, Nature, Params, Problem
 from ..record import record, static
 from .gather import pose
-from .maximize import surrogate
+from .maximize import Expanded, surrogate
 from .step import EM, EMState, objective, of_inner
 
 # How fast the rate of a slow mode is forgotten: its distance from 1 grows by this factor a step.
@@ -65,7 +65,7 @@ class Squarem:
     inner: EM
     growth: float = static(default=4.0)
 
-    def nature(self, model: Model | Any) -> Nature:
+    def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
     @property
@@ -74,18 +74,13 @@ class Squarem:
         return self.inner.limit
 
     def init(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> SquaremState:
         inner = _start(self.inner, pose(model, x, weights), params, key)
         one = jnp.ones((), inner.num_passes.dtype)
         return SquaremState(inner=inner, longest=one, rate=_SLOW * one, left=jnp.inf * one)
 
-    def step(self, model: Model | Any, state: SquaremState, x: Data, weights: jax.Array | None = None) -> SquaremState:
+    def step(self, model: AnyModel, state: SquaremState, x: Data, weights: jax.Array | None = None) -> SquaremState:
         start, problem = state, pose(model, x, weights)
         model = problem.model
 
@@ -126,7 +121,7 @@ class Squarem:
 
         aim = jax.tree.map(lambda p, r, v: p + 2 * length * r + length**2 * v, first, along, bend)
         rate = _rate(state.rate, _dot(along, bend), size)
-        bound = _least_gain(model, state.inner, third)
+        bound = _least_gain(self.inner, model, state.inner, third)
         state = dataclasses.replace(
             state,
             # A cap that was reached is raised.
@@ -201,7 +196,7 @@ class Anderson:
     inner: EM
     memory: int | None = static(default=None)
 
-    def nature(self, model: Model | Any) -> Nature:
+    def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
     @property
@@ -210,12 +205,7 @@ class Anderson:
         return self.inner.limit
 
     def init(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> AndersonState:
         inner = _start(self.inner, pose(model, x, weights), params, key)
         point, _ = ravel_pytree(params)
@@ -235,9 +225,7 @@ class Anderson:
             left=jnp.inf * one,
         )
 
-    def step(
-        self, model: Model | Any, state: AndersonState, x: Data, weights: jax.Array | None = None
-    ) -> AndersonState:
+    def step(self, model: AnyModel, state: AndersonState, x: Data, weights: jax.Array | None = None) -> AndersonState:
         problem, inner = pose(model, x, weights), state.inner
         model = problem.model
         mapped, remembering = self.inner.maximized(problem, inner)
@@ -261,7 +249,7 @@ class Anderson:
 
         params = tree.where(plain, mapped, _into_domain(model, unravel(point + move - correction), mapped))
         after = _proposed(self.inner, problem, remembering, params)
-        bound = _least_gain(model, inner, mapped)
+        bound = _least_gain(self.inner, model, inner, mapped)
         before, gain = objective(model, inner), objective(model, after) - objective(model, inner)
         slack = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
         better = gain >= (0 if bound is None else jnp.maximum(bound - slack, 0))
@@ -358,7 +346,7 @@ def _into_domain(model: Model, aim: Params, safe: Params) -> Params:
     return tree.where(tree.all_finite(back), back, safe)
 
 
-def _least_gain(model: Model, state: EMState, mapped: Params) -> jax.Array | None:
+def _least_gain(inner: EM, model: Model, state: EMState, mapped: Params) -> jax.Array | None:
     """What an EM step raises Q + log-prior by, and so the objective by at least; None for models without Q.
 
     Where the rounding of Q hides that, it is half the slope along the move: Q is level at the step's end, so that for
@@ -366,6 +354,8 @@ def _least_gain(model: Model, state: EMState, mapped: Params) -> jax.Array | Non
     """
     if model.q_function is None:
         return None
+    if isinstance(inner.maximize, Expanded):
+        mapped = model.m_step(state.stats)  # which gains no more
     before, slope = jax.value_and_grad(lambda params: surrogate(model, params, state.stats))(state.params)
     rise = surrogate(model, mapped, state.stats) - before
     terms = jax.tree.map(lambda g, d: jnp.sum(jnp.where(d == 0, 0, g * d)), slope, _difference(mapped, state.params))

@@ -11,7 +11,7 @@ import numpy as np
 from .. import tree
 from ..capabilities import complete, completed
 from ..latents import Exact
-from ..protocols import Data, Maximize, Model, Nature, Params, Problem, Stats
+from ..protocols import AnyModel, Data, Maximize, Nature, Params, Problem, Stats
 from ..record import record, static
 from .gather import pose
 from .step import EM, EMState, of_inner
@@ -48,13 +48,7 @@ class _Drawn:
         return self.inner.rounds(problem, params)
 
     def step(
-        self,
-        problem: Problem,
-        params: Params,
-        stats: Stats,
-        state: Any,
-        index: jax.Array | int,
-        key: jax.Array | None,
+        self, problem: Problem, params: Params, stats: Stats, state: Any, index: jax.Array | int, key: jax.Array | None
     ) -> tuple[Params, Any]:
         found, state = self.inner.step(problem, params, stats, state, index, key)
         theta = problem.model.unconstrain(found)
@@ -102,7 +96,7 @@ class Annealed:
     inner: EM
     schedule: Any = static()
 
-    def nature(self, model: Model | Any) -> Nature:
+    def nature(self, model: AnyModel) -> Nature:
         return Nature(stochastic=self.inner.nature(model).stochastic, monotone=False, complete=False)
 
     @property
@@ -117,20 +111,13 @@ class Annealed:
         return jnp.asarray((*self.schedule, 1.0))[jnp.minimum(step, len(self.schedule))]
 
     def init(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> AnnealedState:
         problem = pose(model, x, weights)
         inner = self._at(jnp.zeros((), jnp.int32)).started(problem, params, key)
         return AnnealedState(inner=inner, start=problem.model.unconstrain(params), settled=jnp.array(False))
 
-    def step(
-        self, model: Model | Any, state: AnnealedState, x: Data, weights: jax.Array | None = None
-    ) -> AnnealedState:
+    def step(self, model: AnyModel, state: AnnealedState, x: Data, weights: jax.Array | None = None) -> AnnealedState:
         before = state.inner.num_steps
         hot = self.temperature(before) > 1
         drawn = _Drawn(complete("maximize", self.inner.maximize), state.start, hot)
@@ -140,7 +127,7 @@ class Annealed:
         return AnnealedState(inner=inner, start=state.start, settled=settled)
 
     def evaluated(
-        self, model: Model | Any, state: AnnealedState, x: Data, weights: jax.Array | None = None
+        self, model: AnyModel, state: AnnealedState, x: Data, weights: jax.Array | None = None
     ) -> AnnealedState:
         """The state with the log-likelihood itself, of all rows."""
         inner = dataclasses.replace(self.inner, expect=Exact()).exactly(pose(model, x, weights), state.inner)

@@ -1,13 +1,12 @@
 """Averaging: parameters from the mean of the statistics that a stochastic algorithm wanders through."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..capabilities import complete, completed
-from ..protocols import Data, Model, Nature, Params, Stats
+from ..protocols import AnyModel, Data, Nature, Params, Stats
 from ..record import record, static
 from .gather import pose
 from .maximize import ClosedForm
@@ -63,16 +62,11 @@ class Averaged:
     inner: EM
     start: int = static(default=0)
 
-    def nature(self, model: Model | Any) -> Nature:
+    def nature(self, model: AnyModel) -> Nature:
         return Nature(stochastic=True, monotone=False, complete=False)
 
     def init(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> AveragedState:
         problem = pose(model, x, weights)
         if problem.model.m_step is None:
@@ -89,9 +83,7 @@ class Averaged:
             left=far,
         )
 
-    def step(
-        self, model: Model | Any, state: AveragedState, x: Data, weights: jax.Array | None = None
-    ) -> AveragedState:
+    def step(self, model: AnyModel, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
         problem = pose(model, x, weights)
         model, inner = problem.model, self.inner.stepped(problem, state.inner)
         count = jnp.maximum(inner.num_steps - self.start, 1)
@@ -118,7 +110,7 @@ class Averaged:
         )
 
     def evaluated(
-        self, model: Model | Any, state: AveragedState, x: Data, weights: jax.Array | None = None
+        self, model: AnyModel, state: AveragedState, x: Data, weights: jax.Array | None = None
     ) -> AveragedState:
         """The state with the log-likelihood of all rows at the averaged parameters."""
         whole = dataclasses.replace(state.inner, params=state.params)

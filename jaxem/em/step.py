@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .. import tree
 from ..capabilities import complete, completed
 from ..latents import Exact
-from ..protocols import Data, Expect, Gather, Maximize, Model, Nature, Params, Problem, State, Stats
+from ..protocols import AnyModel, Data, Expect, Gather, Maximize, Model, Nature, Params, Problem, State, Stats
 from ..record import record, static
 from .gather import Full, e_step_on_all, pose
 from .maximize import ClosedForm
@@ -81,7 +81,7 @@ class EM:
         """The three of them, complete."""
         return complete("expect", self.expect), complete("gather", self.gather), complete("maximize", self.maximize)
 
-    def nature(self, model: Model | Any) -> Nature:
+    def nature(self, model: AnyModel) -> Nature:
         """What its slots make of it; without an m_step of the model's, M-steps stop short of the maximum."""
         own = Nature.of(slot.nature for slot in self.slots)
         climbs = complete("model", model).m_step is None
@@ -99,23 +99,13 @@ class EM:
         )
 
     def init(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> EMState:
         """The state at a start: one E-step. Raises TypeError where a random algorithm gets no key."""
         return self.started(pose(model, x, weights), params, key)
 
     def begin(
-        self,
-        model: Model | Any,
-        params: Params,
-        x: Data,
-        weights: jax.Array | None = None,
-        key: jax.Array | None = None,
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> EMState:
         """A state whose E-step is left to the next `step`, where that E-step is all that a start is; else `init`.
 
@@ -139,7 +129,7 @@ class EM:
             deferred=True,
         )
 
-    def step(self, model: Model | Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
+    def step(self, model: AnyModel, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
         """M-step from the statistics at hand, then the E-step at the new parameters.
 
         Where slots work in rounds, on pieces of the data or blocks of parameters, a step is one turn of all. Of a state
@@ -191,11 +181,9 @@ class EM:
 
     def maximized(self, problem: Problem, state: EMState, index: jax.Array | int = 0) -> tuple[Params, EMState]:
         """The parameters that a state's statistics lead to, and the state with what the slot remembers then."""
-        _, gather, maximize = self.slots
+        maximize = self.slots[2]
         key, own = _split(state.key, maximize)
         params, memory = maximize.step(problem, state.params, state.stats, state.maximize, index, own)
-        if Nature.of((gather.nature, maximize.nature)).complete and not maximize.nature.stochastic:
-            params = problem.model.expanded(params, state.stats)
         return params, dataclasses.replace(state, maximize=memory, key=key)
 
     def moved(self, problem: Problem, state: EMState, params: Params, index: jax.Array | int = 0) -> EMState:
@@ -205,7 +193,7 @@ class EM:
         stats, memory = gather.step(problem, params, state.stats, state.gather, expect.at(_next(state), own), index)
         return dataclasses.replace(state, params=params, stats=stats, loglik=stats.loglik, gather=memory, key=key)
 
-    def evaluated(self, model: Model | Any, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
+    def evaluated(self, model: AnyModel, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
         """The state with the log-likelihood of all rows at its parameters; itself where that is what it has."""
         return state if self.nature(model).complete else self.exactly(pose(model, x, weights), state)
 

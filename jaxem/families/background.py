@@ -76,6 +76,10 @@ class Background:
         """The family's own: the background has nothing to estimate but its weight."""
         return self.family.m_step(stats.components)
 
+    @property
+    def expands(self) -> bool:
+        return self._inside.expands
+
     def expanded(self, params: Params, stats: BackgroundStats) -> Params:
         """What the family makes of it."""
         return self._inside.expanded(params, stats.components)

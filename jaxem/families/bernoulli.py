@@ -101,6 +101,10 @@ def _constrain(family: "Bernoulli | Binomial", theta: BernoulliParams) -> Bernou
     return BernoulliParams(probability=jax.nn.sigmoid(theta.probability))
 
 
+# The methods that both families have, in the order in which they take them.
+_COMMON = _m_step, _q_function, _log_prior, _degenerate, _num_parameters, _unconstrain, _constrain
+
+
 @capabilities.completed("part")
 @record(kw_only=False)
 class Bernoulli:
@@ -133,13 +137,7 @@ class Bernoulli:
         outcomes = self._outcomes(x, params.probability.dtype)
         return _stats(params, responsibilities, outcomes, jnp.zeros(responsibilities.shape[0], outcomes.dtype))
 
-    m_step = _m_step
-    q_function = _q_function
-    log_prior = _log_prior
-    degenerate = _degenerate
-    num_parameters = _num_parameters
-    unconstrain = _unconstrain
-    constrain = _constrain
+    m_step, q_function, log_prior, degenerate, num_parameters, unconstrain, constrain = _COMMON
 
     def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
         """One row (N, D) of 0 and 1 from the component that each label (N,) names."""
@@ -200,13 +198,7 @@ class Binomial:
         outcomes, base = self._outcomes(x, params.probability.dtype)
         return _stats(params, responsibilities, outcomes, columns.sums(responsibilities, base[None])[:, 0])
 
-    m_step = _m_step
-    q_function = _q_function
-    log_prior = _log_prior
-    degenerate = _degenerate
-    num_parameters = _num_parameters
-    unconstrain = _unconstrain
-    constrain = _constrain
+    m_step, q_function, log_prior, degenerate, num_parameters, unconstrain, constrain = _COMMON
 
     def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
         """Successes (N, D) from the component that each label (N,) names; needs `trials`."""

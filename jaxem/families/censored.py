@@ -10,13 +10,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .. import capabilities, checks, numerics, parameters, tree
 from ..protocols import Data, Params
 from ..record import record
-from . import columns, design
-from .linear_regression import LinearRegression, LinearRegressionParams, LinearRegressionStats, expected_stats
+from . import bounds, columns, design
+from .bounds import Bounds
+from .linear_equation import EquationStats
+from .linear_regression import LinearRegression, LinearRegressionParams, expected_stats
 
 
 @record
@@ -42,37 +43,7 @@ class CensoredStats:
     kinds: jax.Array
     certainty: jax.Array
     base: jax.Array
-    equations: LinearRegressionStats
-
-
-@record
-class _Rows:
-    """z of the rows, (P + 1, N), and bounds of their responses (N,), infinite where open and where one is missing."""
-
-    matrix: jax.Array
-    lower: jax.Array
-    upper: jax.Array
-
-    @property
-    def exact(self) -> jax.Array:
-        """Which rows (N,) are observed exactly."""
-        return self.lower == self.upper
-
-    @property
-    def known(self) -> jax.Array:
-        """Of all rows, whether they are bounded from below, and from above: (2, N)."""
-        return jnp.stack([self.lower > -jnp.inf, self.upper < jnp.inf])
-
-    @property
-    def tell(self) -> jax.Array:
-        """Which rows (N,) say anything of their response."""
-        return jnp.any(self.known, axis=0)
-
-    @property
-    def points(self) -> jax.Array:
-        """What may stand for the responses (N,): the middle of the interval, its one end, or 0."""
-        lower, upper = jnp.where(self.known, jnp.stack([self.lower, self.upper]), 0)
-        return (lower + upper) * jnp.where(jnp.all(self.known, axis=0), 0.5, 1)
+    equations: EquationStats
 
 
 @record
@@ -86,24 +57,24 @@ class _Expected:
     base: jax.Array
 
 
-def _expected(line: LinearRegressionParams, rows: _Rows) -> _Expected:
-    predicted, exact = design.predict(line, rows.matrix), rows.exact[None]
+def _expected(line: LinearRegressionParams, matrix: jax.Array, response: Bounds) -> _Expected:
+    predicted, exact = design.predict(line, matrix), response.exact[None]
     variance = line.variance[:, None]
     deviation = jnp.sqrt(variance)
-    below, above = rows.known & ~exact
+    below, above = response.below & ~response.exact, response.above & ~response.exact
 
     def bound(values: jax.Array, known: jax.Array, instead: float) -> jax.Array:
         return jnp.where(known[None], (jnp.where(known, values, 0)[None] - predicted) / deviation, instead)
 
     finite = below & above
-    width = jnp.where(finite, jnp.where(finite, rows.upper, 0) - jnp.where(finite, rows.lower, 0), 1)[None]
+    width = jnp.where(finite, jnp.where(finite, response.upper, 0) - jnp.where(finite, response.lower, 0), 1)[None]
     inside = numerics.truncated_normal(
-        bound(rows.lower, below, -jnp.inf),
-        bound(rows.upper, above, jnp.inf),
+        bound(response.lower, below, -jnp.inf),
+        bound(response.upper, above, jnp.inf),
         # Of close bounds the difference is known better than are both in standard deviations.
         jnp.where(finite[None], width / deviation, jnp.inf),
     )
-    off = jnp.where(exact, rows.points[None] - predicted, 0)
+    off = jnp.where(exact, response.points[None] - predicted, 0)
     density = -0.5 * (jnp.log(2 * math.pi * variance) + jnp.square(off) / variance)
     censored = (below | above)[None]
     residual = jnp.where(censored, deviation * inside.mean, off)
@@ -119,18 +90,18 @@ def _expected(line: LinearRegressionParams, rows: _Rows) -> _Expected:
 
 def _pooled(family: "_Censored", x: Data, weights: jax.Array | None, num_components: int) -> Params:
     """Least squares through the points that stand for the responses, in every component."""
-    rows = family._read(x)
-    points, one = rows.points, jnp.ones(1, rows.lower.dtype)
-    weights = jnp.where(rows.tell, one if weights is None else weights.astype(one.dtype), 0)[None]
-    none = jnp.zeros((1, len(rows.matrix) - 1), one.dtype)
+    matrix, response = family._read(x)
+    points, one = response.points, jnp.ones(1, matrix.dtype)
+    weights = jnp.where(response.tell, one if weights is None else weights.astype(one.dtype), 0)[None]
+    none = jnp.zeros((1, len(matrix) - 1), one.dtype)
     line = LinearRegressionParams(coefficients=none, intercept=0 * one, variance=one)
     plain = LinearRegression()
     for _ in range(2):
-        off = points[None] - design.predict(line, rows.matrix)
-        stats = expected_stats(line, rows.matrix, weights, off, jnp.square(off), jnp.square(points)[None])
+        off = points[None] - design.predict(line, matrix)
+        stats = expected_stats(line, matrix, weights, off, jnp.square(off), jnp.square(points)[None])
         line = plain.m_step(stats)
     # Where no point lies off the line, the responses' own size is the only scale that there is.
-    size = stats.energy / stats.count
+    size = numerics.weighted_sum(jnp.square(points)[None], weights) / stats.count
     some = jnp.where(size > 0, 0.01 * size, 1)
     line = dataclasses.replace(line, variance=jnp.where(plain.degenerate(stats), some, line.variance))
     return family._from_line(jax.tree.map(lambda leaf: jnp.repeat(leaf, num_components, axis=0), line))
@@ -138,22 +109,22 @@ def _pooled(family: "_Censored", x: Data, weights: jax.Array | None, num_compone
 
 def _log_prob(family: "_Censored", params: Params, x: Data) -> jax.Array:
     """Log-density of rows that are observed exactly, log-probability of all others, under every component: (K, N)."""
-    return _expected(family._as_line(params), family._read(x)).log_prob
+    return _expected(family._as_line(params), *family._read(x)).log_prob
 
 
 def _stats(family: "_Censored", params: Params, x: Data, responsibilities: jax.Array) -> CensoredStats:
     """Expected normal equations: responsibilities (K, N)."""
-    line, rows = family._as_line(params), family._read(x)
-    found = _expected(line, rows)
-    kinds = jnp.concatenate([rows.known, rows.exact[None]]).astype(responsibilities.dtype)
-    telling = jnp.where(rows.tell[None], responsibilities, 0)
-    censored = jnp.where(rows.exact[None], 0, telling)
+    line, (matrix, response) = family._as_line(params), family._read(x)
+    found = _expected(line, matrix, response)
+    kinds = [jnp.where(kind[None], responsibilities, 0) for kind in (response.below, response.above, response.exact)]
+    telling = jnp.where(response.tell[None], responsibilities, 0)
+    censored = jnp.where(response.exact[None], 0, telling)
     return CensoredStats(
         count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
-        kinds=columns.sums(responsibilities, kinds),
+        kinds=jnp.stack([jnp.sum(kind, axis=1) for kind in kinds], axis=1),
         certainty=jnp.sum(censored * found.log_prob, axis=1),
         base=jnp.sum(responsibilities * found.base, axis=1),
-        equations=expected_stats(line, rows.matrix, telling, found.residual, found.square, found.energy),
+        equations=expected_stats(line, matrix, telling, found.residual, found.square, found.energy),
     )
 
 
@@ -191,9 +162,10 @@ def _rebase(family: "_Censored", stats: CensoredStats, params: Params) -> Censor
 def _degenerate(family: "_Censored", stats: CensoredStats, held: tuple[str, ...] = ()) -> jax.Array:
     """Components (K,) without rows that tell anything, or whose likelihood has no finite maximum.
 
-    Such is that of rows which are all open on the same side; of rows which all lie on their component's line; and of
-    rows of which none is exact and each has its component's line in its interval: these are the surer, the smaller
-    the variance. So they are if their log-probabilities sum to more than -log 2: all are then above one half.
+    Without a prior such are: rows that are all open on the same side, which the mean runs off to; exact rows that all
+    lie on one line; and rows of which none is exact, and which all have their component's line in their interval: the
+    smaller the variance, the surer they are. It shows in log-probabilities that sum to more than -log 2, as each
+    probability is then above one half.
     """
     dead = _regression(family).degenerate(stats.equations, held)
     if family.prior is not None:
@@ -242,7 +214,6 @@ class CensoredNormal:
 
     separable = shareable = ("variance",)
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
-    collapses = True
 
     pooled = _pooled
     log_prob = _log_prob
@@ -260,7 +231,7 @@ class CensoredNormal:
 
     def features(self, x: Data) -> jax.Array:
         """Middles of the intervals, or their finite ends (N, 1): points for seeding."""
-        return _stand_ins(self._read(x))
+        return self._read(x)[1].features
 
     def sample(self, key: jax.Array, params: CensoredNormalParams, labels: jax.Array) -> Data:
         """Values from the component that each label (N,) names, observed exactly: (lower (N,), upper (N,))."""
@@ -269,13 +240,13 @@ class CensoredNormal:
         return values, values
 
     def check(self, x: Data, name: str = "x") -> None:
-        lower, upper = _named(x, ("lower", "upper"), name)
-        _check_bounds(lower, upper)
+        lower, upper = bounds.named(x, ("lower", "upper"), name)
+        bounds.check(lower, upper)
 
-    def _read(self, x: Data) -> _Rows:
-        (_, lower), (_, upper) = _named(x, ("lower", "upper"))
-        lower, upper = _bounds(lower, upper, tree.float_dtype(x))
-        return _Rows(matrix=jnp.ones_like(lower)[None], lower=lower, upper=upper)
+    def _read(self, x: Data) -> tuple[jax.Array, Bounds]:
+        (_, lower), (_, upper) = bounds.named(x, ("lower", "upper"))
+        values = bounds.read(lower, upper, tree.float_dtype(x))
+        return jnp.ones_like(values.lower)[None], values
 
     def _as_line(self, params: CensoredNormalParams) -> LinearRegressionParams:
         none = jnp.zeros((*params.mean.shape, 0), params.mean.dtype)
@@ -302,7 +273,6 @@ class CensoredRegression:
 
     separable = shareable = ("variance",)
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
-    collapses = True
 
     pooled = _pooled
     log_prob = _log_prob
@@ -320,8 +290,8 @@ class CensoredRegression:
 
     def features(self, x: Data) -> jax.Array:
         """Features, and middles of the intervals or their finite ends, side by side (N, P + 1): points for seeding."""
-        rows = self._read(x)
-        return jnp.concatenate([rows.matrix[1:].T, _stand_ins(rows)], axis=1)
+        matrix, response = self._read(x)
+        return jnp.concatenate([matrix[1:].T, response.features], axis=1)
 
     def sample(
         self, key: jax.Array, params: LinearRegressionParams, labels: jax.Array, features: jax.Array | None = None
@@ -331,16 +301,15 @@ class CensoredRegression:
         return features, response, response
 
     def check(self, x: Data, name: str = "x") -> None:
-        (of, features), lower, upper = _named(x, ("features", "lower", "upper"), name)
+        (of, features), lower, upper = bounds.named(x, ("features", "lower", "upper"), name)
         rows = checks.columns(of, features).shape[0]
         design.check_features(of, features, tree.float_dtype(x))
-        _check_bounds(lower, upper, rows)
+        bounds.check(lower, upper, rows)
 
-    def _read(self, x: Data) -> _Rows:
-        (_, features), (_, lower), (_, upper) = _named(x, ("features", "lower", "upper"))
+    def _read(self, x: Data) -> tuple[jax.Array, Bounds]:
+        (_, features), (_, lower), (_, upper) = bounds.named(x, ("features", "lower", "upper"))
         dtype = tree.float_dtype(x)
-        lower, upper = _bounds(lower, upper, dtype)
-        return _Rows(matrix=design.matrix(features, dtype), lower=lower, upper=upper)
+        return design.matrix(features, dtype), bounds.read(lower, upper, dtype)
 
     def _as_line(self, params: LinearRegressionParams) -> LinearRegressionParams:
         return params
@@ -349,49 +318,3 @@ class CensoredRegression:
 
 
 _Censored = CensoredNormal | CensoredRegression
-
-
-def _named(x: Data, parts: tuple[str, ...], name: str = "x") -> list[tuple[str, jax.Array]]:
-    """The arrays of the data, each with how it is called in messages; TypeError where the data are of another form."""
-    if not isinstance(x, (tuple, list)) or len(x) != len(parts):
-        raise TypeError(f"{name} must be ({', '.join(parts)}), {len(parts)} arrays; got {checks.told(x)}")
-    return [(f"{name}[{place}]", array) for place, array in enumerate(x)]
-
-
-def _bounds(lower: jax.Array, upper: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Bounds (N,) in a floating dtype, infinite where a row is missing."""
-    lower, upper = jnp.asarray(lower, dtype).reshape(-1), jnp.asarray(upper, dtype).reshape(-1)
-    missing = jnp.isnan(lower) | jnp.isnan(upper)
-    return jnp.where(missing, -jnp.inf, lower), jnp.where(missing, jnp.inf, upper)
-
-
-def _stand_ins(rows: _Rows) -> jax.Array:
-    """Points (N, 1) for the responses; where nothing is known of one, the mean of the others."""
-    return columns.filled(jnp.where(rows.tell, rows.points, jnp.nan)[:, None], rows.lower.dtype)
-
-
-def _check_bounds(lower: tuple[str, jax.Array], upper: tuple[str, jax.Array], rows: int | None = None) -> None:
-    """Refuse eagerly bounds that are not (N,) each, out of order, or infinite on the wrong side."""
-    for name, values in (lower, upper):
-        shape = checks.row_shape(name, values)
-        rows = shape[0] if rows is None else rows
-        if shape != (rows, 1):
-            raise ValueError(f"{name}, bounds of the responses, must have shape ({rows},); got {jnp.shape(values)}")
-    if not checks.is_concrete(lower, upper):
-        return
-    (name, low), (_, high) = [(name, np.asarray(values, float).reshape(-1)) for name, values in (lower, upper)]
-    half = np.isnan(low) != np.isnan(high)
-    if np.any(half):
-        raise ValueError(
-            f"{name} and {upper[0]}, the bounds of a response, must both be NaN where it is missing; in row "
-            f"{np.argmax(half)} one of them is. A bound that is not there is -inf or inf"
-        )
-    wrong = (low > high) | (low == np.inf) | (high == -np.inf)
-    if np.any(wrong):
-        row = np.argmax(wrong)
-        raise ValueError(
-            f"{name} and {upper[0]}, the bounds of a response, must be in order, lower <= upper, with a finite number "
-            f"between them; got {low[row]:g} and {high[row]:g} in row {row}"
-        )
-    if not np.any(np.isfinite(low) | np.isfinite(high)):
-        checks.some_observed(f"{name} and {upper[0]}, the bounds of responses, must have a finite one in some row")

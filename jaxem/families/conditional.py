@@ -34,7 +34,7 @@ class Measured:
 
     values: (N, D), anything finite where an entry is missing.
     observed: (N, D), which entries are not.
-    noise: variances (N, D) or covariances (N, D, D) of their noise; None where there is none.
+    noise: variances (N, D) or covariances (N, D, D) of their noise, 0 where an entry is missing; None without any.
     """
 
     values: jax.Array
@@ -86,8 +86,9 @@ def moments(mean: jax.Array, covariance: jax.Array, rows: Measured, r: jax.Array
 
     def block(data: tuple[Measured, jax.Array], inside: jax.Array | None) -> Sums:
         rows, r = data
-        counts = jnp.any(rows.observed, axis=1) if inside is None else jnp.any(rows.observed, axis=1) * inside
-        return _each(functools.partial(_sums, rows), mean, covariance, r.T * counts.astype(r.dtype)[None])
+        counts = jnp.any(rows.observed, axis=1).astype(r.dtype)
+        counts = counts if inside is None else counts * inside
+        return _each(functools.partial(_sums, rows), mean, covariance, r.T * counts[None])
 
     return tree.sum_over_blocks(block, (rows, r.T), None, _lanes(mean, rows))
 
@@ -153,11 +154,10 @@ def conditional(mean: jax.Array, covariance: jax.Array, rows: Measured) -> Condi
     deviations = jnp.where(observed, rows.values.T - mean[:, None], 0)
     start = jnp.broadcast_to(covariance[..., None], (columns, columns, rows.values.shape[0]))
     if rows.noise is None or rows.noise.ndim == 2:
-        noise = jnp.zeros_like(deviations) if rows.noise is None else jnp.where(observed, rows.noise.T, 0)
+        noise = jnp.zeros_like(deviations) if rows.noise is None else rows.noise.T
         return _measured(start, deviations, observed, noise)
     # Values and measurements together, of which the latter are measured exactly.
-    both = observed[:, None] & observed[None]
-    own = start + jnp.where(both, jnp.moveaxis(rows.noise, 0, -1), 0)
+    own = start + jnp.moveaxis(rows.noise, 0, -1)
     joint = jnp.concatenate([jnp.concatenate([start, start], axis=1), jnp.concatenate([start, own], axis=1)], axis=0)
     found = _measured(joint, deviations, observed, jnp.zeros_like(deviations))
     return Conditional(
@@ -171,19 +171,18 @@ def _measured(covariance: jax.Array, deviations: jax.Array, observed: jax.Array,
     """M values with covariances (M, M, B), the last D of which are measured: deviations, observed, noise (D, B)."""
     values, columns = covariance.shape[0], deviations.shape[0]
 
-    def told(covariance: jax.Array, last: tuple[Any, jax.Array, jax.Array]) -> jax.Array:
-        """Covariances after the entry measured last; of its own a share is kept, none where there was no noise."""
-        place, step, kept = last
+    def told(covariance: jax.Array, place: Any, step: jax.Array, kept: jax.Array) -> jax.Array:
+        """Covariances after the entry here was measured; of its own a share is kept, none where there was no noise."""
         own = jnp.arange(values) == place
         line = own[:, None] | own[None]
         return jnp.where(line[..., None], kept[None, None] * covariance, covariance - step[:, None] * step[None])
 
-    def measure(j: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def measure(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         # An entry changes the covariances as the next one is measured: from what a loop carries, and not from what it
         # has just computed, they are one quick pass.
-        covariance, last, shift, log_scale, square = carry
+        covariance, step, kept, shift, log_scale, square = carry
         place = values - columns + j
-        covariance = told(covariance, last)
+        covariance = told(covariance, place - 1, step, kept)
         seen, deviation, own_noise, at = _at(observed, j), _at(deviations, j), _at(noise, j), _at(covariance, place)
         spread = jnp.where(seen, _at(at, place) + own_noise, 1)
         innovation = jnp.where(seen, deviation - _at(shift, place), 0)
@@ -192,14 +191,13 @@ def _measured(covariance: jax.Array, deviations: jax.Array, observed: jax.Array,
         own = (jnp.arange(values) == place)[:, None] & seen[None]
         shift = jnp.where(own, (deviation - kept * innovation)[None], shift + step * (root * innovation)[None])
         log_scale = log_scale + jnp.where(seen, jnp.log(spread) + math.log(2 * math.pi), 0)
-        return covariance, (place, step, kept), shift, log_scale, square + jnp.square(root * innovation)
+        return covariance, step, kept, shift, log_scale, square + jnp.square(root * innovation)
 
-    nothing = jnp.zeros_like(deviations[0])
-    still = jnp.zeros_like(covariance[0])
-    none_yet = (jnp.array(-1), still, jnp.ones_like(covariance[0, 0]))
-    start = (covariance, none_yet, jnp.zeros_like(still), jnp.zeros_like(covariance[0, 0]), nothing)
-    covariance, last, shift, log_scale, square = jax.lax.fori_loop(0, columns, measure, start)
-    return Conditional(shift=shift, covariance=told(covariance, last), log_density=-0.5 * (log_scale + square))
+    still, nothing = jnp.zeros_like(covariance[0]), jnp.zeros_like(covariance[0, 0])
+    start = tree.varying((covariance, still, nothing + 1, still, nothing, nothing), covariance, deviations, observed)
+    covariance, step, kept, shift, log_scale, square = jax.lax.fori_loop(0, columns, measure, start)
+    covariance = told(covariance, values - 1, step, kept)
+    return Conditional(shift=shift, covariance=covariance, log_density=-0.5 * (log_scale + square))
 
 
 def _at(array: jax.Array, index: Any) -> jax.Array:

@@ -114,8 +114,8 @@ def gram(weights: jax.Array, design: jax.Array) -> jax.Array:
 
 
 def times(gram: jax.Array, delta: jax.Array) -> jax.Array:
-    """gram delta: (K, P, P), (K, P) -> (K, P)."""
-    return jnp.sum(gram * delta[:, None, :], axis=-1)
+    """gram delta: (..., P, P), (..., P) -> (..., P)."""
+    return jnp.sum(gram * delta[..., None, :], axis=-1)
 
 
 def solve(gram: jax.Array, cross: jax.Array) -> jax.Array:

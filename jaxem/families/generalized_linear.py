@@ -147,6 +147,10 @@ def _unchanged(family: "_Regression", params: RegressionParams) -> RegressionPar
     return params
 
 
+# The methods that both families have, in the order in which they take them.
+_COMMON = _pooled, _log_prob, _stats, _m_step, _q_function, _log_prior, _degenerate, _num_parameters, _floats_per_row
+
+
 @capabilities.completed("part")
 @record(kw_only=False)
 class LogisticRegression:
@@ -167,16 +171,8 @@ class LogisticRegression:
     local = False
     _link = staticmethod(jax.scipy.special.logit)
 
-    pooled = _pooled
     features = staticmethod(design.points)
-    log_prob = _log_prob
-    stats = _stats
-    m_step = _m_step
-    q_function = _q_function
-    log_prior = _log_prior
-    degenerate = _degenerate
-    num_parameters = _num_parameters
-    floats_per_row = _floats_per_row
+    pooled, log_prob, stats, m_step, q_function, log_prior, degenerate, num_parameters, floats_per_row = _COMMON
     unconstrain = constrain = _unchanged
 
     def sample(
@@ -220,15 +216,7 @@ class PoissonRegression:
     local = True
     _link = staticmethod(jnp.log)
 
-    pooled = _pooled
-    log_prob = _log_prob
-    stats = _stats
-    m_step = _m_step
-    q_function = _q_function
-    log_prior = _log_prior
-    degenerate = _degenerate
-    num_parameters = _num_parameters
-    floats_per_row = _floats_per_row
+    pooled, log_prob, stats, m_step, q_function, log_prior, degenerate, num_parameters, floats_per_row = _COMMON
     unconstrain = constrain = _unchanged
 
     def features(self, x: Data) -> jax.Array:

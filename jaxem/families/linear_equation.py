@@ -49,6 +49,7 @@ class EquationStats:
     gram        sum E ffᵀ      (F, F)
     cross       sum E f eᵀ     (F, O)
     square      sum E eeᵀ      (O, O), (O,) where noise is diagonal, or its trace () where noise is spherical
+    energy      sum of squared responses (O,), where they are counted; else the line and the gram tell of them
     """
 
     count: jax.Array
@@ -56,6 +57,7 @@ class EquationStats:
     gram: jax.Array
     cross: jax.Array
     square: jax.Array
+    energy: jax.Array | None = None
 
     @property
     def line(self) -> jax.Array:
@@ -204,18 +206,21 @@ class LinearEquation:
             ]
             line = jnp.concatenate(pieces, axis=-1)
             stats = _about(stats, line)
-        best = stats
+        square = stats.square
         if np.any(free):
-            line = line + _correction(stats, np.flatnonzero(free))
-            best = _about(stats, line)
+            delta = _correction(stats, np.flatnonzero(free))
+            line, square = line + delta, _moved(stats, delta)[1]
         rows = line.shape[-2]
         count = stats.count[..., None]
-        covariance = best.square / (
+        covariance = square / (
             self.noise.repeats(rows) * jnp.expand_dims(stats.count, tuple(range(-self.noise.trailing, 0)))
         )
         eps = jnp.finfo(covariance.dtype).eps
         deep = self.noise.columns_of(stats.square, rows) / count
-        energy = deep + jnp.sum(line * numerics.product(line, best.gram, "...if,...fg->...ig"), axis=-1) / count
+        if stats.energy is None:
+            energy = deep + jnp.sum(line * numerics.product(line, stats.gram, "...if,...fg->...ig"), axis=-1) / count
+        else:
+            energy = jnp.sum(stats.energy) / jnp.sum(stats.count)
         # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
         lowest = jnp.maximum(jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * line.shape[-1] * eps * deep)
         covariance, lifted = self.noise.floor(covariance, lowest)
@@ -224,18 +229,28 @@ class LinearEquation:
 
 def _correction(stats: EquationStats, free: np.ndarray) -> jax.Array:
     """What least squares adds to the line (O, F), in its free columns."""
-    lead = stats.reference.shape[:-1]
-    gram = stats.gram[..., free, :][..., free]
+    lead, every = stats.reference.shape[:-1], len(free) == stats.reference.shape[-1]
+    gram, cross = stats.gram, jnp.swapaxes(stats.cross, -1, -2)
+    if not every:
+        gram, cross = gram[..., free, :][..., free], cross[..., free]
     gram = jnp.broadcast_to(gram[..., None, :, :], (*lead, len(free), len(free)))
-    cross = jnp.swapaxes(stats.cross[..., free, :], -1, -2)
     flat = design.solve(gram.reshape(-1, len(free), len(free)), cross.reshape(-1, len(free)))
-    return jnp.zeros_like(stats.reference).at[..., free].set(flat.reshape(cross.shape))
+    delta = flat.reshape(cross.shape)
+    return delta if every else jnp.zeros_like(stats.reference).at[..., free].set(delta)
 
 
 def _about(stats: EquationStats, line: jax.Array) -> EquationStats:
     """The same statistics about another line, exactly."""
-    delta = line - stats.line
-    moved = numerics.product(stats.gram, delta, "...fg,...ig->...fi")
+    cross, square = _moved(stats, line - stats.line)
+    return dataclasses.replace(stats, reference=stats.count[..., None, None] * line, cross=cross, square=square)
+
+
+def _moved(stats: EquationStats, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`cross` and `square` about a line that lies so far (O, F) from that of the statistics."""
+    if delta.shape[-2] == 1:  # fused with what follows
+        moved = design.times(stats.gram, delta[..., 0, :])[..., None]
+    else:
+        moved = numerics.product(stats.gram, delta, "...fg,...ig->...fi")
     twice = stats.cross - 0.5 * moved
     if stats.square.ndim == stats.gram.ndim:
         half = numerics.product(delta, twice, "...if,...fj->...ij")
@@ -243,12 +258,7 @@ def _about(stats: EquationStats, line: jax.Array) -> EquationStats:
     else:
         change = 2 * jnp.sum(jnp.swapaxes(delta, -1, -2) * twice, axis=-2)
         change = change if stats.square.ndim > stats.count.ndim else jnp.sum(change, axis=-1)
-    return dataclasses.replace(
-        stats,
-        reference=stats.count[..., None, None] * line,
-        cross=stats.cross - moved,
-        square=stats.square - change,
-    )
+    return stats.cross - moved, stats.square - change
 
 
 def _moments(values: jax.Array, counted: jax.Array | None, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:

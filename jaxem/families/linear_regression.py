@@ -11,6 +11,8 @@ from .. import capabilities, parameters, tree
 from ..protocols import Data
 from ..record import record
 from . import columns, design
+from .covariance import Spherical
+from .linear_equation import EquationParams, EquationStats, LinearEquation
 
 
 @record
@@ -20,22 +22,6 @@ class LinearRegressionParams:
     coefficients: jax.Array
     intercept: jax.Array
     variance: jax.Array
-
-
-@record
-class LinearRegressionStats:
-    """Normal equations about the current line, with z = (1, features), e = response - prediction; additive.
-
-    count (K,) = sum r; reference (K, P + 1) = count (intercept, coefficients); gram (K, P + 1, P + 1)
-    = sum r zzᵀ; cross (K, P + 1) = sum r z e; square (K,) = sum r e²; energy (K,) = sum r response².
-    """
-
-    count: jax.Array
-    reference: jax.Array
-    gram: jax.Array
-    cross: jax.Array
-    square: jax.Array
-    energy: jax.Array
 
 
 @capabilities.completed("part")
@@ -49,7 +35,7 @@ class LinearRegression:
     DeSarbo & Cron (1988), A maximum likelihood methodology for clusterwise linear regression, J. Classification 5.
     """
 
-    prior: LinearRegressionStats | None = dataclasses.field(default=None, kw_only=True)
+    prior: EquationStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("variance",)
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
@@ -65,6 +51,11 @@ class LinearRegression:
     features = staticmethod(design.points)
     check = staticmethod(design.check)
 
+    @property
+    def _equation(self) -> LinearEquation:
+        """All lines at once: a leading axis of components, one response, and z for features."""
+        return LinearEquation(noise=Spherical(), widths=(None,), prior=self.prior)
+
     def log_prob(self, params: LinearRegressionParams, x: Data) -> jax.Array:
         """Log-density of every response under every component: (K, N)."""
         matrix, response = design.read(x)
@@ -72,46 +63,40 @@ class LinearRegression:
         variance = params.variance[:, None]
         return -0.5 * (jnp.log(2 * math.pi * variance) + jnp.square(residual) / variance)
 
-    def stats(self, params: LinearRegressionParams, x: Data, responsibilities: jax.Array) -> LinearRegressionStats:
-        """Weighted normal equations: responsibilities (K, N)."""
+    def stats(self, params: LinearRegressionParams, x: Data, responsibilities: jax.Array) -> EquationStats:
+        """Weighted normal equations, each of one response, K in front: responsibilities (K, N)."""
         matrix, response = design.read(x)
         residual = response[None] - design.predict(params, matrix)
         return expected_stats(
             params, matrix, responsibilities, residual, jnp.square(residual), jnp.square(response)[None]
         )
 
-    def m_step(self, stats: LinearRegressionStats) -> LinearRegressionParams:
+    def m_step(self, stats: EquationStats) -> LinearRegressionParams:
         """Weighted least squares, and the mean squared residual."""
-        return self._estimate(stats)[0]
+        params = self._equation.m_step(stats)
+        line = params.line[:, 0]
+        return LinearRegressionParams(coefficients=line[:, 1:], intercept=line[:, 0], variance=params.covariance)
 
-    def share(self, stats: LinearRegressionStats, name: str, params: LinearRegressionParams) -> jax.Array:
+    def share(self, stats: EquationStats, name: str, params: LinearRegressionParams) -> jax.Array:
         """The mean squared residual of all rows, each about its own component's line."""
         return jnp.sum(stats.count * params.variance) / jnp.sum(stats.count)
 
-    def q_function(self, params: LinearRegressionParams, stats: LinearRegressionStats) -> jax.Array:
+    def q_function(self, params: LinearRegressionParams, stats: EquationStats) -> jax.Array:
         """Expected complete-data log-likelihood of the responses."""
-        square = self.rebase(stats, params).square
-        return -0.5 * jnp.sum(stats.count * jnp.log(2 * math.pi * params.variance) + square / params.variance)
+        return self._equation.q_function(_as_equation(params), stats)
 
     def log_prior(self, params: LinearRegressionParams) -> jax.Array:
         """Q of the pseudo-statistics; up to a constant."""
-        return jnp.zeros((), params.variance.dtype) if self.prior is None else self.q_function(params, self.prior)
+        return self._equation.log_prior(_as_equation(params))
 
-    def rebase(self, stats: LinearRegressionStats, params: LinearRegressionParams) -> LinearRegressionStats:
+    def rebase(self, stats: EquationStats, params: LinearRegressionParams) -> EquationStats:
         """The same statistics about the lines of `params`, exactly."""
-        delta = design.line(params) - design.current(stats)
-        moved = design.times(stats.gram, delta)
-        return dataclasses.replace(
-            stats,
-            reference=stats.count[:, None] * design.line(params),
-            cross=stats.cross - moved,
-            square=stats.square - jnp.sum((2 * stats.cross - moved) * delta, axis=-1),
-        )
+        return self._equation.rebase(stats, _as_equation(params))
 
-    def degenerate(self, stats: LinearRegressionStats, held: tuple[str, ...] = ()) -> jax.Array:
+    def degenerate(self, stats: EquationStats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components (K,) without rows, or whose line passes through all of them."""
         empty = columns.empty(stats.count)
-        return empty if "variance" in held else empty | self._estimate(stats)[1]
+        return empty if "variance" in held else empty | self._equation.degenerate(stats)
 
     def sample(
         self, key: jax.Array, params: LinearRegressionParams, labels: jax.Array, features: jax.Array | None = None
@@ -133,26 +118,9 @@ class LinearRegression:
     def constrain(self, theta: LinearRegressionParams) -> LinearRegressionParams:
         return dataclasses.replace(theta, variance=jnp.exp(theta.variance))
 
-    def _estimate(self, stats: LinearRegressionStats) -> tuple[LinearRegressionParams, jax.Array]:
-        """M-step, and which components (K,) needed the variance's floor."""
-        line = design.current(stats)
-        if self.prior is not None:
-            at = LinearRegressionParams(coefficients=line[:, 1:], intercept=line[:, 0], variance=stats.square)
-            stats = columns.with_prior(self.rebase(self.prior, at), stats)
-        delta = design.solve(stats.gram, stats.cross)
-        moved = design.times(stats.gram, delta)
-        variance = (stats.square - jnp.sum((2 * stats.cross - moved) * delta, axis=-1)) / stats.count
-        eps = jnp.finfo(variance.dtype).eps
-        energy = jnp.sum(stats.energy) / jnp.sum(stats.count)
-        # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
-        lowest = jnp.maximum(
-            jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * delta.shape[1] * eps * stats.square / stats.count
-        )
-        line = line + delta
-        estimate = LinearRegressionParams(
-            coefficients=line[:, 1:], intercept=line[:, 0], variance=jnp.maximum(variance, lowest)
-        )
-        return estimate, variance < lowest
+
+def _as_equation(params: LinearRegressionParams) -> EquationParams:
+    return EquationParams(coefficients=(design.line(params)[:, None],), covariance=params.variance)
 
 
 def expected_stats(
@@ -162,18 +130,18 @@ def expected_stats(
     residual: jax.Array,
     square: jax.Array,
     energy: jax.Array,
-) -> LinearRegressionStats:
+) -> EquationStats:
     """Normal equations from the rows' z (P + 1, N), responsibilities (K, N), and expectations of what is seen of rows.
 
     These are E[e] and E[e²] (K, N), and E[response²] (K, N) or (1, N), under the current parameters.
     A vanishing pseudo-row keeps a component without rows as it is.
     """
     count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT
-    return LinearRegressionStats(
+    return EquationStats(
         count=count,
-        reference=count[:, None] * design.line(params),
+        reference=(count[:, None] * design.line(params))[:, None],
         gram=design.gram(responsibilities, matrix),
-        cross=columns.sums(responsibilities * residual, matrix),
+        cross=columns.sums(responsibilities * residual, matrix)[..., None],
         square=jnp.sum(responsibilities * square, axis=1) + columns.PSEUDO_COUNT * params.variance,
-        energy=jnp.sum(responsibilities * energy, axis=1),
+        energy=jnp.sum(responsibilities * energy, axis=1)[:, None],
     )

@@ -34,7 +34,6 @@ class NoisyNormal:
     prior: NormalInverseWishart | None = dataclasses.field(default=None, kw_only=True)
 
     separable = ("covariance",)
-    collapses = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "covariance", shapes.canonical(self.covariance))
@@ -175,4 +174,7 @@ def _measured(params: NormalParams, x: Data) -> conditional.Measured:
         raise ValueError(f"x[0] must have {columns} columns, as the parameters have; got shape {jnp.shape(values)}")
     observed = ~jnp.isnan(rows)
     noise = _noise("x[1]", noise, (rows.shape[0], columns)).astype(rows.dtype)
-    return conditional.Measured(values=jnp.where(observed, rows, 0), observed=observed, noise=noise)
+    known = observed if noise.ndim == 2 else observed[:, :, None] & observed[:, None]
+    return conditional.Measured(
+        values=jnp.where(observed, rows, 0), observed=observed, noise=jnp.where(known, noise, 0)
+    )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from .. import checks, numerics
 from ..record import record
 from . import covariance as shapes
+from .columns import available_moments
 
 
 @record
@@ -51,19 +52,23 @@ class NormalInverseWishart:
 def default_prior(x: jax.Array, num_components: int, covariance: str = "full") -> NormalInverseWishart:
     """A weakly informative prior scaled to the data (Fraley & Raftery 2007, section 3.3).
 
-    x: (N, D) or (N,).
+    x: (N, D) or (N,), NaN where an entry is missing.
     The prior's mean is that of the data, its shrinkage 0.01, its degrees of freedom D + 2, its scale cov(x) / K^(2/D),
     of which diagonal covariances keep the diagonal, and spherical ones the mean of that.
     Raises ValueError for an unknown covariance or bad data.
     """
     covariance = shapes.canonical(covariance)
     checks.positive_integer("num_components", num_components)
-    checks.finite_matrix("x", x)
+    checks.finite_matrix("x", x, missing=True)
     rows = checks.matrix("x", x)
-    columns = rows.shape[1]
-    mean = jnp.mean(rows, axis=0)
-    deviations = rows - mean[None]
-    total = jnp.einsum("ni,nj->ij", deviations, deviations, precision=jax.lax.Precision.HIGHEST) / (rows.shape[0] - 1)
+    count, columns = rows.shape
+    if checks.is_concrete(rows) and checks.has_nan(rows):
+        mean, total = available_moments(rows, jnp.ones(count, rows.dtype))
+        total = total * count / (count - 1)
+    else:
+        mean = jnp.mean(rows, axis=0)
+        deviations = rows - mean[None]
+        total = numerics.product(deviations, deviations, "ni,nj->ij") / (count - 1)
     scale = total / num_components ** (2 / columns)
     if covariance.endswith("diag"):
         scale = jnp.diagonal(scale)

@@ -95,6 +95,10 @@ def _constrain(family: "Poisson | Exponential", theta: RateParams) -> RateParams
     return RateParams(rate=jnp.exp(theta.rate))
 
 
+# The methods that both families have, in the order in which they take them.
+_COMMON = _m_step, _q_function, _log_prior, _num_parameters, _unconstrain, _constrain
+
+
 @capabilities.completed("part")
 @record(kw_only=False)
 class Poisson:
@@ -133,12 +137,7 @@ class Poisson:
         features, base = self._read(x, params.rate.dtype)
         return _stats(params, responsibilities, features, columns.sums(responsibilities, base[None])[:, 0])
 
-    m_step = _m_step
-    q_function = _q_function
-    log_prior = _log_prior
-    num_parameters = _num_parameters
-    unconstrain = _unconstrain
-    constrain = _constrain
+    m_step, q_function, log_prior, num_parameters, unconstrain, constrain = _COMMON
 
     def degenerate(self, stats: RateStats) -> jax.Array:
         return columns.empty(stats.count)
@@ -206,12 +205,7 @@ class Exponential:
         features = self._read(x, params.rate.dtype)
         return _stats(params, responsibilities, features, jnp.zeros(responsibilities.shape[0], features.dtype))
 
-    m_step = _m_step
-    q_function = _q_function
-    log_prior = _log_prior
-    num_parameters = _num_parameters
-    unconstrain = _unconstrain
-    constrain = _constrain
+    m_step, q_function, log_prior, num_parameters, unconstrain, constrain = _COMMON
 
     def degenerate(self, stats: RateStats) -> jax.Array:
         """Components (K,) without rows, or whose waiting times are all 0."""

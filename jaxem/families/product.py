@@ -70,7 +70,7 @@ class Product:
     params_type = dict
     part_params, params_of = assembly.part_params, assembly.params_of
     m_step, q_function, log_prior, rebase = assembly.surrogate
-    expanded = assembly.expanded
+    expands, expanded = property(assembly.expands), assembly.expanded
     unconstrain, constrain = assembly.coordinates
     degenerate = assembly.degenerate
     supports = property(assembly.supports)

@@ -21,9 +21,10 @@ from ..record import record, static
 class Exact:
     """Take the exact posterior of the latents (the E-step of Dempster, Laird & Rubin 1977), or a tempered one.
 
-    temperature T: the posterior is p(z | x)^(1/T), normalised; None is 1. The objective is then
-    sum_n T log sum_z p(x_n, z)^(1/T): the log-likelihood at T = 1, the classification likelihood of
-    `Hard()` as T goes to 0. A temperature above 1 blurs the posterior (Ueda & Nakano 1998).
+    temperature: T, where the posterior is p(z | x)^(1/T), normalised; None for 1.
+
+    The objective is then sum_n T log sum_z p(x_n, z)^(1/T): the log-likelihood at T = 1, the classification likelihood
+    of `Hard()` as T goes to 0. A temperature above 1 blurs the posterior (Ueda & Nakano 1998).
     Raises ValueError for a temperature that is not above 0.
     """
 
@@ -76,10 +77,14 @@ class Hard:
 class Sample:
     """Draw the latents from their posterior, `num_samples` times, and average their statistics.
 
-    One draw is stochastic EM (Celeux & Diebolt 1985), more are Monte Carlo EM (Wei & Tanner 1990).
-    schedule: a function of the number of steps taken so far that tells how many draws a step makes,
-    1 to num_samples; build it once. The log-likelihood stays exact wherever the model can tell it.
-    key: drives the draws; an algorithm gives a new one to every step (`at`).
+    num_samples: how many draws, at the most where there is a schedule.
+    schedule: a function of the number of steps taken so far that tells how many draws a step makes, 1 to num_samples;
+        build it once.
+    key: what draws are made from; an algorithm gives a new one to every step (`at`).
+    used: how many draws the step makes, where a schedule has told.
+
+    One draw is stochastic EM (Celeux & Diebolt 1985), more are Monte Carlo EM (Wei & Tanner 1990). The log-likelihood
+    stays exact wherever the model can tell it.
     Raises TypeError or ValueError for a num_samples that is not a whole number of at least 1.
     """
 

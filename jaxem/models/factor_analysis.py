@@ -19,7 +19,7 @@ from ..latents.linear_gaussian.factors import FactorPosterior
 from ..protocols import Data
 from ..record import fields, record, static
 from . import factor_data as data
-from .factor_params import NOISE, FactorParams, freedom, heywood, likelihood_ratio_test
+from .factor_params import NOISE, FactorParams, freedom, heywood, hidden, likelihood_ratio_test
 from .factor_params import FactorAnalysisParams as FactorAnalysisParams
 from .factor_params import FactorStats as FactorStats
 from .factor_params import FitTest as FitTest
@@ -41,8 +41,9 @@ class FactorAnalysis:
     more than columns are reduced to moments once, where a fit sees all of them in every step: a step then costs D² Q.
     Loadings are determined up to a rotation of the factors: see `canonical` and `jaxem.varimax`.
 
-    Plain EM crawls here: on the six tests of ability.cov with two factors it takes 820 steps to come within 1e-6 nats a
-    row of the maximum, and `anderson()`, which a fit takes where no algorithm is named, 30, each a step of EM.
+    Plain EM crawls here, so that a fit takes `anderson(EM(maximize=Expanded()))` where no algorithm is named: on the
+    six tests of ability.cov, two factors, that comes within 1e-6 nats a row of the maximum in 33 steps, EM in 817; and
+    with noise far below the loadings in 60, where EM is not there after 5000.
     A Heywood case, a uniqueness that the likelihood sends to 0, ends as DEGENERATE; `degenerate` tells which.
     Source: Rubin & Thayer (1982), EM algorithms for ML factor analysis, Psychometrika 47; Tipping & Bishop (1999),
     Probabilistic principal component analysis, J. Royal Statistical Society B 61.
@@ -53,8 +54,7 @@ class FactorAnalysis:
     noise: str = static(default="diag")
     missing: bool = static(default=True, kw_only=True)
 
-    collapses = True
-    crawls = True
+    crawls = expands = True
 
     def __post_init__(self) -> None:
         checks.positive_integer("num_latents", self.num_latents)
@@ -168,6 +168,17 @@ class FactorAnalysis:
         """The M-step where some parameters are held at these values."""
         return self._join(self.equation.m_step(stats.equation, _groups(mean, loadings)))
 
+    def expanded(self, params: FactorParams, stats: FactorStats, held: tuple[str, ...] = ()) -> FactorParams:
+        """The M-step with factors of any mean and covariance, which mean and loadings then absorb, if both are free."""
+        if {"mean", "loadings"} & {*held}:
+            return params
+        gram, count = stats.equation.gram, stats.equation.count
+        centre = gram[:-1, -1] / count
+        root = numerics.cholesky(gram[:-1, :-1] / count - centre[:, None] * centre[None])
+        mean = params.mean + numerics.product(params.loadings, centre, "dq,q->d")
+        loadings = numerics.product(params.loadings, root, "dq,qr->dr")
+        return dataclasses.replace(params, mean=mean, loadings=loadings)
+
     def blocks(self, params: FactorParams) -> tuple[str, ...]:
         """Names of parameters with a conditional M-step of their own: all of them."""
         return tuple(fields(params))
@@ -202,9 +213,11 @@ class FactorAnalysis:
         loadings, mean = self.equation.coefficients(stats.equation.line)
         kept = (loadings if "loadings" in held else None, mean if "mean" in held else None)
         floored = self.equation.degenerate(stats.equation, kept)
+        spread = jnp.sum(jnp.square(loadings), axis=1) + current
         if self.noise == "isotropic":
-            return floored.reshape(1)
-        return floored | heywood(loadings, current, stats.equation.square / stats.equation.count)
+            return (floored | hidden(current, jnp.mean(spread), len(spread))).reshape(1)
+        mapped = stats.equation.square / stats.equation.count
+        return floored | hidden(current, spread, len(spread)) | heywood(loadings, current, mapped)
 
     def unconstrain(self, params: FactorParams) -> FactorParams:
         """Noise in logarithms; the rest is free as it is."""
@@ -231,7 +244,8 @@ class FactorAnalysis:
 
     def reconstruct(self, params: FactorParams, x: jax.Array) -> jax.Array:
         """mean + loadings E[z_n | x_n]: (N, D), for missing entries what is expected of them."""
-        return params.mean[None] + numerics.product(self.project(params, x), params.loadings, "nq,dq->nd")
+        scores = self.project(params, x)
+        return jnp.asarray(params.mean)[None] + numerics.product(scores, params.loadings, "nq,dq->nd")
 
     def sample(self, key: jax.Array, params: FactorParams, n: int) -> jax.Array:
         """n rows (n, D)."""

@@ -81,12 +81,12 @@ def cases(mean: jax.Array, x: jax.Array | Roots, missing: bool) -> Cases:
             ones=first.reshape(-1),
             counts=jnp.repeat(x.count, every.shape[1]),
         )
-    rows = x - mean[None]
     if not missing:
-        return Cases(deviations=rows.T)
-    observed = ~jnp.isnan(rows).T
-    ones = jnp.any(observed, axis=0).astype(rows.dtype)
-    return Cases(deviations=jnp.where(observed, rows.T, 0), observed=observed, ones=ones)
+        return Cases(deviations=(x - mean[None]).T)
+    observed = ~jnp.isnan(x)
+    deviations = jnp.where(observed, x, mean[None]) - mean[None]
+    ones = jnp.any(observed, axis=1).astype(deviations.dtype)
+    return Cases(deviations=deviations.T, observed=observed.T, ones=ones)
 
 
 def column_moments(x: jax.Array | Roots, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:

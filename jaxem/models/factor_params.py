@@ -78,6 +78,11 @@ NOISE: dict[str, tuple[Diagonal | Spherical, Any, str]] = {
 }
 
 
+def hidden(noise: jax.Array, variances: jax.Array, columns: int) -> jax.Array:
+    """Whether noise is no more than what rounding makes of a covariance of so many columns, with these variances."""
+    return noise <= 4 * columns * jnp.finfo(noise.dtype).eps * variances
+
+
 def heywood(loadings: jax.Array, noise: jax.Array, mapped: jax.Array) -> jax.Array:
     """Columns (D,) whose uniqueness, now `noise`, the likelihood sends to 0, all else held; mapped: its M-step then.
 

@@ -15,6 +15,7 @@ from ..priors import Dirichlet
 from ..protocols import Data, Expect, Family, Params, Stats
 from ..record import record, static
 from ..sequences import Sequences
+from .imputation import filled_in
 
 # Small enough to vanish beside any real count: a state that is never left keeps the transitions that it had.
 _PSEUDO_COUNT = 1e-18
@@ -129,7 +130,7 @@ class HMM:
 
     part_params = assembly.part_params
     m_step, q_function, log_prior, rebase = assembly.surrogate
-    expanded = assembly.expanded
+    expands, expanded = property(assembly.expands), assembly.expanded
     unconstrain, constrain = assembly.coordinates
     blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
 
@@ -206,6 +207,18 @@ class HMM:
     forecast = queries.forecast
     sample = queries.sample
     sample_with_states = queries.sample_with_states
+
+    @parameters.at_rows
+    def impute(self, params: HMMParams, x: Data) -> jax.Array:
+        """The observations, what is missing of them filled in by what is expected of it given all that is observed.
+
+        In the layout of the data; what is observed stays as it is, and what lies behind a sequence's end is of no use.
+        """
+        every, given = self.units(x), x.values if isinstance(x, Sequences) else x
+        shares = self.smooth(params, every).reshape(-1, self.num_states)
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every.values)
+        found = filled_in(self.family, tree.no_whole_numbers(params, rows).emissions, rows, shares, None, None)
+        return found.reshape(jnp.shape(jax.tree.leaves(given)[0]))
 
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
         """What information criteria count: the steps of all sequences."""

@@ -91,7 +91,7 @@ class Mixture:
     params_type = MixtureParams
     part_params, params_of, part_statistics, with_part_statistics = assembly.by_name
     m_step, q_function, log_prior, rebase = assembly.surrogate
-    expanded = assembly.expanded
+    expands, expanded = property(assembly.expands), assembly.expanded
     unconstrain, constrain = assembly.coordinates
     blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
     supports = property(assembly.supports)

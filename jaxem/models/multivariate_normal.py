@@ -13,6 +13,7 @@ from ..families import Normal, NormalParams, NormalStats, columns, conditional
 from ..families.normal_prior import NormalInverseWishart
 from ..latents import Exact, ask
 from ..latents.linear_gaussian import StateMoments
+from ..parts import assembly
 from ..protocols import Data
 from ..record import record, static
 from . import factor_data as data
@@ -67,7 +68,6 @@ class MultivariateNormal:
     missing: bool = static(default=True, kw_only=True)
 
     separable = ("covariance",)
-    collapses = True
 
     @property
     def family(self) -> Normal:
@@ -77,6 +77,27 @@ class MultivariateNormal:
     @property
     def supports(self) -> parameters.Supports:
         return self.family.supports
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """One: the family, of which the parameters are those of the one component."""
+        return {"values": self.family}
+
+    def part_params(self, params: MultivariateNormalParams) -> dict[str, NormalParams]:
+        return {"values": _family_params(params)}
+
+    def params_of(self, values: dict[str, NormalParams]) -> MultivariateNormalParams:
+        return _alone(values["values"])
+
+    def part_statistics(self, stats: MultivariateNormalStats) -> dict[str, NormalStats]:
+        return {"values": stats.moments}
+
+    def with_part_statistics(
+        self, stats: MultivariateNormalStats, of: dict[str, NormalStats]
+    ) -> MultivariateNormalStats:
+        return dataclasses.replace(stats, moments=of["values"])
+
+    m_step, q_function, log_prior, rebase = assembly.surrogate
 
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None) -> MultivariateNormalParams:
         """Means and covariances of what is observed, a missing entry without correlations; nothing is drawn."""
@@ -166,26 +187,10 @@ class MultivariateNormal:
         some = numerics.in_any_lane(jnp.any(jnp.isnan(x)))
         return jax.lax.cond(some, lambda: given(self), lambda: given(self.without_missing()))
 
-    def m_step(self, stats: MultivariateNormalStats) -> MultivariateNormalParams:
-        """The mean and covariance of the expected moments; with a prior, the posterior mode."""
-        return _alone(self.family.m_step(stats.moments))
-
     def m_step_given(self, stats: MultivariateNormalStats, *, mean: jax.Array) -> MultivariateNormalParams:
         """The M-step with the mean held at (D,), or one number: the covariance about it."""
         held = jnp.broadcast_to(mean, stats.moments.first.shape[1:])
         return _alone(self.family.m_step_given(stats.moments, mean=held[None]))
-
-    def q_function(self, params: MultivariateNormalParams, stats: MultivariateNormalStats) -> jax.Array:
-        """Expected log-density of complete rows."""
-        return self.family.q_function(_family_params(params), stats.moments)
-
-    def log_prior(self, params: MultivariateNormalParams) -> jax.Array:
-        """Log-density of the prior, 0 without one."""
-        return self.family.log_prior(_family_params(params))
-
-    def rebase(self, stats: MultivariateNormalStats, params: MultivariateNormalParams) -> MultivariateNormalStats:
-        """The same statistics about the mean of `params`, exactly."""
-        return dataclasses.replace(stats, moments=self.family.rebase(stats.moments, _family_params(params)))
 
     def degenerate(self, stats: MultivariateNormalStats, held: tuple[str, ...] = ()) -> jax.Array:
         """(1,): whether the covariance rests on its floor."""

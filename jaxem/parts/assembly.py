@@ -69,6 +69,11 @@ def m_step(self: Assembled, stats: Stats) -> Params:
     return self.params_of({name: part.m_step(of[name]) for name, part in self.parts.items()})
 
 
+def expands(self: Assembled) -> bool:
+    """Whether some part does."""
+    return any(part.expands for part in self.parts.values())
+
+
 def expanded(self: Assembled, params: Params, stats: Stats, held: tuple[str, ...] = ()) -> Params:
     """What parts make of an M-step's parameters where they go by the parts' names; see `protocols.Family`."""
     of, values = self.part_statistics(stats), fields(params)

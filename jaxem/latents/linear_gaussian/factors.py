@@ -36,7 +36,8 @@ def factors(loadings: jax.Array, noise: jax.Array) -> Factors:
     whitened = loadings / scale[..., None]
     eye = jnp.eye(loadings.shape[-1], dtype=loadings.dtype)
     gram = numerics.product(whitened, whitened, "...dq,...dr->...qr")
-    factor = numerics.cholesky(gram + numerics.to_rank(eye, gram.ndim))
+    # Pivots are at least 1 but for rounding, which is large where one factor is far above the noise and another is not.
+    factor, _ = numerics.floored_cholesky(gram + numerics.to_rank(eye, gram.ndim), jnp.ones_like(gram[..., 0]))
     inverse = numerics.inverse_lower(factor)
     covariance = numerics.product(inverse, inverse, "...kq,...kr->...qr")
     projection = numerics.product(covariance, whitened / scale[..., None], "...qr,...dr->...qd")

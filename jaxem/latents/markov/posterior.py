@@ -47,7 +47,11 @@ class Distribution(Protocol):
 
 @record
 class Masks:
-    """first (T[, L]): which steps begin a sequence; linked (T - 1[, L]): whether step t + 1 goes on from step t."""
+    """Where sequences begin and go on.
+
+    first (T[, L]): which steps begin a sequence
+    linked (T - 1[, L]): whether step t + 1 goes on from step t
+    """
 
     first: jax.Array
     linked: jax.Array
