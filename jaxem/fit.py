@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
-from .capabilities import complete, fitted_model, fitting_algorithm, informed
-from .em import EM, Expanded, anderson, objective
+from .arguments import chosen, data_of, sees_all_rows
+from .capabilities import complete, fitted_model, informed
+from .em import objective
 from .protocols import Algorithm, Data, Model, Params
-from .record import fields, record
+from .record import record
 from .status import EMError, Status
 from .stopping import Progress
 
@@ -169,50 +170,11 @@ def _fit(
     )
 
 
-def differentiable(result: Result, given: implicit.Given, fixed: tuple[Params, jax.Array | None, int] | None) -> Result:
-    """A fit on constants, with the derivatives of its limit, or of a fixed number of steps from a start.
-
-    How it got there counts as a constant.
-    """
-    found = implicit.Limit(params=result.params, objective=result.objective, loglik=result.loglik)
-    if fixed is None:
-        found = implicit.of_limit(given, found, result.status)
-    else:
-        params, key, num_steps = fixed
-        found = implicit.of_steps(given, params, key, found, result.status, num_steps)
-    return dataclasses.replace(result, **fields(found))
-
-
 def history_capacity(max_steps: Any, fits: int = 1) -> int:
     """Steps of history to make room for: few distinct numbers, so that few programs are compiled."""
     if not isinstance(max_steps, (int, np.integer)) or max_steps <= HISTORY:
         return HISTORY
     return min(1 << (int(max_steps) - 1).bit_length(), max(HISTORY, _LONGEST_HISTORY // fits))
-
-
-def chosen(model: Model, algorithm: Algorithm | Any | None) -> Algorithm:
-    """The algorithm, complete; where none is named, EM, or an accelerator where the model says that EM crawls."""
-    if algorithm is None:
-        step = EM(maximize=Expanded()) if model.expands else EM()
-        algorithm = anderson(step) if model.crawls else step
-    return fitting_algorithm(algorithm)
-
-
-def sees_all_rows(model: Model, algorithm: Algorithm) -> bool:
-    """Whether all that an algorithm asks of the data are statistics of all rows, without draws."""
-    nature = algorithm.nature(model)
-    return nature.complete and not nature.stochastic
-
-
-def data_of(model: Model, x: Data, weights: jax.Array | None, sees_all: bool) -> tuple[Data, jax.Array | None]:
-    """Checked data in one precision and their weights: units, or, where all rows are seen together, what stands in
-    their place. Raises by name."""
-    x, weights = checks.native((x, weights))
-    model.check(x, weights)
-    checks.plain_axes("x", x)
-    checks.plain_axes("weights", weights)
-    x, weights = model.reduced(x, weights) if sees_all else (model.units(x), weights)
-    return tree.one_precision(x), None if weights is None else jnp.asarray(weights)
 
 
 def em_fit(
@@ -259,7 +221,7 @@ def em_fit(
     arguments = implicit.constants((model, params, x, weights, key, algorithm, tol, max_steps))
     result = _fit(*arguments, capacity=capacity, finite=finite)
     fixed = checks.is_known(tol) and checks.is_known(max_steps) and tol < 0
-    result = differentiable(result, given, (params, key, int(max_steps)) if fixed else None)
+    result = implicit.differentiable(result, given, (params, key, int(max_steps)) if fixed else None)
     if isinstance(max_steps, (int, np.integer)):
         result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
     return result

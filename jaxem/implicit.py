@@ -23,7 +23,7 @@ from . import numerics
 from .capabilities import complete
 from .em import EM, objective
 from .protocols import Algorithm, Data, Model, Params
-from .record import record
+from .record import fields, record
 from .status import Status
 
 
@@ -49,6 +49,21 @@ class Limit:
 def constants(given: Any) -> Any:
     """The same values without their derivatives: what a loop is run on."""
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if _is_traced(leaf) else leaf, given)
+
+
+def differentiable(result: Any, given: Given, fixed: tuple[Params, jax.Array | None, int] | None) -> Any:
+    """The result of a loop on constants, with derivatives of its params, objective and loglik.
+
+    They are those of its limit, or, where the number of steps is fixed, as in (start, key, steps), those of the steps.
+    How the loop got there counts as a constant.
+    """
+    found = Limit(params=result.params, objective=result.objective, loglik=result.loglik)
+    if fixed is None:
+        found = of_limit(given, found, result.status)
+    else:
+        params, key, num_steps = fixed
+        found = of_steps(given, params, key, found, result.status, num_steps)
+    return dataclasses.replace(result, **fields(found))
 
 
 def of_limit(given: Given, found: Limit, status: jax.Array) -> Limit:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
+from .arguments import chosen, data_of, sees_all_rows
 from .capabilities import fitted_model, informed
-from .fit import Result, chosen, data_of, differentiable, history_capacity, sees_all_rows
+from .fit import Result, history_capacity
 from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
@@ -210,7 +211,7 @@ def fit_restarts(
     if isinstance(max_steps, (int, np.integer)):
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)
-    return dataclasses.replace(implicit.unknown(given, runs), best=differentiable(runs.best, given, None))
+    return dataclasses.replace(implicit.unknown(given, runs), best=implicit.differentiable(runs.best, given, None))
 
 
 def _all_phases(

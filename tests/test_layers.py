@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FLOORS = [
     {"record", "status", "numerics", "special", "datasets", "checks"},
     {"tree", "priors"},
+    {"nature"},
     {"protocols"},
     {"capabilities"},
     {"parameters"},
@@ -23,7 +24,7 @@ FLOORS = [
     {"latents"},
     {"families"},
     {"models", "em"},
-    {"implicit"},
+    {"implicit", "arguments"},
     {"fit", "diagnostics"},
     {"restart_jobs"},
     {"restarts"},
