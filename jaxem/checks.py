@@ -315,7 +315,7 @@ def complete_family(value: Any) -> None:
 
 
 def made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> None:
-    """Raise TypeError for what is not `what` (`known` tells), for a class or function that makes it, and for no pytree."""
+    """Raise TypeError for what is not `what` (`known` tells), for a class or function that makes it, or no pytree."""
     if isinstance(value, type) or inspect.isroutine(value):
         raise TypeError(f"{name} must be {what}; got {told(value)}: call it, {value.__name__}(...)")
     if not known:
