@@ -265,6 +265,16 @@ def _posterior(components):
     return np.einsum("kqd,knd->knq", beta, deviations), np.eye(2) - beta @ loadings
 
 
+@pytest.mark.parametrize(("name", "value"), [("loadings", LOADINGS), ("mean", MEANS)])
+def test_what_is_held_stays_where_factors_are_expanded(name, value, x64):
+    model = Mixture(Fixed(LowRankNormal(2), {name: jnp.asarray(value)}), 2)
+    params = start("diag")
+    params = dataclasses.replace(params, components=model.family.apply(params.components))
+    fit = em_fit(model, params, ROWS, tol=-1.0, max_steps=20)
+    assert np.all(np.diff(fit.history) > 0)
+    np.testing.assert_array_equal(getattr(fit.params.components, name), value)
+
+
 @pytest.mark.parametrize("noise", list(NOISE))
 @pytest.mark.parametrize(("offset", "width"), [(1e4, 1.0), (0.0, 1e-3)])
 def test_float32_survives_far_from_the_origin_and_clusters_far_apart(offset, width, noise):

@@ -96,12 +96,13 @@ def _pooled(family: "_Censored", x: Data, weights: jax.Array | None, num_compone
     none = jnp.zeros((1, len(matrix) - 1), one.dtype)
     line = LinearRegressionParams(coefficients=none, intercept=0 * one, variance=one)
     plain = LinearRegression()
+    energy = columns.sums(weights, jnp.square(points)[None])
     for _ in range(2):
         off = points[None] - design.predict(line, matrix)
-        stats = expected_stats(line, matrix, weights, off, jnp.square(off), jnp.square(points)[None])
+        stats = expected_stats(line, matrix, weights, off, jnp.square(off), energy)
         line = plain.m_step(stats)
     # Where no point lies off the line, the responses' own size is the only scale that there is.
-    size = numerics.weighted_sum(jnp.square(points)[None], weights) / stats.count
+    size = energy[:, 0] / stats.count
     some = jnp.where(size > 0, 0.01 * size, 1)
     line = dataclasses.replace(line, variance=jnp.where(plain.degenerate(stats), some, line.variance))
     return family._from_line(jax.tree.map(lambda leaf: jnp.repeat(leaf, num_components, axis=0), line))
@@ -119,12 +120,13 @@ def _stats(family: "_Censored", params: Params, x: Data, responsibilities: jax.A
     kinds = [jnp.where(kind[None], responsibilities, 0) for kind in (response.below, response.above, response.exact)]
     telling = jnp.where(response.tell[None], responsibilities, 0)
     censored = jnp.where(response.exact[None], 0, telling)
+    energy = jnp.sum(telling * found.energy, axis=1, keepdims=True)
     return CensoredStats(
         count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
         kinds=jnp.stack([jnp.sum(kind, axis=1) for kind in kinds], axis=1),
         certainty=jnp.sum(censored * found.log_prob, axis=1),
         base=jnp.sum(responsibilities * found.base, axis=1),
-        equations=expected_stats(line, matrix, telling, found.residual, found.square, found.energy),
+        equations=expected_stats(line, matrix, telling, found.residual, found.square, energy),
     )
 
 

@@ -67,9 +67,8 @@ class LinearRegression:
         """Weighted normal equations, each of one response, K in front: responsibilities (K, N)."""
         matrix, response = design.read(x)
         residual = response[None] - design.predict(params, matrix)
-        return expected_stats(
-            params, matrix, responsibilities, residual, jnp.square(residual), jnp.square(response)[None]
-        )
+        energy = columns.sums(responsibilities, jnp.square(response)[None])
+        return expected_stats(params, matrix, responsibilities, residual, jnp.square(residual), energy)
 
     def m_step(self, stats: EquationStats) -> LinearRegressionParams:
         """Weighted least squares, and the mean squared residual."""
@@ -133,7 +132,7 @@ def expected_stats(
 ) -> EquationStats:
     """Normal equations from the rows' z (P + 1, N), responsibilities (K, N), and expectations of what is seen of rows.
 
-    These are E[e] and E[e²] (K, N), and E[response²] (K, N) or (1, N), under the current parameters.
+    These are E[e] and E[e²] (K, N), and E[response²] summed over the rows (K, 1), under the current parameters.
     A vanishing pseudo-row keeps a component without rows as it is.
     """
     count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT
@@ -143,5 +142,5 @@ def expected_stats(
         gram=design.gram(responsibilities, matrix),
         cross=columns.sums(responsibilities * residual, matrix)[..., None],
         square=jnp.sum(responsibilities * square, axis=1) + columns.PSEUDO_COUNT * params.variance,
-        energy=jnp.sum(responsibilities * energy, axis=1)[:, None],
+        energy=energy,
     )

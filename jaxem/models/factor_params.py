@@ -6,16 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .. import checks, parameters
+from .. import checks, numerics, parameters
 from ..families.covariance import Diagonal, Spherical
 from ..families.linear_equation import EquationStats
-from ..latents.linear_gaussian import factors
 from ..protocols import Data
 from ..record import record
 from . import factor_data as data
 
 # Of its column's variance, what a uniqueness is below before it is looked at whether it goes to 0.
-_SMALL = 1e-2
+_SMALL = 3e-2
 
 
 @record
@@ -84,15 +83,21 @@ def hidden(noise: jax.Array, variances: jax.Array, columns: int) -> jax.Array:
 
 
 def heywood(loadings: jax.Array, noise: jax.Array, mapped: jax.Array) -> jax.Array:
-    """Columns (D,) whose uniqueness, now `noise`, the likelihood sends to 0, all else held; mapped: its M-step then.
+    """Columns (D,) whose uniqueness, now `noise`, the likelihood sends to 0; mapped: what an M-step would make of it.
 
-    Along one uniqueness ψ the likelihood is highest at ψ + (u - ψ) / r², u being its M-step and r the share of ψ that
-    the factors do not tell (Zhao, Yu & Jiang 2008, ML estimation for factor analysis: EM or non-EM?, Statistics and
-    Computing 18). A Heywood case has that at 0 or below, and has come down to a hundredth of its column's variance.
+    Along one uniqueness ψ, all else held, the likelihood is highest at ψ + (u - ψ) / r², u being its M-step and r the
+    share of ψ that the factors do not tell (Zhao, Yu & Jiang 2008, ML estimation for factor analysis: EM or non-EM?,
+    Statistics and Computing 18). Where loadings follow, r is what lies outside of their span: on the diagonal that is
+    the curvature which Lawley & Maxwell (1971, Factor Analysis as a Statistical Method) take for uniquenesses alone. A
+    Heywood case has its maximum at 0 or below, and has come down to a few hundredths of its column's variance.
     """
-    untold = 1 - jnp.sum(loadings * factors.factors(loadings, noise).projection.T, axis=1)
+    whitened = loadings / jnp.sqrt(noise)[:, None]
+    gram = numerics.product(whitened, whitened, "dq,dr->qr")
+    ridge = jnp.finfo(gram.dtype).eps * jnp.maximum(jnp.trace(gram), 1)
+    inverse = numerics.inverse_lower(numerics.cholesky(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype)))
+    outside = 1 - jnp.sum(jnp.square(numerics.product(whitened, inverse, "dq,rq->dr")), axis=1)
     small = noise < _SMALL * (jnp.sum(jnp.square(loadings), axis=1) + noise)
-    return small & (noise - mapped >= jnp.square(untold) * noise)
+    return small & (noise - mapped >= jnp.square(outside) * noise)
 
 
 def likelihood_ratio_test(self: Any, params: FactorParams, x: Data, weights: jax.Array | None = None) -> FitTest:
