@@ -1,5 +1,8 @@
 """Every model of the library, one line each: name -> (model, data). All laws run over all of them."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +50,8 @@ from jaxem import (
     pack_sequences,
     pseudo_rows,
 )
+from jaxem.capabilities import states
+from jaxem.record import fields
 
 _rng = np.random.default_rng(7)
 _labels = _rng.integers(0, 3, 40)
@@ -300,3 +305,20 @@ def zoo() -> dict:
 
 
 NAMES = tuple(zoo())
+
+
+def _kind(model: Any) -> tuple:
+    """The classes that a model is made of, statements about it left aside."""
+    if isinstance(model, (Fixed, Tied)):
+        return _kind(model.inner)
+    inside = [value for value in fields(model).values() if isinstance(value, dict) or states(value, "m_step")]
+    return (type(model), *map(_kind, inside))
+
+
+@functools.cache
+def first_of_kinds() -> set[str]:
+    """The first model of every kind."""
+    names: dict[tuple, str] = {}
+    for name in NAMES:
+        names.setdefault(_kind(zoo()[name][0]), name)
+    return set(names.values())
