@@ -30,32 +30,50 @@ from jaxem import (
     squarem,
     stochastic_em,
 )
-from jaxem.capabilities import complete
+from jaxem.capabilities import complete, states
 from jaxem.numerics import gmres, gmres_in_range
 
 pytestmark = pytest.mark.usefixtures("x64")
+
+
+# Kinds whose first model has no limit on so few rows: it collapses, or its likelihood rises along a ridge for ever; and
+# another model of the kind that has one.
+RIDGES = {
+    "linear system": "linear system, held, prior, missing",
+    "factor analysers": "ppca, shared noise",
+    "factor analysis": "ppca, missing",
+    "noisy normal": "noisy normal, diag, correlated noise",
+    "logistic regression": None,
+}
 
 
 def _flat(result):
     return jnp.concatenate([ravel_pytree(result.params)[0], jnp.stack([result.objective, result.loglik])])
 
 
+def _densities(model, x):
+    """What a fit says of every row: parameters that are not unique, as factors that turn, go where their start led."""
+    return lambda result: jnp.append(model.log_prob(result.params, x), result.objective)
+
+
 def _covector(found):
     return jnp.cos(1.7 * jnp.arange(found.size))
 
 
-def _agrees(fit, at, direction, *, forward=False, step=3e-3, rtol=2e-5):
+def _agrees(fit, at, direction, *, refit=None, told=_flat, forward=False, step=3e-3, rtol=2e-5):
     """The slope of `fit(value) -> Result` along a direction is Richardson's difference of refits.
 
-    In reverse mode, of one combination of all that has a slope; in forward mode of each.
+    In reverse mode, of one combination of all that has a slope; in forward mode of each. refit: the fits that are
+    compared, where they are to come nearer to the limit than `fit` itself; told: what of results is looked at.
     """
-    found, pull = jax.vjp(lambda value: _flat(fit(value)), at)
+    refit = fit if refit is None else refit
+    found, pull = jax.vjp(lambda value: told(fit(value)), at)
     (pulled,) = pull(_covector(found))
     along = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), pulled, direction)))
 
     def difference(step):
         there, back = (
-            _flat(fit(jax.tree.map(lambda a, d, s=sign: a + s * step * d, at, direction))) for sign in (1.0, -1.0)
+            told(refit(jax.tree.map(lambda a, d, s=sign: a + s * step * d, at, direction))) for sign in (1.0, -1.0)
         )
         return (there - back) / (2 * step)
 
@@ -63,30 +81,27 @@ def _agrees(fit, at, direction, *, forward=False, step=3e-3, rtol=2e-5):
     scale = 1 + np.max(np.abs(expected))
     np.testing.assert_allclose(along, _covector(found) @ expected, rtol=rtol, atol=rtol * scale)
     if forward:
-        _, slopes = jax.jvp(lambda value: _flat(fit(value)), (at,), (direction,))
+        _, slopes = jax.jvp(lambda value: told(fit(value)), (at,), (direction,))
         np.testing.assert_allclose(slopes, expected, rtol=0, atol=rtol * scale)
         np.testing.assert_allclose(_covector(found) @ slopes, along, rtol=1e-7, atol=1e-7 * scale)
 
 
-def _limit(model, x, weights):
-    """A start at a maximum, none of whose components is like another."""
-    for seed in range(8):
-        result = em_fit(model, model.init(jax.random.key(seed), x), x, weights, tol=1e-13, max_steps=20_000)
-        if result.status == Status.CONVERGED:
-            return result.params
-    raise AssertionError("no start led to a maximum")
-
-
-@pytest.mark.parametrize("name", sorted(first_of_kinds()))
+@pytest.mark.parametrize("name", sorted(first_of_kinds() - set(RIDGES)) + sorted(filter(None, RIDGES.values())))
 def test_every_kind_of_model(name):
-    """Law 15, along weights of rows, which every model knows."""
+    """Law 15, along weights of rows, which every model knows; refits take more steps than their limit needs."""
     model, x = zoo()[name]
     x = jax.tree.map(jnp.asarray, x)
     rows = jax.tree.leaves(complete("model", model).units(x))[0].shape[0]
     random = np.random.default_rng(0)
     weights, direction = jnp.asarray(random.uniform(0.5, 1.5, rows)), jnp.asarray(random.normal(size=rows))
-    params = _limit(model, x, weights)
-    _agrees(lambda weights: em_fit(model, params, x, weights, tol=1e-13, max_steps=20_000), weights, direction)
+
+    def fit(weights, start, tol):
+        return em_fit(model, start, x, weights, tol=tol, max_steps=5000)
+
+    starts = (model.init(jax.random.key(seed), x) for seed in range(4))
+    start = next(start for start in starts if fit(weights, start, 1e-13).status == Status.CONVERGED)
+    told = _densities(model, x) if states(model, "log_prob") else _flat
+    _agrees(lambda w: fit(w, start, 1e-13), weights, direction, refit=lambda w: fit(w, start, -1.0), told=told)
 
 
 RNG = np.random.default_rng(3)
