@@ -272,7 +272,11 @@ def states(completed: Any, *names: str) -> bool:
 
 def informed(model: Any, x: Any) -> Any:
     """The complete model in its form for such data: where it can be seen that nothing is missing, less is compiled."""
-    return model.without_missing() if tree.nothing_missing(x) else model
+    if not tree.nothing_missing(x):
+        return model
+    form = model.without_missing()
+    # A wrapper of a user's own that hands on all it does not have would be left with what is inside of it.
+    return form if type(original(form)) is type(original(model)) else model
 
 
 def fitted_model(model: Any) -> Model:
