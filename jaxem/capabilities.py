@@ -39,6 +39,14 @@ def _nature_of_algorithm(algorithm: Any) -> Callable[[Model], Nature]:
     )
 
 
+def _one_step(
+    algorithm: Algorithm, model: Model, params: Any, x: Any, weights: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """Where a step leads from parameters, and the state at these."""
+    state = algorithm.init(model, params, x, weights)
+    return algorithm.step(model, state, x, weights).params, state
+
+
 def _none(_: Any) -> None:
     """Where nothing can stand in, and the one who asks has to know."""
     return None
@@ -162,7 +170,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "nature": _nature_of_algorithm,
         "begin": lambda algorithm: algorithm.init,
         # Its own step is a map whose fixed points are its limits.
-        "limit": lambda algorithm: algorithm,
+        "limit": lambda algorithm: functools.partial(_one_step, algorithm),
         # The log-likelihood that its states show is that of all rows at their parameters.
         "evaluated": lambda algorithm: lambda model, state, x, weights=None: state,
     },

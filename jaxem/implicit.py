@@ -19,12 +19,14 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from . import numerics
+from . import numerics, tree
 from .capabilities import complete
 from .em import EM, objective
 from .protocols import Algorithm, Data, Model, Params
 from .record import fields, record
 from .status import Status
+
+Values = list[jax.Array]
 
 
 @record
@@ -71,7 +73,7 @@ def of_limit(given: Given, found: Limit, status: jax.Array) -> Limit:
 
     Raises TypeError, where it is differentiated, for an algorithm that is random to the end.
     """
-    return _limit(given, found, status) if _any_traced(given) else found
+    return _limit(given, found, status) if _any_traced((given, found)) else found
 
 
 def of_steps(
@@ -79,7 +81,7 @@ def of_steps(
 ) -> Limit:
     """The same with the derivatives of so many steps from `params`, NaN where the loop ended before."""
     start = (given, params, key)
-    return _steps(start, found, status, num_steps) if _any_traced(start) else found
+    return _steps(start, found, status, num_steps) if _any_traced((start, found)) else found
 
 
 def unknown(given: Given, found: Any) -> Any:
@@ -102,6 +104,15 @@ def _moving(tangents: Any) -> tuple[tuple[int, ...], list[jax.Array]]:
     return places, [moves[place] for place in places]
 
 
+def _known_to_move(tangent: Limit) -> None:
+    """Raise TypeError for a loop that moves by itself: all that it is handed counts as a constant there."""
+    if _moving(tangent)[0]:
+        raise TypeError(
+            "a fit is differentiated with respect to something that its model's functions close over: it cannot know. "
+            "Hand it over in the data, or in a field of the model"
+        )
+
+
 def _with(leaves: list[Any], places: tuple[int, ...], values: list[jax.Array], structure: Any) -> Any:
     """What is given, with other values of the leaves that move."""
     after = list(leaves)
@@ -120,7 +131,7 @@ def _unknown_jvp(primals: tuple[Given, Any], tangents: tuple) -> tuple[Any, Any]
     found, (_, moves) = _unknown(*primals), _moving(tangents[0])
     if not moves:
         return found, jax.tree.map(_no_tangent, found)
-    nothing = jnp.nan * sum(jnp.sum(move) for move in moves)
+    nothing = jnp.sum(_where_known(jnp.array(False), jnp.concatenate([move.ravel() for move in moves])))
 
     def tangent(value: jax.Array) -> Any:
         exact = not jnp.issubdtype(value.dtype, jnp.inexact)
@@ -139,6 +150,7 @@ def _limit_jvp(primals: tuple[Given, Limit, jax.Array], tangents: tuple) -> tupl
     given, _, status = primals
     found = _limit(*primals)  # with its own derivative, for those of higher order
     places, moves = _moving(tangents[0])
+    _known_to_move(tangents[1])
     if not places:
         return found, jax.tree.map(_no_tangent, found)
     if complete("algorithm", given.algorithm).nature(given.model).stochastic:
@@ -159,6 +171,7 @@ def _steps(start: tuple, found: Limit, status: jax.Array, num_steps: int) -> Lim
 def _steps_jvp(num_steps: int, primals: tuple, tangents: tuple) -> tuple[Limit, Limit]:
     start, _, status = primals
     places, moves = _moving(tangents[0])
+    _known_to_move(tangents[1])
     if not places:
         return _steps(*primals, num_steps), jax.tree.map(_no_tangent, primals[1])
     leaves, structure = jax.tree.flatten(start)
@@ -178,6 +191,7 @@ def _unrolled(
 
     def run(values: Values) -> Limit:
         given, params, key = _with(leaves, places, values, structure)
+        given = _present(given)
         algorithm, x, weights = complete("algorithm", given.algorithm), given.x, given.weights
         step = jax.checkpoint(lambda state: algorithm.step(given.model, state, x, weights))
         state = algorithm.init(given.model, params, x, weights, key)
@@ -187,8 +201,10 @@ def _unrolled(
         return Limit(params=state.params, objective=height, loglik=height if state.loglik is None else state.loglik)
 
     found, move = jax.jvp(run, ([leaves[place] for place in places],), (moves,))
-    known = jnp.where(status == Status.MAX_STEPS, 1, jnp.nan)
-    return found, jax.tree.map(lambda leaf: leaf if leaf.dtype == jax.dtypes.float0 else known * leaf, move)
+    known = status == Status.MAX_STEPS
+    return found, jax.tree.map(
+        lambda leaf: leaf if leaf.dtype == jax.dtypes.float0 else _where_known(known, leaf), move
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "places"))
@@ -203,27 +219,47 @@ def _moves(
     """How a limit moves where some of the leaves of what is given do."""
 
     def given(values: Values) -> Given:
-        return _with(leaves, places, values, structure)
+        return _present(_with(leaves, places, values, structure))
 
     values = [leaves[place] for place in places]
     system = (_stationary if _climbs(given(values)) else _fixed_point)(given, found.params, values)
     theta = system.theta
-    _, right = jax.jvp(lambda values: system.residual(theta, values), (values,), (moves,))
-    _, change = jax.linearize(lambda theta: system.residual(theta, values), theta)
+    _, (right, slope) = jax.jvp(lambda values: system.at(theta, values), (values,), (moves,))
+    _, change = jax.linearize(lambda theta: system.at(theta, values), theta)
     along = jax.lax.custom_linear_solve(
-        lambda move: -change(move), right, solve=numerics.gmres, transpose_solve=numerics.gmres_in_range
+        lambda move: -change(move)[0], right, solve=numerics.gmres, transpose_solve=numerics.gmres_in_range
     )
-    # NaN, and no plausible number, where a fit has not come to its limit.
-    known = jnp.where(status == Status.CONVERGED, 1, jnp.nan).astype(theta.dtype)
-    params, params_move = jax.jvp(lambda theta: system.params(theta, values), (theta,), (known * along,))
-    _, slope = jax.jvp(system.objective, (values,), (moves,))
-    slope = known * slope
+    if any(place < structure.children()[0].num_leaves for place in places):
+        slope = slope + change(right)[1]  # what a model holds moves where the objective is not level
+    known = status == Status.CONVERGED
+    along, slope = _where_known(known, along), _where_known(known, slope)
+    params, params_move = jax.jvp(lambda theta: system.params(theta, values), (theta,), (along,))
 
-    def log_prior(params: Params, values: list[jax.Array]) -> jax.Array:
+    def log_prior(params: Params, values: Values) -> jax.Array:
         return jnp.asarray(complete("model", given(values).model).log_prior(params), slope.dtype)
 
     _, of_prior = jax.jvp(log_prior, (params, values), (params_move, moves))
     return Limit(params=params_move, objective=slope, loglik=slope - of_prior)
+
+
+def _where_known(known: jax.Array, move: jax.Array) -> jax.Array:
+    """A move, or NaN, and no plausible number, in place of one that is not known.
+
+    In both modes what is not asked for stays 0: a fit that failed spoils nothing where a loss leaves it out.
+    """
+
+    def told(_: Any, move: jax.Array) -> jax.Array:
+        return jnp.where(known | jnp.all(move == 0), move, jnp.nan)
+
+    # The identity as a linear system: a linear function with a transpose of its own.
+    return jax.lax.custom_linear_solve(lambda move: move, move, solve=told, symmetric=True)
+
+
+def _present(given: Given) -> Given:
+    """What is given as a fit sees it: a row of weight 0 is absent, and so is the slope in its weight."""
+    x, weights = tree.present(given.x, given.weights)
+    weights = None if weights is None else jnp.where(weights > 0, weights, 0)
+    return dataclasses.replace(given, x=x, weights=weights)
 
 
 def _climbs(given: Given) -> bool:
@@ -235,36 +271,28 @@ def _climbs(given: Given) -> bool:
 class _System:
     """What defines a limit as an implicit function of the values that move.
 
-    theta: its coordinates (P,); params: parameters from (theta, values); residual: (theta, values) -> (P,), 0 there;
-    objective: (values) -> scalar, with the slope that the objective has where the limit moves with them.
+    theta: its coordinates (P,).
+    params: parameters from (theta, values).
+    at: (theta, values) -> what is 0 at the limit (P,), and the objective. The latter is level at a limit, so that it
+        moves as it does where theta moves by the former alone: as far as parameters are held, and no further.
     """
 
     theta: jax.Array
-    params: Callable
-    residual: Callable
-    objective: Callable
-
-
-Values = list[jax.Array]
+    params: Callable[[jax.Array, Values], Params]
+    at: Callable[[jax.Array, Values], tuple[jax.Array, jax.Array]]
 
 
 def _fixed_point(given: Callable[[Values], Given], params: Params, _: Values) -> _System:
     """A fixed point of the EM map: what a step moves parameters by is 0."""
     theta, unravel = ravel_pytree(params)
 
-    def stepped(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
+    def at(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
         known = given(values)
         limit = complete("algorithm", known.algorithm).limit
-        state = limit.init(known.model, unravel(theta), known.x, known.weights)
-        state = limit.step(known.model, state, known.x, known.weights)
-        return ravel_pytree(state.params)[0], objective(complete("model", known.model), state)
+        after, state = limit(known.model, unravel(theta), known.x, known.weights)
+        return ravel_pytree(after)[0] - theta, objective(complete("model", known.model), state)
 
-    return _System(
-        theta=theta,
-        params=lambda theta, values: unravel(theta),
-        residual=lambda theta, values: stepped(theta, values)[0] - theta,
-        objective=lambda values: stepped(theta, values)[1],
-    )
+    return _System(theta=theta, params=lambda theta, values: unravel(theta), at=at)
 
 
 def _stationary(given: Callable[[Values], Given], params: Params, values: Values) -> _System:
@@ -279,9 +307,10 @@ def _stationary(given: Callable[[Values], Given], params: Params, values: Values
         state = EM().init(known.model, params_of(theta, values), known.x, known.weights)
         return objective(complete("model", known.model), state)
 
-    return _System(
-        theta=theta, params=params_of, residual=jax.grad(height), objective=lambda values: height(theta, values)
-    )
+    def at(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
+        return jax.grad(height)(theta, values), height(jax.lax.stop_gradient(theta), values)
+
+    return _System(theta=theta, params=params_of, at=at)
 
 
 def _no_tangent(value: jax.Array) -> Any:

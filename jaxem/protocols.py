@@ -366,9 +366,8 @@ class Algorithm(Protocol):
         """What it is where it fits this model."""
         ...
 
-    @property
-    def limit(self) -> "Algorithm":
-        """One whose step is a smooth map of parameters alone, with fixed points where this algorithm ends."""
+    def limit(self, model: Model, params: Params, x: Data, weights: jax.Array | None = None) -> tuple[Params, Any]:
+        """Where a smooth map leads from `params` whose fixed points are where this algorithm ends; the state there."""
         ...
 
     def init(

@@ -1,99 +1,95 @@
 """Linear systems of which only products with vectors are known."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from . import tuning
 
+Product = Callable[[jax.Array], jax.Array]
 
-def gmres(times: Callable[[jax.Array], jax.Array], right: jax.Array) -> jax.Array:
-    """The solution x (P,) of `times(x) = right` by restarted GMRES; NaN where none is found.
 
-    From nothing, so that what a singular but consistent system leaves open stays 0. Each cycle builds an orthonormal
-    basis of at most `tuning.KRYLOV` directions and takes the combination with the smallest residual; cycles go on while
-    that at least halves. As exact as elimination where P is no larger than the basis. A residual above sqrt(eps) of
-    the right-hand side is no solution.
-    Saad & Schultz (1986), GMRES, SIAM J. Scientific and Statistical Computing 7.
+class Krylov(NamedTuple):
+    """A space that `times` has led to from one vector, the residual of a linear system (m directions at most).
+
+    number: of directions so far, -1 before the residual is known.
+    basis: V (m + 1, P), orthonormal rows.
+    hessenberg: H (m, m + 1), times(V_j) = sum_i H_ji V_i.
+    triangle: R (m, m), H transposed, after the rotations that make it triangular.
+    turns: (m, 2), a cosine and a sine of each.
+    target: (m + 1,), the length of the residual after these; its entry `number` is what is left of it.
+    size: the length of the residual.
     """
-    eps = jnp.finfo(right.dtype).eps
-    length = jnp.linalg.norm(right)
 
-    def cycle(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        found, rest, size, _ = carry
-        found = found + _nearest(times, rest, 10 * eps * length)
-        rest = right - times(found)
-        after = jnp.linalg.norm(rest)
-        return found, rest, after, (after < 0.5 * size) & (after > 20 * eps * length)
+    number: jax.Array
+    basis: jax.Array
+    hessenberg: jax.Array
+    triangle: jax.Array
+    turns: jax.Array
+    target: jax.Array
+    size: jax.Array
 
-    start: tuple[jax.Array, ...] = (jnp.zeros_like(right), right, length, length > 0)
-    found, _, size, _ = jax.lax.while_loop(lambda carry: carry[3], cycle, start)
-    return jnp.where(size <= jnp.sqrt(eps) * length, found, jnp.nan)
+    @property
+    def open(self) -> jax.Array:
+        """Whether there is room for one more direction."""
+        return self.number < len(self.turns)
+
+    @property
+    def left(self) -> jax.Array:
+        """The smallest residual that a combination of the directions so far has."""
+        return jnp.abs(self.target[self.number])
+
+    def nearest(self) -> jax.Array:
+        """That combination (P,)."""
+        width = len(self.turns)
+
+        def substitute(number: jax.Array, found: jax.Array) -> jax.Array:
+            row = width - 1 - number
+            pivot = self.triangle[row, row]
+            value = (self.target[row] - self.triangle[row] @ found) / jnp.where(pivot != 0, pivot, 1)
+            return found.at[row].set(jnp.where((row < self.number) & (pivot != 0), value, 0))
+
+        return jax.lax.fori_loop(0, width, substitute, jnp.zeros_like(self.target[1:])) @ self.basis[:width]
 
 
-def gmres_in_range(times: Callable[[jax.Array], jax.Array], right: jax.Array) -> jax.Array:
-    """The same where only a part of `right` can be reached: the solution for that part, which is an image itself.
-
-    It is what the transpose of `gmres` has to be: a matrix A that is singular, but none of whose powers lose more, has
-    one inverse within its range, whose transpose is that of Aᵀ. It solves A² x = A right, the rest of which is 0, and
-    is asked for only where A x = right has no solution: the square of a matrix costs digits.
-    (The group inverse; Ben-Israel & Greville, Generalized Inverses, section 4.4.)
-    """
-    found = gmres(times, right)
-    solved = jnp.all(jnp.isfinite(found))
-
-    def of_square(_: jax.Array, found: jax.Array) -> jax.Array:
-        return gmres(lambda vector: times(times(vector)), times(right))
-
-    return jax.lax.fori_loop(0, jnp.where(solved, 0, 1), of_square, found)
-
-
-def _nearest(times: Callable[[jax.Array], jax.Array], rest: jax.Array, enough: jax.Array) -> jax.Array:
-    """One cycle: of the Krylov space of `rest`, the vector whose image is nearest to it, or no further than `enough`.
-
-    basis V (m + 1, P): times(V_j) = sum_i H_ij V_i. triangle R (m, m): H after the rotations `turns` (m, 2), a cosine
-    and a sine each, that make it triangular. target (m + 1,): the length of `rest` after these; its last entry so far
-    is the residual.
-    """
-    width = min(tuning.KRYLOV, len(rest))
+def krylov(rest: jax.Array) -> Krylov:
+    """The space of one residual (P,), without a direction yet."""
+    width, dtype = min(tuning.KRYLOV, len(rest)), rest.dtype
     size = jnp.linalg.norm(rest)
-
-    def grow(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        count, basis, triangle, turns, target = carry
-        image = times(basis[count])
-        column = jnp.zeros(width + 1, rest.dtype)
-        for _ in range(2):  # once loses orthogonality, twice is enough
-            along = basis @ image
-            image, column = image - along @ basis, column + along
-        left = jnp.linalg.norm(image)
-        basis = basis.at[count + 1].set(image / jnp.where(left > 0, left, 1))
-        column = column.at[count + 1].set(left)
-        column = jax.lax.fori_loop(0, count, lambda number, column: _turned(turns[number], number, column), column)
-        upper, lower = column[count], column[count + 1]
-        both = jnp.hypot(upper, lower)
-        turn = jnp.stack([upper, lower]) / jnp.where(both > 0, both, 1)
-        column, target = _turned(turn, count, column), _turned(turn, count, target)
-        return count + 1, basis, triangle.at[:, count].set(column[:width]), turns.at[count].set(turn), target
-
-    start: tuple[jax.Array, ...] = (
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((width + 1, len(rest)), rest.dtype).at[0].set(rest / jnp.where(size > 0, size, 1)),
-        jnp.zeros((width, width), rest.dtype),
-        jnp.zeros((width, 2), rest.dtype),
-        jnp.zeros(width + 1, rest.dtype).at[0].set(size),
-    )
-    count, basis, triangle, _, target = jax.lax.while_loop(
-        lambda carry: (carry[0] < width) & (jnp.abs(carry[-1][carry[0]]) > enough), grow, start
+    return Krylov(
+        number=jnp.zeros((), jnp.int32),
+        basis=jnp.zeros((width + 1, len(rest)), dtype).at[0].set(rest / jnp.where(size > 0, size, 1)),
+        hessenberg=jnp.zeros((width, width + 1), dtype),
+        triangle=jnp.zeros((width, width), dtype),
+        turns=jnp.zeros((width, 2), dtype),
+        target=jnp.zeros(width + 1, dtype).at[0].set(size),
+        size=size,
     )
 
-    def substitute(number: jax.Array, found: jax.Array) -> jax.Array:
-        row = width - 1 - number
-        pivot = triangle[row, row]
-        value = (target[row] - triangle[row] @ found) / jnp.where(pivot != 0, pivot, 1)
-        return found.at[row].set(jnp.where((row < count) & (pivot != 0), value, 0))
 
-    return jax.lax.fori_loop(0, width, substitute, jnp.zeros(width, rest.dtype)) @ basis[:width]
+def grown(space: Krylov, image: jax.Array) -> Krylov:
+    """The space with one more direction: the image (P,) of the last one."""
+    count, basis = space.number, space.basis
+    column = jnp.zeros_like(space.target)
+    for _ in range(2):  # once loses orthogonality, twice is enough
+        along = basis @ image
+        image, column = image - along @ basis, column + along
+    left = jnp.linalg.norm(image)
+    column = column.at[count + 1].set(left)
+    turned = jax.lax.fori_loop(0, count, lambda row, column: _turned(space.turns[row], row, column), column)
+    both = jnp.hypot(turned[count], turned[count + 1])
+    turn = jnp.stack([turned[count], turned[count + 1]]) / jnp.where(both > 0, both, 1)
+    return Krylov(
+        number=count + 1,
+        basis=basis.at[count + 1].set(image / jnp.where(left > 0, left, 1)),
+        hessenberg=space.hessenberg.at[count].set(column),
+        triangle=space.triangle.at[:, count].set(_turned(turn, count, turned)[:-1]),
+        turns=space.turns.at[count].set(turn),
+        target=_turned(turn, count, space.target),
+        size=space.size,
+    )
 
 
 def _turned(turn: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
@@ -101,3 +97,61 @@ def _turned(turn: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
     cosine, sine = turn
     upper, lower = column[row], column[row + 1]
     return column.at[row].set(cosine * upper + sine * lower).at[row + 1].set(cosine * lower - sine * upper)
+
+
+def gmres(times: Product, right: jax.Array) -> jax.Array:
+    """The solution x (P,) of `times(x) = right` by restarted GMRES; NaN where none is found.
+
+    From nothing, so that what a singular but consistent system leaves open stays 0. Each cycle builds an orthonormal
+    basis of at most `tuning.KRYLOV` directions and takes the combination with the smallest residual; cycles go on while
+    that at least halves. As exact as elimination where P is no larger than the basis. A residual above sqrt(eps) of
+    the right-hand side is no solution. A program holds `times`, which may be large, once.
+    Saad & Schultz (1986), GMRES, SIAM J. Scientific and Statistical Computing 7.
+    """
+    eps = jnp.finfo(right.dtype).eps
+    fresh = krylov(right)
+    enough = 10 * eps * fresh.size
+
+    def cycle(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        found, before, first, _ = carry
+
+        def useful(space: Krylov) -> jax.Array:
+            return (space.number < 0) | ((space.size < 0.5 * before) & (space.left > enough))
+
+        def grow(space: Krylov) -> Krylov:
+            known = space.number < 0
+            image = times(jnp.where(known, found, space.basis[space.number]))
+            return jax.lax.cond(known, lambda: krylov(right - image), lambda: grown(space, image))
+
+        start = fresh._replace(number=-jnp.logical_not(first).astype(jnp.int32))  # the residual of nothing is known
+        space = jax.lax.while_loop(lambda space: space.open & useful(space), grow, start)
+        better = (space.size < 0.5 * before) & (space.size > enough)
+        return found + jnp.where(better, space.nearest(), 0), space.size, jnp.array(False), better
+
+    unknown = jnp.full_like(fresh.size, jnp.inf)
+    start: tuple[jax.Array, ...] = (jnp.zeros_like(right), unknown, jnp.array(True), jnp.array(True))
+    found, size, _, _ = jax.lax.while_loop(lambda carry: carry[3], cycle, start)
+    return jnp.where(size <= jnp.sqrt(eps) * fresh.size, found, jnp.nan)
+
+
+def gmres_in_range(times: Product, right: jax.Array) -> jax.Array:
+    """The same where only a part of `right` can be reached: the solution for that part, which is an image itself.
+
+    It is what the transpose of `gmres` has to be: a matrix A that is singular, but none of whose powers lose more, has
+    one inverse within its range, whose transpose is that of Aᵀ. It solves A² x = A right, the rest of which is 0, and
+    is asked for only where A x = right has no solution: the square of a matrix costs digits.
+    (The group inverse; Ben-Israel & Greville, Generalized Inverses, section 4.4.)
+    """
+
+    def power(number: jax.Array, vector: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, number, lambda _, vector: times(vector), vector)
+
+    def attempt(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, _ = carry
+        return number + 1, gmres(lambda vector: power(number, vector), power(number - 1, right))
+
+    def unsolved(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        number, found = carry
+        return (number <= 2) & ~jnp.all(jnp.isfinite(found))
+
+    return jax.lax.while_loop(unsolved, attempt, (jnp.ones((), jnp.int32), jnp.full_like(right, jnp.nan)))[1]
