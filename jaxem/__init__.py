@@ -5,10 +5,12 @@ from . import testing as testing
 from .data import Labelled as Labelled
 from .data import Moments as Moments
 from .diagnostics import FreeEnergy as FreeEnergy
+from .diagnostics import Sensitivity as Sensitivity
 from .diagnostics import aic as aic
 from .diagnostics import bic as bic
 from .diagnostics import free_energy as free_energy
 from .diagnostics import icl as icl
+from .diagnostics import sensitivity as sensitivity
 from .em import EM as EM
 from .em import Blocks as Blocks
 from .em import ClosedForm as ClosedForm

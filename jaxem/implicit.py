@@ -84,6 +84,18 @@ def of_steps(
     return _steps(start, found, status, num_steps) if _any_traced((start, found)) else found
 
 
+def equation(given: Given, params: Params) -> tuple[jax.Array, Callable, Callable]:
+    """What defines the limit at `params`: coordinates θ (P,), what makes a pytree of these, and θ -> 0 at the limit.
+
+    The latter is what a step moves parameters by, or, without an M-step, the slope of the objective per unit of weight.
+    """
+    given = _present(given)
+    theta, unravel = ravel_pytree(complete("model", given.model).unconstrain(params) if _climbs(given) else params)
+    system = (_stationary if _climbs(given) else _fixed_point)(lambda _: given, params, [])
+    unit = tree.total_weight(given.x, given.weights) if _climbs(given) else 1.0
+    return theta, unravel, lambda theta: system.at(theta, [])[0] / unit
+
+
 def unknown(given: Given, found: Any) -> Any:
     """What a loop on constants has found, with derivatives that are NaN: nobody should take them for 0."""
     return _unknown(given, found) if _any_traced(given) else found

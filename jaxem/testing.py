@@ -17,7 +17,7 @@ import numpy as np
 
 from . import tree
 from .capabilities import complete, informed, states
-from .diagnostics import free_energy
+from .diagnostics.free_energy import free_energy
 from .em import EM, Blocks
 from .fit import em_fit
 from .protocols import AnyModel, Data, Params

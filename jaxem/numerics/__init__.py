@@ -25,13 +25,15 @@ from .factorisations import (
     singular_values,
     solve,
 )
-from .krylov import gmres, gmres_in_range
+from .krylov import Krylov, explored, gmres, gmres_in_range, solved
 from .truncated import truncated_normal
 
 __all__ = [
+    "Krylov",
     "cholesky",
     "covariance_to_real",
     "damped_least_squares",
+    "explored",
     "first_argmax",
     "first_largest",
     "floored_cholesky",
@@ -49,6 +51,7 @@ __all__ = [
     "simplex_to_real",
     "singular_values",
     "solve",
+    "solved",
     "to_rank",
     "truncated_normal",
     "weighted_sum",

@@ -99,13 +99,32 @@ def _turned(turn: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
     return column.at[row].set(cosine * upper + sine * lower).at[row + 1].set(cosine * lower - sine * upper)
 
 
+def explored(times: Product, right: jax.Array) -> Krylov:
+    """All of the space that `times` leads to from `right` (P,), or as much of it as there is room for.
+
+    The eigenvalues of its H are those of `times` within it, or near the outermost of these.
+    """
+    enough = jnp.finfo(right.dtype).eps ** 0.75 * jnp.linalg.norm(right)
+    return jax.lax.while_loop(
+        lambda space: space.open & (space.left > enough),
+        lambda space: grown(space, times(space.basis[space.number])),
+        krylov(right),
+    )
+
+
 def gmres(times: Product, right: jax.Array) -> jax.Array:
-    """The solution x (P,) of `times(x) = right` by restarted GMRES; NaN where none is found.
+    """The solution x (P,) of `times(x) = right`; NaN where none is found, with a residual below sqrt(eps) of it."""
+    found, residual = solved(times, right)
+    return jnp.where(residual <= jnp.sqrt(jnp.finfo(right.dtype).eps), found, jnp.nan)
+
+
+def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What comes nearest to x (P,) in `times(x) = right` by restarted GMRES, and its residual relative to `right`.
 
     From nothing, so that what a singular but consistent system leaves open stays 0. Each cycle builds an orthonormal
     basis of at most `tuning.KRYLOV` directions and takes the combination with the smallest residual; cycles go on while
-    that at least halves. As exact as elimination where P is no larger than the basis. A residual above sqrt(eps) of
-    the right-hand side is no solution. A program holds `times`, which may be large, once.
+    that at least halves. As exact as elimination where P is no larger than the basis. A program holds `times`, which
+    may be large, once.
     Saad & Schultz (1986), GMRES, SIAM J. Scientific and Statistical Computing 7.
     """
     eps = jnp.finfo(right.dtype).eps
@@ -131,7 +150,7 @@ def gmres(times: Product, right: jax.Array) -> jax.Array:
     unknown = jnp.full_like(fresh.size, jnp.inf)
     start: tuple[jax.Array, ...] = (jnp.zeros_like(right), unknown, jnp.array(True), jnp.array(True))
     found, size, _, _ = jax.lax.while_loop(lambda carry: carry[3], cycle, start)
-    return jnp.where(size <= jnp.sqrt(eps) * fresh.size, found, jnp.nan)
+    return found, size / jnp.where(fresh.size > 0, fresh.size, 1)
 
 
 def gmres_in_range(times: Product, right: jax.Array) -> jax.Array:
