@@ -9,6 +9,7 @@ from .diagnostics import Bootstrap as Bootstrap
 from .diagnostics import ErrorFlag as ErrorFlag
 from .diagnostics import FreeEnergy as FreeEnergy
 from .diagnostics import MissingInformation as MissingInformation
+from .diagnostics import Sensitivity as Sensitivity
 from .diagnostics import aic as aic
 from .diagnostics import bic as bic
 from .diagnostics import bootstrap as bootstrap
@@ -19,6 +20,7 @@ from .diagnostics import icl as icl
 from .diagnostics import information as information
 from .diagnostics import kl as kl
 from .diagnostics import missing_information as missing_information
+from .diagnostics import sensitivity as sensitivity
 from .diagnostics import standard_errors as standard_errors
 from .em import EM as EM
 from .em import Blocks as Blocks

@@ -44,6 +44,14 @@ def _log_joint_of(model: Any, params: Any, x: Any, labels: jax.Array) -> jax.Arr
     return jnp.take_along_axis(model.log_joint(params, x), labels[None], axis=0)[0]
 
 
+def _one_step(
+    algorithm: Algorithm, model: Model, params: Any, x: Any, weights: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """Where a step leads from parameters, and the state at these."""
+    state = algorithm.init(model, params, x, weights)
+    return algorithm.step(model, state, x, weights).params, state
+
+
 def _none(_: Any) -> None:
     """Where nothing can stand in, and the one who asks has to know."""
     return None
@@ -188,7 +196,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "nature": _nature_of_algorithm,
         "begin": lambda algorithm: algorithm.init,
         # Its own step is a map whose fixed points are its limits.
-        "limit": lambda algorithm: algorithm,
+        "limit": lambda algorithm: functools.partial(_one_step, algorithm),
         # Where it seems to have ended is not looked at again.
         "certify": _none,
         # The log-likelihood that its states show is that of all rows at their parameters.

@@ -3,46 +3,17 @@
 What an object may leave out, and what then stands in its place, is written down in `capabilities.py`.
 """
 
-import dataclasses
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
 
 from . import tree
+from .nature import Nature as Nature
 from .record import record
 
 Params = Any
 Stats = Any
 Data = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Nature:
-    """What an algorithm is, or one of its slots.
-
-    stochastic: steps are random to the end, so that no fit settles by itself.
-    monotone: exact arithmetic would never lower the objective.
-    complete: a state's statistics are those of all rows at its parameters.
-    inexact: M-steps stop short of their maximum, some more than others, so that gains are irregular.
-    """
-
-    stochastic: bool = False
-    monotone: bool = True
-    complete: bool = True
-    inexact: bool = False
-
-    @staticmethod
-    def of(natures: "Iterable[Nature]") -> "Nature":
-        """What is made of such slots; where one is random, the objective may fall."""
-        natures = tuple(natures)
-        stochastic = any(each.stochastic for each in natures)
-        return Nature(
-            stochastic=stochastic,
-            monotone=not stochastic and all(each.monotone for each in natures),
-            complete=all(each.complete for each in natures),
-            inexact=any(each.inexact for each in natures),
-        )
 
 
 class Model(Protocol):
@@ -469,9 +440,8 @@ class Algorithm(Protocol):
         """What it is where it fits this model."""
         ...
 
-    @property
-    def limit(self) -> "Algorithm":
-        """One whose step is a smooth map of parameters alone, with fixed points where this algorithm ends."""
+    def limit(self, model: Model, params: Params, x: Data, weights: jax.Array | None = None) -> tuple[Params, Any]:
+        """Where a smooth map leads from `params` whose fixed points are where this algorithm ends; the state there."""
         ...
 
     @property

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from . import checks, parameters, tree
+from .arguments import chosen, data_of, sees_all_rows
 from .capabilities import fitted_model, informed
 from .em import objective
-from .fit import chosen, data_of, sees_all_rows
 from .protocols import Algorithm, Data, Model, Params
 from .record import record
 

@@ -1,5 +1,9 @@
 """Every model of the library, one line each: name -> (model, data). All laws run over all of them."""
 
+import functools
+import inspect
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +60,8 @@ from jaxem import (
     pack_sequences,
     pseudo_rows,
 )
-from jaxem.record import record
+from jaxem.capabilities import states
+from jaxem.record import fields, record
 
 _rng = np.random.default_rng(7)
 _labels = _rng.integers(0, 3, 40)
@@ -359,3 +364,45 @@ def zoo() -> dict:
 
 
 NAMES = tuple(zoo())
+
+
+def _kind(model: Any) -> tuple:
+    """The classes that a model is made of, statements about it left aside."""
+    if isinstance(model, (Fixed, Tied)):
+        return _kind(model.inner)
+    inside = [value for value in fields(model).values() if isinstance(value, dict) or states(value, "m_step")]
+    return (type(model), *map(_kind, inside))
+
+
+@functools.cache
+def first_of_kinds() -> set[str]:
+    """The first model of every kind."""
+    names: dict[tuple, str] = {}
+    for name in NAMES:
+        names.setdefault(_kind(zoo()[name][0]), name)
+    return set(names.values())
+
+
+@functools.cache
+def firsts_of_classes() -> tuple[str, ...]:
+    """Models by which every class of the library is in one: each brings in one more."""
+    seen: set[type] = set()
+    names = []
+    for name in NAMES:
+        classes = set(_classes(_kind(zoo()[name][0])))
+        if classes - seen:
+            names.append(name)
+        seen |= classes
+    return tuple(names)
+
+
+def _classes(kind: tuple) -> list[type]:
+    return [kind[0], *(each for inside in kind[1:] for each in _classes(inside))]
+
+
+def quick_start(model: Any) -> dict[str, str]:
+    """Where a model has several kinds of starts, the arguments of its `init` for one that is quick to compile."""
+    known = inspect.signature(getattr(model, "inner", model).init).parameters
+    of = {"family": "random_responsibilities", "num_clusters": "random_rows"}
+    quick = [method for name, method in of.items() if states(model, name) and "method" in known]
+    return {"method": quick[0]} if quick else {}

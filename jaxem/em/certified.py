@@ -77,10 +77,9 @@ class Certified:
     def nature(self, model: AnyModel) -> Nature:
         return complete("algorithm", self.inner).nature(model)
 
-    @property
-    def limit(self) -> Any:
+    def limit(self, *given: Any) -> tuple[Params, Any]:
         """The EM map whose fixed points are its limits."""
-        return complete("algorithm", self.inner).limit
+        return complete("algorithm", self.inner).limit(*given)
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
@@ -114,7 +113,7 @@ class Certified:
         Where it is not, the state is the one that was given, certified.
         """
         problem = pose(model, x, weights)
-        found = verdict(problem, self.limit, state.params, state.stats, objective(problem.model, state), allowed)
+        found = verdict(problem, self, state.params, state.stats, objective(problem.model, state), allowed)
         fresh = complete("algorithm", self.inner).begin(model, found.params, x, weights)
         # A state that was begun without its first E-step has another structure, of the same arrays.
         fresh = jax.tree.unflatten(jax.tree.structure(state.inner), jax.tree.leaves(fresh))
@@ -182,8 +181,7 @@ def verdict(
     width = min(_PRODUCTS, len(theta))
 
     def both(theta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        state = algorithm.started(problem, params_of(theta), None)
-        after, _ = algorithm.maximized(problem, state)
+        after, state = algorithm.limit(model, params_of(theta), problem.x, problem.weights)
         return ravel_pytree(model.unconstrain(after))[0], objective(model, state)
 
     def look(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -198,7 +196,7 @@ def verdict(
         higher = ~looking & (here > highest)
         return space, points, rate, jnp.where(higher, here, highest), jnp.where(higher, point, top)
 
-    start = numerics.krylov(numerics.scattered(theta), width)
+    start = numerics.krylov_space(numerics.scattered(theta), width)
     nowhere = jnp.broadcast_to(theta, (_POINTS, len(theta)))
     begin = start, nowhere, jnp.zeros((), theta.dtype), jnp.asarray(height), theta
     _, _, rate, highest, top = jax.lax.fori_loop(0, width + _POINTS, look, begin)

@@ -87,16 +87,23 @@ class EM:
         climbs = complete("model", model).m_step is None
         return dataclasses.replace(own, inexact=own.inexact or climbs)
 
-    @property
-    def limit(self) -> "EM":
-        """The EM map whose fixed points are its limits: all rows in every step, and M-steps that end where they aim."""
-        climbs = complete("maximize", self.maximize).nature.inexact
-        complete_ = complete("gather", self.gather).nature.complete
-        return dataclasses.replace(
+    def limit(
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None
+    ) -> tuple[Params, EMState]:
+        """Where the EM map whose fixed points are its limits leads from `params`, and the state at these.
+
+        All rows are seen in every step, and M-steps end where they aim.
+        """
+        _, gather, maximize = self.slots
+        whole = dataclasses.replace(
             self,
-            gather=self.gather if complete_ else Full(),
-            maximize=ClosedForm() if climbs else self.maximize,
+            gather=self.gather if gather.nature.complete else Full(),
+            maximize=ClosedForm() if maximize.nature.inexact else self.maximize,
         )
+        problem = pose(model, x, weights)
+        state = whole.started(problem, params, None)
+        alone = whole.slots[2].rounds(problem, params) == 1
+        return (whole.maximized(problem, state)[0] if alone else whole.stepped(problem, state).params), state
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None

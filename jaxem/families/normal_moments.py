@@ -246,6 +246,8 @@ def _complete_or_not(correlated: bool, observed: jax.Array | None, complete: Cal
     """One of two ways: a real branch, since most data have no missing entries, and under `vmap` too."""
     if observed is None or (correlated and checks.is_concrete(observed) and bool(jnp.all(observed == 1))):
         return complete()
+    # Derivatives would set room aside for all that either way keeps, and conditional moments keep D² numbers an entry.
+    masked = jax.checkpoint(masked) if correlated else masked
     return jax.lax.cond(numerics.in_any_lane(jnp.any(observed != 1)), masked, lambda _: complete(), observed)
 
 

@@ -26,21 +26,26 @@ from .factorisations import (
     singular_values,
     solve,
 )
+from .krylov import Krylov, explored, gmres, gmres_in_range, solved
 from .normal_equations import least_squares, least_squares_together
-from .spectrum import krylov, leading_eigenvalues, leading_pairs, scattered, symmetric_eigen
+from .spectrum import krylov_space, leading_eigenvalues, leading_pairs, scattered, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [
+    "Krylov",
     "cholesky",
     "covariance_to_real",
     "damped_least_squares",
     "divergence",
+    "explored",
     "first_argmax",
     "first_largest",
     "floored_cholesky",
+    "gmres",
+    "gmres_in_range",
     "in_any_lane",
     "inverse_lower",
-    "krylov",
+    "krylov_space",
     "leading_eigenvalues",
     "leading_pairs",
     "least_squares",
@@ -56,6 +61,7 @@ __all__ = [
     "simplex_to_real",
     "singular_values",
     "solve",
+    "solved",
     "symmetric_eigen",
     "to_rank",
     "truncated_normal",
