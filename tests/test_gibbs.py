@@ -31,7 +31,7 @@ from jaxem import (
     squarem,
     trajectory,
 )
-from jaxem.capabilities import complete
+from jaxem.capabilities import complete, informed
 from jaxem.latents import Sample
 from jaxem.parts import conjugacy
 
@@ -234,6 +234,13 @@ def test_what_cannot_be_drawn_says_so(model, x, error, says):
     start = model.init(KEY, x)
     with pytest.raises(error, match=says):
         trajectory(model, start, x, algorithm=EM(maximize=Draw()), num_steps=2, key=KEY)
+
+
+def test_chains_know_that_nothing_is_missing():
+    """So that complete steps of correlated columns are drawn from without a word about it."""
+    model = complete("model", HMM(Normal(prior=_prior), 2))
+    assert not informed(model, model.units(_points)).family.missing
+    assert informed(model, model.units(np.where(np.eye(12, 2) > 0, np.nan, _points))).family.missing
 
 
 def test_draws_need_a_key():
