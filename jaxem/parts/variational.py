@@ -25,7 +25,9 @@ class Variational:
     expectation, E_q[log p(x | parameters)]; the M-step is the posterior given the family's own statistics; and in the
     place of the prior's log-density stands -KL(q ‖ prior). So `Mixture(Variational(family), K)`, or an HMM of it, is
     variational Bayesian EM, in the loop that EM is: log-likelihood + log-prior is the lower bound of the log-evidence
-    that it climbs, with all its constants. A component without rows goes back to the prior, and does no harm.
+    that it climbs, with all its constants. A component without rows goes back to the prior, and does no harm. What is
+    beside it, a mixture's weights or a chain's transitions, keeps its values and its own prior; for weights there is
+    `VariationalMixture`.
 
     `expected(params)` gives the family's parameters at their means, `predictive(params, x)` the logarithm of the
     expected density.
