@@ -85,6 +85,8 @@ from .models import PPCA as PPCA
 from .models import FactorAnalysis as FactorAnalysis
 from .models import FactorAnalysisParams as FactorAnalysisParams
 from .models import HMMParams as HMMParams
+from .models import ItemResponse as ItemResponse
+from .models import ItemResponseParams as ItemResponseParams
 from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
 from .models import LinearGaussianSSM as LinearGaussianSSM

@@ -37,6 +37,7 @@ PACKAGE = str(Path(jaxem.__file__).parent)
 KEY = jax.random.key(0)
 # Parameters that may be any numbers.
 FREE = {"mean", "coefficients", "intercept", "centers", "initial_mean", "dynamics", "emission", "loadings"}
+FREE |= {"discrimination", "difficulty"}
 
 
 def refusal(call) -> str:

@@ -20,6 +20,7 @@ from jaxem import (
     Fixed,
     Gamma,
     GammaPrior,
+    ItemResponse,
     KMeans,
     Labelled,
     LinearGaussianSSM,
@@ -295,6 +296,10 @@ def zoo() -> dict:
             "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
             "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),
             "ppca, missing": lambda: (PPCA(2), _holes(_many)),
+            "item response, missing": lambda: (ItemResponse(num_nodes=9), _holes(_yes)),
+            "item response, rasch": lambda: (ItemResponse("rasch", num_nodes=9), _yes),
+            "item response, one slope": lambda: (ItemResponse("1PL", num_nodes=9), _yes),
+            "item response, guessing": lambda: (ItemResponse("3PL", num_nodes=9), _yes),
         }
     )
 

@@ -10,6 +10,9 @@ from .functions import from_functions as from_functions
 from .hmm import HMM as HMM
 from .hmm import HMMParams as HMMParams
 from .hmm import HMMStats as HMMStats
+from .item_response import ItemResponse as ItemResponse
+from .item_response import ItemResponseParams as ItemResponseParams
+from .item_response import ItemResponseStats as ItemResponseStats
 from .kmeans import KMeans as KMeans
 from .kmeans import KMeansParams as KMeansParams
 from .kmeans import KMeansStats as KMeansStats
