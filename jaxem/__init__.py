@@ -2,8 +2,10 @@
 
 from . import datasets as datasets
 from . import testing as testing
+from .data import GroupedRows as GroupedRows
 from .data import Labelled as Labelled
 from .data import Moments as Moments
+from .data import group_rows as group_rows
 from .diagnostics import FreeEnergy as FreeEnergy
 from .diagnostics import aic as aic
 from .diagnostics import bic as bic
@@ -91,6 +93,8 @@ from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
 from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
+from .models import LinearMixedModel as LinearMixedModel
+from .models import LinearMixedModelParams as LinearMixedModelParams
 from .models import Mixture as Mixture
 from .models import MixtureParams as MixtureParams
 from .models import MultivariateNormal as MultivariateNormal

@@ -32,7 +32,7 @@ REMEDIES = {
         "linear system), fewer components, a simpler covariance, no columns that are constant or repeat each other, "
         "more restarts, or float64. In a factor model a uniqueness went to 0 (a Heywood case): take fewer factors, or "
         "hold it by jaxem.Fixed. In an item response model all answered an item alike, or its slope went to "
-        "infinity: drop it"
+        "infinity: drop it. In a mixed model a variance of random effects is 0: leave these out"
     ),
     Status.DECREASED: (
         "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "

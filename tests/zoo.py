@@ -20,10 +20,12 @@ from jaxem import (
     Fixed,
     Gamma,
     GammaPrior,
+    GroupedRows,
     ItemResponse,
     KMeans,
     Labelled,
     LinearGaussianSSM,
+    LinearMixedModel,
     LinearRegression,
     LogisticRegression,
     LowRankNormal,
@@ -45,6 +47,7 @@ from jaxem import (
     ZeroInflated,
     bounding_volume,
     default_prior,
+    group_rows,
     pack_sequences,
     pseudo_rows,
 )
@@ -149,6 +152,16 @@ def _grouped(x: np.ndarray) -> Moments:
     groups = x[np.random.default_rng(9).integers(0, 40, (40, 8))]
     apart = groups - groups.mean(axis=1, keepdims=True)
     return Moments(groups.mean(axis=1), np.einsum("gni,gnj->gij", apart, apart) / 8, np.full(40, 8.0))
+
+
+def _families() -> GroupedRows:
+    """Rows of forty groups, of one to four rows each, with intercepts and slopes of their own."""
+    rng = np.random.default_rng(11)
+    numbers = np.repeat(np.arange(40), rng.integers(1, 5, 40))
+    features = np.column_stack([np.ones(len(numbers)), rng.normal(size=len(numbers))])
+    effects = rng.normal(size=(40, 2))[numbers]
+    response = features @ [1.0, 2.0] + np.sum(features * effects, axis=1) + rng.normal(size=len(numbers))
+    return group_rows((features, features, response), numbers)
 
 
 class _Lazy(dict):
@@ -296,6 +309,7 @@ def zoo() -> dict:
             "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
             "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),
             "ppca, missing": lambda: (PPCA(2), _holes(_many)),
+            "linear mixed model": lambda: (LinearMixedModel(), LinearMixedModel().units(_families())),
             "item response, missing": lambda: (ItemResponse(num_nodes=9), _holes(_yes)),
             "item response, rasch": lambda: (ItemResponse("rasch", num_nodes=9), _yes),
             "item response, one slope": lambda: (ItemResponse("1PL", num_nodes=9), _yes),

@@ -19,6 +19,9 @@ from .kmeans import KMeansStats as KMeansStats
 from .linear_gaussian_ssm import LinearGaussianSSM as LinearGaussianSSM
 from .linear_gaussian_ssm import LinearGaussianSSMParams as LinearGaussianSSMParams
 from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStats
+from .linear_mixed_model import LinearMixedModel as LinearMixedModel
+from .linear_mixed_model import LinearMixedModelParams as LinearMixedModelParams
+from .linear_mixed_model import LinearMixedModelStats as LinearMixedModelStats
 from .mixture import Mixture as Mixture
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
