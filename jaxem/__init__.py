@@ -3,8 +3,10 @@
 from . import datasets as datasets
 from . import testing as testing
 from .data import Gated as Gated
+from .data import GroupedRows as GroupedRows
 from .data import Labelled as Labelled
 from .data import Moments as Moments
+from .data import group_rows as group_rows
 from .diagnostics import Bootstrap as Bootstrap
 from .diagnostics import ErrorFlag as ErrorFlag
 from .diagnostics import FreeEnergy as FreeEnergy
@@ -113,10 +115,14 @@ from .models import FactorAnalysisParams as FactorAnalysisParams
 from .models import HelmholtzMachine as HelmholtzMachine
 from .models import HelmholtzParams as HelmholtzParams
 from .models import HMMParams as HMMParams
+from .models import ItemResponse as ItemResponse
+from .models import ItemResponseParams as ItemResponseParams
 from .models import KMeans as KMeans
 from .models import KMeansParams as KMeansParams
 from .models import LinearGaussianSSM as LinearGaussianSSM
 from .models import LinearGaussianSSMParams as LinearGaussianSSMParams
+from .models import LinearMixedModel as LinearMixedModel
+from .models import LinearMixedModelParams as LinearMixedModelParams
 from .models import Mixture as Mixture
 from .models import MixtureOfExperts as MixtureOfExperts
 from .models import MixtureParams as MixtureParams

@@ -78,6 +78,46 @@ class Moments:
     count: Any
 
 
+@record(kw_only=False)
+class GroupedRows:
+    """Rows of G groups, those of a group one after the other; groups are the independent units, and have the weights.
+
+    values: arrays (N, ...), or a pytree of such.
+    sizes: (G,), how many rows every group has.
+    """
+
+    values: Any
+    sizes: jax.Array
+
+    def numbers(self) -> jax.Array:
+        """The group (N,) of every row."""
+        count = tree.num_rows(self.values)
+        return jnp.repeat(jnp.arange(len(self.sizes)), self.sizes, total_repeat_length=count)
+
+
+def group_rows(values: Any, groups: Any) -> GroupedRows:
+    """Rows (N, ...), or a pytree of arrays that share them, of groups of any sizes: nothing is padded.
+
+    groups: (N,), the group of every row: numbers or text, in any order. Groups come in the order of their sorted names,
+    which is `numpy.unique(groups)`, and weights (G,) and what is found of groups go by it; rows of a group keep theirs.
+    Raises ValueError or TypeError where they are not one name a row.
+    """
+    names = np.asarray(groups)
+    rows = tree.num_rows(values)
+    if names.shape != (rows,):
+        raise ValueError(f"groups must have shape ({rows},), one name a row of values; got {names.shape}")
+    if names.dtype.kind == "O":
+        names = names.astype(str)
+    if names.dtype.kind == "f" and np.any(np.isnan(names)):
+        raise ValueError(f"groups must name every row; row {int(np.argmax(np.isnan(names)))} is NaN: drop such rows")
+    _, which, sizes = np.unique(names, return_inverse=True, return_counts=True)
+    which = which.ravel()
+    if np.any(np.diff(which) < 0):
+        order = np.argsort(which, kind="stable")
+        values = jax.tree.map(lambda leaf: np.asarray(leaf)[order], values)
+    return GroupedRows(values, jnp.asarray(sizes, jnp.int32))
+
+
 def units_and_columns(x: Any) -> tuple[int, int]:
     """How many units data are, groups or rows, and of how many columns: of `Moments`, or of rows (N, D) or (N,)."""
     if not isinstance(x, Moments):

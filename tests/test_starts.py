@@ -39,6 +39,7 @@ KEY = jax.random.key(0)
 FREE = {"mean", "coefficients", "intercept", "centers", "initial_mean", "dynamics", "emission", "loadings"}
 FREE |= {"share", "log_rate"}  # of the zoo's own joint density
 FREE |= {"weights", "biases"}  # of layers
+FREE |= {"discrimination", "difficulty"}
 
 
 def refusal(call) -> str:

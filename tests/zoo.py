@@ -25,10 +25,13 @@ from jaxem import (
     Gamma,
     GammaPrior,
     Gated,
+    GroupedRows,
     HelmholtzMachine,
+    ItemResponse,
     KMeans,
     Labelled,
     LinearGaussianSSM,
+    LinearMixedModel,
     LinearRegression,
     LogisticRegression,
     LowRankNormal,
@@ -57,6 +60,7 @@ from jaxem import (
     bounding_volume,
     default_prior,
     from_log_joint,
+    group_rows,
     pack_sequences,
     pseudo_rows,
 )
@@ -186,6 +190,16 @@ def _grouped(x: np.ndarray) -> Moments:
 
 # Op by op it would be a hundred programs.
 _pseudo_rows = jax.jit(pseudo_rows)
+
+
+def _families() -> GroupedRows:
+    """Rows of forty groups, of one to four rows each, with intercepts and slopes of their own."""
+    rng = np.random.default_rng(11)
+    numbers = np.repeat(np.arange(40), rng.integers(1, 5, 40))
+    features = np.column_stack([np.ones(len(numbers)), rng.normal(size=len(numbers))])
+    effects = rng.normal(size=(40, 2))[numbers]
+    response = features @ [1.0, 2.0] + np.sum(features * effects, axis=1) + rng.normal(size=len(numbers))
+    return group_rows((features, features, response), numbers)
 
 
 class _Lazy(dict):
@@ -359,6 +373,11 @@ def zoo() -> dict:
             "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
             "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),
             "ppca, missing": lambda: (PPCA(2), _holes(_many)),
+            "linear mixed model": lambda: (LinearMixedModel(), LinearMixedModel().units(_families())),
+            "item response, missing": lambda: (ItemResponse(num_nodes=9), _holes(_yes)),
+            "item response, rasch": lambda: (ItemResponse("rasch", num_nodes=9), _yes),
+            "item response, one slope": lambda: (ItemResponse("1PL", num_nodes=9), _yes),
+            "item response, guessing": lambda: (ItemResponse("3PL", num_nodes=9), _yes),
         }
     )
 
