@@ -25,7 +25,7 @@ from .factorisations import (
     singular_values,
     solve,
 )
-from .spectrum import krylov, leading_eigenvalues, leading_pairs, scattered, symmetric_eigen
+from .spectrum import krylov, leading_direction, leading_eigenvalues, scattered, series, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [
@@ -38,8 +38,8 @@ __all__ = [
     "in_any_lane",
     "inverse_lower",
     "krylov",
+    "leading_direction",
     "leading_eigenvalues",
-    "leading_pairs",
     "normalize",
     "product",
     "real_to_covariance",
@@ -48,6 +48,7 @@ __all__ = [
     "safe_divide",
     "safe_log",
     "scattered",
+    "series",
     "simplex_to_real",
     "singular_values",
     "solve",
