@@ -43,6 +43,22 @@ def as_labelled(responsibilities: jax.Array, x: Any) -> jax.Array:
 
 
 @record(kw_only=False)
+class Gated:
+    """Rows with features that their components depend on: concomitant variables, for models with a gate.
+
+    x: N rows as the family takes them; features (N, P) or (N,).
+    """
+
+    x: Any
+    features: jax.Array
+
+
+def seen_by(part: str, rows: Any) -> Any:
+    """The rows as a mixture's part sees them: what they carry for a gate is not the components'."""
+    return rows.x if isinstance(rows, Gated) and part != "weights" else rows
+
+
+@record(kw_only=False)
 class Moments:
     """First and second moments of complete rows, in place of the rows: all that a normal likelihood sees of them.
 
@@ -60,6 +76,46 @@ class Moments:
     mean: jax.Array
     covariance: jax.Array
     count: Any
+
+
+@record(kw_only=False)
+class GroupedRows:
+    """Rows of G groups, those of a group one after the other; groups are the independent units, and have the weights.
+
+    values: arrays (N, ...), or a pytree of such.
+    sizes: (G,), how many rows every group has.
+    """
+
+    values: Any
+    sizes: jax.Array
+
+    def numbers(self) -> jax.Array:
+        """The group (N,) of every row."""
+        count = tree.num_rows(self.values)
+        return jnp.repeat(jnp.arange(len(self.sizes)), self.sizes, total_repeat_length=count)
+
+
+def group_rows(values: Any, groups: Any) -> GroupedRows:
+    """Rows (N, ...), or a pytree of arrays that share them, of groups of any sizes: nothing is padded.
+
+    groups: (N,), the group of every row: numbers or text, in any order. Groups come in the order of their sorted names,
+    which is `numpy.unique(groups)`, and weights (G,) and what is found of groups go by it; rows of a group keep theirs.
+    Raises ValueError or TypeError where they are not one name a row.
+    """
+    names = np.asarray(groups)
+    rows = tree.num_rows(values)
+    if names.shape != (rows,):
+        raise ValueError(f"groups must have shape ({rows},), one name a row of values; got {names.shape}")
+    if names.dtype.kind == "O":
+        names = names.astype(str)
+    if names.dtype.kind == "f" and np.any(np.isnan(names)):
+        raise ValueError(f"groups must name every row; row {int(np.argmax(np.isnan(names)))} is NaN: drop such rows")
+    _, which, sizes = np.unique(names, return_inverse=True, return_counts=True)
+    which = which.ravel()
+    if np.any(np.diff(which) < 0):
+        order = np.argsort(which, kind="stable")
+        values = jax.tree.map(lambda leaf: np.asarray(leaf)[order], values)
+    return GroupedRows(values, jnp.asarray(sizes, jnp.int32))
 
 
 def units_and_columns(x: Any) -> tuple[int, int]:
@@ -98,10 +154,15 @@ def pooled(x: Moments, weights: jax.Array | None = None) -> Moments:
 
 @jax.jit
 def moments_of(x: jax.Array, weights: jax.Array | None = None) -> Moments:
-    """Moments of complete rows (N, D), as one group: in two passes over the rows, about their mean, block by block."""
+    """Moments of complete rows (N, D), as one group, block by block about a centre: NaN in the mean of a column that
+    has one.
+
+    Rows without weights are all alike: the mean of a thousand of them, spread over all, is as good a centre as any.
+    """
     x, weights = tree.present(checks.matrix("x", x), weights)
     total = tree.total_weight(x, weights)
-    centre = jnp.mean(x, axis=0) if weights is None else numerics.product(weights, x, "n,nd->d") / total
+    some = x[:: max(1, len(x) // 1000)]
+    centre = jnp.mean(some, axis=0) if weights is None else numerics.product(weights, x, "n,nd->d") / total
 
     def sums(rows: jax.Array, inside: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         apart = rows - centre[None]
@@ -125,9 +186,11 @@ def as_moments(x: Any, weights: jax.Array | None, missing: bool) -> tuple[Any, j
         found = pooled(x, weights)
     else:
         rows, columns = checks.row_shape("x", x)
-        if rows <= columns or (checks.has_nan(checks.present(x, weights)) if checks.is_concrete(x) else missing):
+        if rows <= columns or (missing and not checks.is_concrete(x)):
             return x, weights
         found = moments_of(x, weights)
+        if checks.is_concrete(x) and checks.has_nan(found.mean):
+            return x, weights
     return Moments(found.mean, found.covariance, jnp.ones_like(found.count)), found.count
 
 

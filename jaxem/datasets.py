@@ -51,6 +51,34 @@ def earthquakes() -> np.ndarray:
     return _numbers(_EARTHQUAKES).astype(int)
 
 
+def lsat6() -> tuple[np.ndarray, np.ndarray]:
+    """Answers to five items of the Law School Admission Test, section 6: patterns (32, 5), 1 right and 0 wrong, and how
+    many of 1000 persons gave each, (32,); integers.
+
+    Source: Bock & Lieberman (1970), Fitting a response model for n dichotomously scored items, Psychometrika 35.
+    """
+    return (np.arange(32)[:, None] >> np.arange(4, -1, -1)) & 1, _numbers(_LSAT6).astype(int)
+
+
+def dyestuff() -> tuple[np.ndarray, np.ndarray]:
+    """Yields of dyestuff of five preparations from each of six batches: yields (30,), float64, in grams of standard
+    colour, and batches (30,), integers.
+
+    Source: Davies (1947), Statistical Methods in Research and Production, table 6.3.
+    """
+    return _numbers(_DYESTUFF), np.repeat(np.arange(6), 5)
+
+
+def dyestuff2() -> tuple[np.ndarray, np.ndarray]:
+    """Artificial yields (30,), float64, of six batches (30,), integers.
+
+    Their means differ less than the spread within them accounts for: the variance between batches is estimated as 0.
+
+    Source: Box & Tiao (1973), Bayesian Inference in Statistical Analysis, table 5.1.4.
+    """
+    return _numbers(_DYESTUFF2), np.repeat(np.arange(6), 5)
+
+
 def _numbers(text: str) -> np.ndarray:
     return np.array(text.split(), dtype=float)
 
@@ -123,4 +151,18 @@ _EARTHQUAKES = """
 13 14 8 10 16 26 32 27 18 32 36 24 22 23 22 18 25 21 21 14 8 11 14 23 18 17 19 20 22 19 13 26 13 14 22 24 21 22 26 21
 23 24 27 41 31 27 35 26 28 36 39 21 17 22 17 19 15 34 10 15 22 18 15 20 15 22 19 16 30 27 29 23 20 16 21 21 25 16 18
 15 18 14 10 15 8 15 6 11 8 7 18 16 13 12 13 20 15 16 12 18 15 16 13 15 16 11 11
+"""
+
+_LSAT6 = """
+3 6 2 11 1 1 3 4 1 8 0 16 0 3 2 15 10 29 14 81 3 28 15 80 16 56 21 173 11 61 28 298
+"""
+
+_DYESTUFF = """
+1545 1440 1440 1520 1580 1540 1555 1490 1560 1495 1595 1550 1605 1510 1560 1445 1440 1595 1465 1545 1595 1630 1515 1635
+1625 1520 1455 1450 1480 1445
+"""
+
+_DYESTUFF2 = """
+7.298 3.846 2.434 9.566 7.99 5.22 6.556 0.608 11.788 -0.892 0.11 10.386 13.434 5.51 8.166 2.212 4.852 7.092 9.288 4.98
+0.282 9.014 4.458 9.446 7.198 1.722 4.782 8.106 0.758 3.758
 """

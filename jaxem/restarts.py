@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, parameters, stopping, tree
+from . import checks, implicit, parameters, stopping, tree
+from .arguments import chosen, data_of, sees_all_rows
 from .capabilities import complete, fitted_model, informed
 from .em import certified, pose
 from .em.certified import PASSES, Verdict, climbs, verdict
-from .fit import Result, allowance, chosen, data_of, em_fit, history_capacity, sees_all_rows
+from .fit import Result, allowance, em_fit, history_capacity
 from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
@@ -184,6 +185,8 @@ def fit_restarts(
     job runs with that first, and then every restart runs on to convergence with the model itself. What is reported is
     that second run, but num_passes counts both.
 
+    `best` has the derivatives of its limit, as those of `em_fit`; those of all else are NaN.
+
     Raises ValueError or TypeError for bad input when called eagerly.
     """
     model = fitted_model(model)
@@ -196,12 +199,16 @@ def fit_restarts(
     # A start of the user's own is drawn from the rows as they are.
     sees_all = sees_all_rows(model, algorithm) and not callable(init)
     x, weights = tree.present(*data_of(model, x, weights, sees_all))
-    model = informed(model, x)
+    model = informed(model, implicit.constants(x))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
         parameters.check("init", model, starts, x, lead=(num_restarts,))
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 
+    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
+    model, algorithm, x, weights, starts, tol, max_steps = implicit.constants(
+        (model, algorithm, x, weights, starts, tol, max_steps)
+    )
     work = _work(model, starts, function, key, x, weights)
     lanes = min(num_restarts, lanes_for(work) if block_size is None else block_size)
     capacity = history_capacity(max_steps, lanes)
@@ -214,7 +221,7 @@ def fit_restarts(
     if isinstance(max_steps, (int, np.integer)):
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)
-    return runs
+    return dataclasses.replace(implicit.unknown(given, runs), best=implicit.differentiable(runs.best, given, None))
 
 
 def _certified(
@@ -255,7 +262,7 @@ def _certified(
 def _look(fitting: Fitting, params: Params, height: jax.Array, tol: jax.Array | float) -> Verdict:
     problem = pose(fitting.model, fitting.x, fitting.weights)
     allowed = allowance(height, fitting.model, problem.total.astype(height.dtype), tol)
-    return verdict(problem, complete("algorithm", fitting.algorithm).limit, params, height, allowed)
+    return verdict(problem, complete("algorithm", fitting.algorithm), params, height, allowed)
 
 
 @jax.jit

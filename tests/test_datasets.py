@@ -59,6 +59,27 @@ def test_earthquakes_have_the_moments_of_zucchini_and_macdonald() -> None:
     assert x.sum() == 2072
 
 
+def test_lsat6_has_the_totals_of_bock_and_lieberman() -> None:
+    answers, counts = datasets.lsat6()
+    assert counts.sum() == 1000
+    assert len(np.unique(answers, axis=0)) == 32
+    np.testing.assert_array_equal(counts @ answers, [924, 709, 553, 763, 870])
+    # How many persons had so many right answers.
+    np.testing.assert_array_equal(np.bincount(answers.sum(axis=1), counts), [3, 20, 85, 237, 357, 298])
+
+
+def test_dyestuffs_have_the_published_means() -> None:
+    yields, batches = datasets.dyestuff()
+    means = [yields[batches == k].mean() for k in range(6)]
+    np.testing.assert_array_equal(means, [1505, 1528, 1564, 1498, 1600, 1470])
+    # Box & Tiao, section 5.1: the mean squares between and within batches.
+    yields, batches = datasets.dyestuff2()
+    means = np.array([yields[batches == k].mean() for k in range(6)])
+    between = 5 * np.sum((means - yields.mean()) ** 2) / 5
+    within = np.sum((yields - means[batches]) ** 2) / 24
+    np.testing.assert_allclose([yields.mean(), between, within], [5.6656, 8.3363, 14.9459], atol=5e-4)
+
+
 def test_every_call_gives_arrays_of_its_own() -> None:
     datasets.nile()[:] = 0
     assert datasets.nile()[0] == 1120

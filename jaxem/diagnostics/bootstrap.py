@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from .. import checks, numerics, tree
+from ..arguments import chosen
 from ..capabilities import states
 from ..em import EM, objective
-from ..fit import chosen, em_fit
+from ..fit import em_fit
 from ..protocols import Algorithm, AnyModel, Data, Params, Problem
 from ..record import record
 from ..scheduler import lanes_for

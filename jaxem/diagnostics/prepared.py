@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from .. import checks, parameters, tree
+from ..arguments import data_of
 from ..capabilities import fitted_model, informed
-from ..fit import data_of
 from ..protocols import AnyModel, Data, Params, Problem
 
 

@@ -3,6 +3,7 @@
 from ..latents import Exact as Exact
 from ..latents import Hard as Hard
 from ..latents import Sample as Sample
+from ..latents.recognition import Recognition as Recognition
 from .accelerate import anderson as anderson
 from .accelerate import squarem as squarem
 from .annealing import annealed as annealed
@@ -13,6 +14,7 @@ from .gather import Full as Full
 from .gather import pose as pose
 from .maximize import ClosedForm as ClosedForm
 from .maximize import Conditional as Conditional
+from .maximize import Draw as Draw
 from .maximize import Expanded as Expanded
 from .maximize import Gradient as Gradient
 from .maximize import surrogate as surrogate
@@ -26,8 +28,11 @@ from .step import objective as objective
 from .variants import annealed_em as annealed_em
 from .variants import ecm as ecm
 from .variants import generalized_em as generalized_em
+from .variants import gibbs as gibbs
 from .variants import hard_em as hard_em
 from .variants import incremental_em as incremental_em
 from .variants import monte_carlo_em as monte_carlo_em
 from .variants import stepwise_em as stepwise_em
 from .variants import stochastic_em as stochastic_em
+from .wake_sleep import amortised_em as amortised_em
+from .wake_sleep import wake_sleep as wake_sleep

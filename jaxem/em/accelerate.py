@@ -68,10 +68,9 @@ class Squarem:
     def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
-    @property
-    def limit(self) -> EM:
+    def limit(self, *given: Any) -> tuple[Params, EMState]:
         """The EM map that it accelerates."""
-        return self.inner.limit
+        return self.inner.limit(*given)
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
@@ -199,10 +198,9 @@ class Anderson:
     def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
-    @property
-    def limit(self) -> EM:
+    def limit(self, *given: Any) -> tuple[Params, EMState]:
         """The EM map that it accelerates."""
-        return self.inner.limit
+        return self.inner.limit(*given)
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None

@@ -79,10 +79,9 @@ class Certified:
     def nature(self, model: AnyModel) -> Nature:
         return complete("algorithm", self.inner).nature(model)
 
-    @property
-    def limit(self) -> Any:
+    def limit(self, *given: Any) -> tuple[Params, Any]:
         """The EM map whose fixed points are its limits."""
-        return complete("algorithm", self.inner).limit
+        return complete("algorithm", self.inner).limit(*given)
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
@@ -116,7 +115,7 @@ class Certified:
         Where it is not, the state is the one that was given, certified.
         """
         problem = pose(model, x, weights)
-        found = verdict(problem, self.limit, state.params, objective(problem.model, state), allowed)
+        found = verdict(problem, self, state.params, objective(problem.model, state), allowed)
         fresh = complete("algorithm", self.inner).begin(model, found.params, x, weights)
         # A state that was begun without its first E-step has another structure, of the same arrays.
         fresh = jax.tree.unflatten(jax.tree.structure(state.inner), jax.tree.leaves(fresh))
@@ -187,8 +186,7 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
 
     def stepped(theta: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         at = params_of(theta)
-        state = algorithm.started(problem, at, None)
-        after, _ = algorithm.maximized(problem, state)
+        after, state = algorithm.limit(model, at, problem.x, problem.weights)
         return ravel_pytree(model.unconstrain(after))[0], (objective(model, state), at)
 
     def look(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -205,7 +203,7 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
         higher = ~looking & (here > highest)
         return space, points, rate, jnp.where(higher, here, highest), tree.where(higher, at, top)
 
-    start = numerics.krylov(numerics.scattered(theta), width)
+    start = numerics.krylov_space(numerics.scattered(theta), width)
     nowhere = jnp.broadcast_to(theta, (_POINTS, len(theta)))
     begin = start, nowhere, jnp.zeros((), theta.dtype), jnp.asarray(height), params
     _, _, rate, highest, top = jax.lax.fori_loop(0, width + _POINTS, look, begin)

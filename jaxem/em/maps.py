@@ -21,10 +21,10 @@ def coordinates(model: Model, params: Params) -> Coordinates:
 
 
 def em_map(problem: Problem, algorithm: Any, params_of: Callable[[jax.Array], Params]) -> Callable:
-    """θ (P,) -> the coordinates after a step: M(θ) = unconstrain(m_step(e_step(constrain(θ))))."""
+    """θ (P,) -> the coordinates after a step of its map: M(θ) = unconstrain(m_step(e_step(constrain(θ))))."""
 
     def mapped(theta: jax.Array) -> jax.Array:
-        after, _ = algorithm.maximized(problem, algorithm.started(problem, params_of(theta), None))
+        after, _ = algorithm.limit(problem.model, params_of(theta), problem.x, problem.weights)
         return ravel_pytree(problem.model.unconstrain(after))[0]
 
     return mapped

@@ -21,6 +21,7 @@ from .gamma import GammaStats as GammaStats
 from .generalized_linear import LogisticRegression as LogisticRegression
 from .generalized_linear import PoissonRegression as PoissonRegression
 from .generalized_linear import RegressionParams as RegressionParams
+from .linear_prior import NormalInverseGamma as NormalInverseGamma
 from .linear_regression import LinearRegression as LinearRegression
 from .linear_regression import LinearRegressionParams as LinearRegressionParams
 from .low_rank import LowRankNormal as LowRankNormal

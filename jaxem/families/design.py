@@ -116,14 +116,3 @@ def gram(weights: jax.Array, design: jax.Array) -> jax.Array:
 def times(gram: jax.Array, delta: jax.Array) -> jax.Array:
     """gram delta: (..., P, P), (..., P) -> (..., P)."""
     return jnp.sum(gram * delta[..., None, :], axis=-1)
-
-
-def solve(gram: jax.Array, cross: jax.Array) -> jax.Array:
-    """gram⁻¹ cross (K, P), columns scaled to unit length; directions that the features lack stay where they are."""
-    scale = jax.lax.rsqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    eps = jnp.finfo(gram.dtype).eps
-    floor = jnp.full_like(scale, 16 * gram.shape[-1] * eps)
-    factor, _ = numerics.floored_cholesky(gram * scale[:, :, None] * scale[:, None, :], floor)
-    inverse = numerics.inverse_lower(factor)
-    whitened = jnp.sum(inverse * (scale * cross)[:, None, :], axis=-1)
-    return scale * jnp.sum(inverse * whitened[:, :, None], axis=-2)

@@ -4,7 +4,7 @@ Their M-step maximises a quadratic lower bound of the expected log-likelihood, m
 features, z = (1, features), eta = line · z the linear predictor. The functions of this file are the methods of both
 families, which say themselves what differs:
 
-_link: the eta of a mean response.
+_link: the eta of a mean response, and _mean_of its inverse.
 _log_density: log p(response | eta).
 _surrogate: slope and curvature of the quadratic in eta that bounds it.
 local: whether the bound holds only while no row's eta moves by more than 1.
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import capabilities, special, tree
+from .. import capabilities, numerics, special, tree
 from ..protocols import Data
 from ..record import record
 from . import columns, design
@@ -76,6 +76,11 @@ def _pooled(family: "_Regression", x: Data, weights: jax.Array | None, num_compo
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, num_components, axis=0), params)
 
 
+def _mean(family: "_Regression", params: RegressionParams, features: jax.Array) -> jax.Array:
+    """E[y | features] under every component: (K, N)."""
+    return family._mean_of(design.predict(params, design.matrix(features, params.intercept.dtype)))
+
+
 def _log_prob(family: "_Regression", params: RegressionParams, x: Data) -> jax.Array:
     """Log-probability of every response under every component: (K, N)."""
     matrix, response = design.read(x)
@@ -104,7 +109,7 @@ def _m_step(family: "_Regression", stats: RegressionStats) -> RegressionParams:
     line = design.current(stats)
     penalty = _penalty(family, line)
     gram = stats.gram + (jnp.eye(line.shape[1], dtype=line.dtype) * penalty[None])[None]
-    delta = design.solve(gram, stats.cross - penalty[None] * line)
+    delta = numerics.least_squares(gram, stats.cross - penalty[None] * line)
     if stats.reach is not None:
         # The eighth root of a sum of eighth powers is at least the largest of the numbers.
         reach = _UNIT * jnp.maximum(stats.reach, jnp.finfo(delta.dtype).tiny) ** (1 / 8)
@@ -148,7 +153,18 @@ def _unchanged(family: "_Regression", params: RegressionParams) -> RegressionPar
 
 
 # The methods that both families have, in the order in which they take them.
-_COMMON = _pooled, _log_prob, _stats, _m_step, _q_function, _log_prior, _degenerate, _num_parameters, _floats_per_row
+_COMMON = (
+    _pooled,
+    _mean,
+    _log_prob,
+    _stats,
+    _m_step,
+    _q_function,
+    _log_prior,
+    _degenerate,
+    _num_parameters,
+    _floats_per_row,
+)
 
 
 @capabilities.completed("part")
@@ -169,10 +185,10 @@ class LogisticRegression:
     # A start takes many M-steps from the same responsibilities: one solution of a bound is not yet the maximum of Q.
     start_passes = 15
     local = False
-    _link = staticmethod(jax.scipy.special.logit)
+    _link, _mean_of = staticmethod(jax.scipy.special.logit), staticmethod(jax.nn.sigmoid)
 
     features = staticmethod(design.points)
-    pooled, log_prob, stats, m_step, q_function, log_prior, degenerate, num_parameters, floats_per_row = _COMMON
+    pooled, mean, log_prob, stats, m_step, q_function, log_prior, degenerate, num_parameters, floats_per_row = _COMMON
     unconstrain = constrain = _unchanged
 
     def sample(
@@ -214,9 +230,9 @@ class PoissonRegression:
 
     start_passes = 15
     local = True
-    _link = staticmethod(jnp.log)
+    _link, _mean_of = staticmethod(jnp.log), staticmethod(jnp.exp)
 
-    pooled, log_prob, stats, m_step, q_function, log_prior, degenerate, num_parameters, floats_per_row = _COMMON
+    pooled, mean, log_prob, stats, m_step, q_function, log_prior, degenerate, num_parameters, floats_per_row = _COMMON
     unconstrain = constrain = _unchanged
 
     def features(self, x: Data) -> jax.Array:

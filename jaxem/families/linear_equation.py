@@ -137,6 +137,13 @@ class LinearEquation:
             square=count * params.covariance,
         )
 
+    @staticmethod
+    def combined(stats: EquationStats, prior: EquationStats) -> EquationStats:
+        """Statistics and pseudo-statistics together, about the line that is likeliest given both."""
+        both = jax.tree.map(jnp.add, stats, _about(prior, stats.line))
+        line = both.line + _correction(both, np.arange(both.gram.shape[-1]))
+        return _about(both, line)
+
     def features(self, groups: Groups) -> jax.Array:
         """Groups of features (T, F_g, B) side by side, those that the equation has."""
         parts = zip(groups, self.widths, strict=True)
@@ -229,13 +236,14 @@ class LinearEquation:
 
 def _correction(stats: EquationStats, free: np.ndarray) -> jax.Array:
     """What least squares adds to the line (O, F), in its free columns."""
-    lead, every = stats.reference.shape[:-1], len(free) == stats.reference.shape[-1]
+    every = len(free) == stats.reference.shape[-1]
     gram, cross = stats.gram, jnp.swapaxes(stats.cross, -1, -2)
     if not every:
         gram, cross = gram[..., free, :][..., free], cross[..., free]
-    gram = jnp.broadcast_to(gram[..., None, :, :], (*lead, len(free), len(free)))
-    flat = design.solve(gram.reshape(-1, len(free), len(free)), cross.reshape(-1, len(free)))
-    delta = flat.reshape(cross.shape)
+    if cross.shape[-2] == 1:  # fused with what follows
+        delta = numerics.least_squares(gram, cross[..., 0, :])[..., None, :]
+    else:
+        delta = numerics.least_squares_together(gram, cross)
     return delta if every else jnp.zeros_like(stats.reference).at[..., free].set(delta)
 
 

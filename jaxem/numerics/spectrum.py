@@ -62,7 +62,7 @@ class Krylov(NamedTuple):
         return Krylov(basis=basis, image=image, vector=vector, left=left)
 
 
-def krylov(start: jax.Array, width: int) -> Krylov:
+def krylov_space(start: jax.Array, width: int) -> Krylov:
     """The space of `start` (P,), not yet grown, up to `width` directions, or P where that is less."""
     width, size = min(width, len(start)), jnp.linalg.norm(start)
     return Krylov(
@@ -137,7 +137,7 @@ def leading_eigenvalues(
 
     def cycle(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         number, start, *_ = carry
-        space = krylov(start, width)
+        space = krylov_space(start, width)
         space = jax.lax.fori_loop(
             0, len(space.basis), lambda number, space: space.grown(number, times(space.vector)), space
         )

@@ -128,3 +128,9 @@ UNROLLED_COLUMNS = 16
 
 # Lanes that are worked on at a time, where there are more: their matrices then stay in fast memory. Benchmark: lds c.
 LANES_AT_A_TIME = 256
+
+# --- Derivatives of fits.
+
+# Directions in the basis of one cycle of GMRES: more of them need fewer products with the Jacobian of the EM map, each
+# of which is an E-step, and memory for so many copies of the parameters. Benchmark: derivatives a.
+KRYLOV = 50

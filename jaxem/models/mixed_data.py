@@ -1,0 +1,122 @@
+"""What a linear mixed model takes: rows of groups, and the products of their columns, which are sufficient.
+
+Letters: G groups; P features, whose coefficients all groups share; Q features with random effects.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import checks, numerics, tree
+from ..data import GroupedRows
+from ..families import design
+from ..protocols import Data
+from ..record import record
+
+
+@record
+class GroupProducts:
+    """Products of the columns of every group, X (n, P), Z (n, Q) and r (n,), what a line leaves of the response.
+
+    count: (G,), n.
+    line: (G, P), the line, of least squares over all rows, so that products of what it leaves do not cancel.
+    xx: (G, P, P); zx: (G, Q, P); zz: (G, Q, Q); xr: (G, P); zr: (G, Q); rr: (G,).
+    """
+
+    count: jax.Array
+    line: jax.Array
+    xx: jax.Array
+    zx: jax.Array
+    zz: jax.Array
+    xr: jax.Array
+    zr: jax.Array
+    rr: jax.Array
+
+    def lanes(self) -> "GroupProducts":
+        """The same with groups last."""
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), self)
+
+
+def columns(x: GroupedRows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Features (N, P), those with random effects (N, Q), and the response (N,), in one floating dtype."""
+    features, random, response = x.values
+    dtype = tree.float_dtype(x.values)
+    return (
+        checks.columns("x[0]", features).astype(dtype),
+        checks.columns("x[1]", random).astype(dtype),
+        checks.columns("x[2]", response).astype(dtype)[:, 0],
+    )
+
+
+def units(x: Data) -> GroupProducts:
+    """The products that rows of groups come down to."""
+    return x if isinstance(x, GroupProducts) else _products(x)
+
+
+@jax.jit
+def _products(x: GroupedRows) -> GroupProducts:
+    features, random, response = columns(x)
+    p, q = features.shape[1], random.shape[1]
+    gram, cross = (numerics.product(features, other, subscripts) for other, subscripts in _with(features, response))
+    line = design.solve(gram, cross)
+    every = jnp.concatenate(
+        [features, random, (response - numerics.product(features, line, "np,p->n"))[:, None]], axis=1
+    )
+    numbers, groups = x.numbers(), len(x.sizes)
+
+    def with_column(column: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(every * column[:, None], numbers, groups, indices_are_sorted=True)
+
+    # One column at a time, so that products take no more room than the rows.
+    found = jax.lax.map(with_column, every.T)
+    return GroupProducts(
+        count=jnp.asarray(x.sizes, every.dtype),
+        line=jnp.broadcast_to(line[None], (groups, p)),
+        xx=jnp.moveaxis(found[:p, :, :p], 0, 1),
+        zx=jnp.moveaxis(found[p : p + q, :, :p], 0, 1),
+        zz=jnp.moveaxis(found[p : p + q, :, p : p + q], 0, 1),
+        xr=found[-1, :, :p],
+        zr=found[-1, :, p : p + q],
+        rr=found[-1, :, -1],
+    )
+
+
+def _with(features: jax.Array, response: jax.Array) -> tuple[tuple[jax.Array, str], tuple[jax.Array, str]]:
+    return (features, "ni,nj->ij"), (response, "ni,n->i")
+
+
+def shape(x: Data) -> tuple[int, int, int]:
+    """G, P and Q."""
+    if isinstance(x, GroupProducts):
+        return jnp.shape(x.zx)[0], jnp.shape(x.zx)[2], jnp.shape(x.zx)[1]
+    if not isinstance(x, GroupedRows) or not isinstance(x.values, (tuple, list)) or len(x.values) != 3:
+        raise TypeError(
+            "x must be group_rows((features, random_features, response), groups); got "
+            f"{checks.told(x.values if isinstance(x, GroupedRows) else x)}"
+        )
+    return len(x.sizes), *(checks.row_shape(f"x[{place}]", x.values[place])[1] for place in (0, 1))  # type: ignore[return-value]
+
+
+def check(x: Data, weights: jax.Array | None = None) -> None:
+    """Raise ValueError or TypeError for what are no groups of rows, by name."""
+    groups = shape(x)[0]
+    checks.row_weights(weights, groups)
+    if isinstance(x, GroupProducts):
+        return
+    rows = [checks.row_shape(f"x[{place}]", part) for place, part in enumerate(x.values)]
+    if rows[2][1] != 1 or len({count for count, _ in rows}) > 1:
+        raise ValueError(
+            f"x must hold features (N, P), random_features (N, Q) and a response (N,); got rows and columns {rows}"
+        )
+    for place in (0, 1):
+        design.check_features(f"x[{place}]", x.values[place], tree.float_dtype(x.values))
+    if jnp.issubdtype(x.values[2].dtype, jnp.floating):
+        checks.finite_matrix("x[2]", x.values[2])
+
+
+def num_rows(x: Data, weights: jax.Array | None = None) -> jax.Array:
+    """How many rows all groups have."""
+    count: Any = x.count if isinstance(x, GroupProducts) else np.asarray(x.sizes)
+    return numerics.weighted_sum(jnp.asarray(count, tree.float_dtype(x)), weights)
