@@ -3,7 +3,7 @@
     python benchmarks/certified.py [--only normal,...] [--quick] [--problems N]
 
 Of every kind (mixtures of normals in four shapes, of Bernoullis, Poissons, Student's t and negative binomials, and
-hidden Markov models) `--problems` data sets of 200 rows are drawn, with components that overlap more or less. Half of
+hidden Markov models) `--problems` data sets of 120 rows are drawn, with components that overlap more or less. Half of
 the fits start from k-means++, half from random responsibilities; each stops by its own rule, `tol` being 1e-6 nats a
 row. Where it says CONVERGED, accelerated EM goes on in float64, from its parameters and from a point near by, which a
 saddle lets go: what that gains is what was left. Printed are the verdicts with more than 10 tol left, and with more
@@ -37,7 +37,7 @@ from jaxem import (
     squarem,
 )
 
-TOL, ROWS = 1e-6, 200
+TOL, ROWS = 1e-6, 120
 
 
 def _clusters(rng, columns, count=2):
@@ -116,7 +116,7 @@ def left(model, params, x, objective):
             start = jax.tree.map(
                 lambda a, b: jnp.where(number == 0, a, b), params, model.constrain(jax.tree.unflatten(structure, moved))
             )
-            fit = em_fit(model, start, x, algorithm=squarem(EM()), tol=1e-9, max_steps=1500)
+            fit = em_fit(model, start, x, algorithm=squarem(EM()), tol=1e-9, max_steps=400)
             return jnp.where(fit.status == Status.DEGENERATE, -jnp.inf, fit.objective)
 
         return (jnp.max(jax.vmap(end)(jnp.arange(2))) - objective) / ROWS

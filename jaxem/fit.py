@@ -115,6 +115,12 @@ def advance(
     return after if algorithm.certify is None else _certified(model, algorithm, after, x, weights, terms)
 
 
+def allowance(value: jax.Array, model: Model, total: jax.Array, tol: jax.Array | float) -> jax.Array:
+    """What may be left to gain, in nats, where the objective is `value`, but no less than its rounding."""
+    size = jnp.maximum(jnp.abs(value), total if model.likelihood else 0)
+    return jnp.maximum(tol * total, 4 * jnp.finfo(size.dtype).eps * size)
+
+
 def _certified(
     model: Model,
     algorithm: Algorithm,
@@ -125,9 +131,7 @@ def _certified(
 ) -> Progress:
     """A fit that seems to have ended, after the algorithm's own verdict: it has converged, or goes on elsewhere."""
     at_rest = (fit.status == Status.CONVERGED) | (fit.status == Status.STALLED)
-    # No more than rounding can be asked for.
-    size = jnp.maximum(jnp.abs(fit.objective), terms.total if terms.likelihood else 0)
-    allowed = jnp.maximum(terms.tol * terms.total, 4 * jnp.finfo(size.dtype).eps * size)
+    allowed = allowance(fit.objective, model, terms.total, terms.tol)
 
     def verdict(_: jax.Array, fit: Progress) -> Progress:
         state, better = algorithm.certify(model, fit.state, x, weights, allowed)

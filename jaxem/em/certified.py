@@ -10,15 +10,17 @@ from jax.flatten_util import ravel_pytree
 
 from .. import numerics, tree
 from ..capabilities import complete, completed
-from ..protocols import Algorithm, AnyModel, Data, Nature, Params, Problem, State, Stats
+from ..protocols import Algorithm, AnyModel, Data, Nature, Params, Problem, State
 from ..record import record
 from .gather import pose
 from .maps import coordinates
 from .step import EM, objective
 
-# Products with the Jacobian of the EM map that look for its slowest modes, and how many of these are looked at.
+# Products with the Jacobian of the EM map that look for its slowest modes.
 _PRODUCTS = 8
-_MODES = 3
+
+# Steps of EM that are looked ahead, as doublings: 16,384.
+_DOUBLINGS = 14
 
 # How far to step off along the slowest mode, on both sides, relative to the coordinate that moves most.
 _LENGTHS = (0.003, 0.03, 0.3)
@@ -67,9 +69,9 @@ class Certified:
 
     Gains and moves tell nothing of a direction in which a fit has not moved yet: off a saddle, or along the slowest
     mode. Where the inner algorithm would stop, the slowest modes of the EM map are looked for by Arnoldi's method, in
-    products with its Jacobian from a random vector. Points are then tried where Newton's method would go along them,
-    and on both sides of the slowest; where the best of them is higher by more than `tol` per unit of weight the fit
-    goes on from there, and else it has converged. Every verdict costs 30 E-steps, counted in `num_passes`.
+    products with its Jacobian from a random vector. Points are then tried where thousands of more steps would lead,
+    and on both sides along the slowest mode. Where the best of them is higher by more than `tol` per unit of weight the
+    fit goes on from there, and else it has converged. Every verdict costs 30 E-steps, counted in `num_passes`.
     """
 
     inner: Any
@@ -113,7 +115,7 @@ class Certified:
         Where it is not, the state is the one that was given, certified.
         """
         problem = pose(model, x, weights)
-        found = verdict(problem, self, state.params, state.stats, objective(problem.model, state), allowed)
+        found = verdict(problem, self, state.params, objective(problem.model, state), allowed)
         fresh = complete("algorithm", self.inner).begin(model, found.params, x, weights)
         # A state that was begun without its first E-step has another structure, of the same arrays.
         fresh = jax.tree.unflatten(jax.tree.structure(state.inner), jax.tree.leaves(fresh))
@@ -122,8 +124,7 @@ class Certified:
         return CertifiedState(inner=inner, spent=spent, certified=found.certified), found.better
 
     def _around(self, model: AnyModel, inner: Any) -> CertifiedState:
-        nature = self.nature(model)
-        if nature.stochastic or not (nature.monotone and nature.complete):
+        if not climbs(self.inner, model):
             raise ValueError(
                 "certified needs an algorithm whose every step climbs the log-likelihood of all rows, without draws, "
                 f"batches or a schedule; got {self.inner!r}. Certify what follows it: em_fit(model, result.params, x, "
@@ -151,11 +152,17 @@ def certified(algorithm: Algorithm | Any | None = None) -> Certified:
     return Certified(inner=algorithm)
 
 
+def climbs(algorithm: Any, model: AnyModel) -> bool:
+    """Whether every step of an algorithm climbs the log-likelihood of all rows, without draws."""
+    nature = complete("algorithm", algorithm).nature(model)
+    return nature.monotone and nature.complete and not nature.stochastic
+
+
 @record
 class Verdict:
     """What a look around parameters found.
 
-    params: the highest point.
+    params: the highest point, where it is better.
     better: whether it is higher than the parameters by more than was allowed.
     certified: whether nothing is, and the Jacobian could be seen.
     rate: of the slowest mode.
@@ -167,46 +174,42 @@ class Verdict:
     rate: jax.Array
 
 
-def verdict(
-    problem: Problem, algorithm: Any, params: Params, stats: Stats, height: jax.Array, allowed: jax.Array
-) -> Verdict:
-    """Look around parameters, of which these are the statistics and the objective, for more than `allowed` nats.
+def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array, allowed: jax.Array) -> Verdict:
+    """Look around parameters, where the objective is `height`, for more than `allowed` nats.
 
     One loop, so that a program holds the E-step once: first products with the Jacobian, whose basis grows, and then
     the points that follow from it.
     """
     model = problem.model
     theta, params_of = coordinates(model, params)
-    move = ravel_pytree(model.unconstrain(model.m_step(stats)))[0] - theta
     width = min(_PRODUCTS, len(theta))
 
-    def both(theta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        after, state = algorithm.limit(model, params_of(theta), problem.x, problem.weights)
-        return ravel_pytree(model.unconstrain(after))[0], objective(model, state)
+    def stepped(theta: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Params]]:
+        at = params_of(theta)
+        after, state = algorithm.limit(model, at, problem.x, problem.weights)
+        return ravel_pytree(model.unconstrain(after))[0], (objective(model, state), at)
 
     def look(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         space, points, rate, highest, top = carry
         looking = number < width
         point = jnp.where(looking, theta, points[jnp.maximum(number - width, 0)])
-        (_, here), (moved, _) = jax.jvp(both, (point,), (space.vector,))
+        after, moved, (here, at) = jax.jvp(stepped, (point,), (space.vector,), has_aux=True)
         space = tree.where(looking, space.grown(number, moved), space)
         points, rate = jax.lax.cond(
-            number == width - 1, lambda: _points(theta, move, space.basis, space.image), lambda: (points, rate)
+            number == width - 1,
+            lambda: _points(theta, after - theta, space.basis, space.image),
+            lambda: (points, rate),
         )
         higher = ~looking & (here > highest)
-        return space, points, rate, jnp.where(higher, here, highest), jnp.where(higher, point, top)
+        return space, points, rate, jnp.where(higher, here, highest), tree.where(higher, at, top)
 
     start = numerics.krylov_space(numerics.scattered(theta), width)
     nowhere = jnp.broadcast_to(theta, (_POINTS, len(theta)))
-    begin = start, nowhere, jnp.zeros((), theta.dtype), jnp.asarray(height), theta
+    begin = start, nowhere, jnp.zeros((), theta.dtype), jnp.asarray(height), params
     _, _, rate, highest, top = jax.lax.fori_loop(0, width + _POINTS, look, begin)
     better = highest - height > allowed
-    return Verdict(
-        params=tree.where(better, params_of(top), params),
-        better=better,
-        certified=~better & jnp.isfinite(rate),
-        rate=rate,
-    )
+    sure = ~better & jnp.isfinite(rate) & jnp.isfinite(height)
+    return Verdict(params=top, better=better, certified=sure, rate=rate)
 
 
 def _points(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -214,13 +217,13 @@ def _points(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Arra
 
     move: (P,), of an EM step; basis (M, P) and image (M, M): the Jacobian as far as it is known.
     """
-    rates, right, left = numerics.leading_pairs(image, min(_MODES, len(image)))
-    modes = numerics.product(right, basis, "km,mp->kp")
-    # What is left along a mode of rate r is the move along it, over 1 - r.
-    along_each = numerics.product(left, numerics.product(basis, move, "mp,p->m"), "km,m->k")
-    reach = jnp.where(rates < 1, along_each / jnp.where(rates < 1, 1 - rates, 1), 0)
-    newton = numerics.product(reach, modes, "k,kp->p")
-    unit = modes[0] / jnp.max(jnp.abs(modes[0]) / (1 + jnp.abs(theta)))
+    inside = numerics.leading_direction(image)
+    square = jnp.sum(jnp.square(inside))
+    rate = inside @ image @ inside / jnp.where(square > 0, square, 1)
+    # Where so many more steps lead, if the map is linear: nearly Newton's step, and bounded where nothing pulls back.
+    onward = numerics.series(image, basis @ move, _DOUBLINGS) @ basis
+    mode = inside @ basis
+    size = jnp.max(jnp.abs(mode) / (1 + jnp.abs(theta)))
     lengths = np.array([sign * length for length in _LENGTHS for sign in (1, -1)])
-    away = jnp.asarray(lengths, theta.dtype)[:, None] * unit[None]
-    return theta[None] + jnp.concatenate([newton[None], away]), rates[0]
+    away = jnp.asarray(lengths, theta.dtype)[:, None] * mode[None] / jnp.where(size > 0, size, 1)
+    return theta[None] + jnp.concatenate([onward[None], away]), rate

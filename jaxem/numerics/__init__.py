@@ -28,7 +28,7 @@ from .factorisations import (
 )
 from .krylov import Krylov, explored, gmres, gmres_in_range, solved
 from .normal_equations import least_squares, least_squares_together
-from .spectrum import krylov_space, leading_eigenvalues, leading_pairs, scattered, symmetric_eigen
+from .spectrum import krylov_space, leading_direction, leading_eigenvalues, scattered, series, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [
@@ -46,8 +46,8 @@ __all__ = [
     "in_any_lane",
     "inverse_lower",
     "krylov_space",
+    "leading_direction",
     "leading_eigenvalues",
-    "leading_pairs",
     "least_squares",
     "least_squares_together",
     "normalize",
@@ -58,6 +58,7 @@ __all__ = [
     "safe_divide",
     "safe_log",
     "scattered",
+    "series",
     "simplex_to_real",
     "singular_values",
     "solve",

@@ -44,26 +44,22 @@ class Krylov(NamedTuple):
         """
         basis = self.basis.at[number].set(self.vector)
         width, size = basis.shape
+        tiny = jnp.finfo(basis.dtype).eps ** 0.75
         anywhere = jnp.asarray(np.random.default_rng(0).normal(size=(width, size)), basis.dtype)[number]
-        both, along = _cleared(jnp.stack([moved, anywhere]), basis)
-        length, other = jnp.linalg.norm(both, axis=1)
-        ended = length <= 10 * jnp.finfo(basis.dtype).eps * (1 + jnp.linalg.norm(moved))
-        left = jnp.where(ended, 0, length)
-        return Krylov(
-            basis=basis,
-            image=self.image.at[:, number].set(along[0]).at[number + 1, number].set(left, mode="drop"),
-            vector=jnp.where(ended, both[1] / jnp.where(other > 0, other, 1), both[0] / jnp.where(ended, 1, length)),
-            left=left,
-        )
+        rest = moved + tiny * jnp.linalg.norm(moved) * anywhere + jnp.finfo(basis.dtype).tiny * anywhere
 
+        def clear(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            rest, length, along = carry
+            inside = product(basis, rest, "mp,p->m")
+            rest = rest - product(inside, basis, "m,mp->p")
+            size = jnp.linalg.norm(rest)
+            return rest / jnp.where(size > 0, size, 1), length * size, along + length * inside
 
-def _cleared(vectors: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What of vectors (2, P) is outside of a basis (M, P), and their coefficients inside."""
-    total = jnp.zeros((len(vectors), len(basis)), basis.dtype)
-    for _ in range(2):  # once loses orthogonality, twice is enough
-        along = product(vectors, basis, "vp,mp->vm")
-        vectors, total = vectors - product(along, basis, "vm,mp->vp"), total + along
-    return vectors, total
+        # Once loses orthogonality, and what is left of an exhausted space is small.
+        start = rest, jnp.ones((), basis.dtype), jnp.zeros(width, basis.dtype)
+        vector, left, along = jax.lax.fori_loop(0, 3, clear, start)
+        image = self.image.at[:, number].set(along).at[number + 1, number].set(left, mode="drop")
+        return Krylov(basis=basis, image=image, vector=vector, left=left)
 
 
 def krylov_space(start: jax.Array, width: int) -> Krylov:
@@ -83,21 +79,14 @@ def scattered(theta: jax.Array) -> jax.Array:
 
 
 def leading_pairs(matrix: jax.Array, count: int) -> tuple[jax.Array, ...]:
-    """The `count` eigenvalues largest in size of a small matrix (M, M), if real, and eigenvectors (count, M).
+    """The `count` eigenvalues largest in size of a small matrix (M, M), if real, and unit eigenvectors (count, M).
 
-    Those from the right have length 1, and those from the left the product 1 with these. By squaring the matrix until
-    one direction is left, and taking that one out (Hotelling's deflation): products alone, which stand still under no
-    `vmap`.
+    By squaring the matrix until one direction is left, and taking that one out (Hotelling's deflation): products alone,
+    which stand still under no `vmap`.
     """
 
     def one(matrix: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        def square(_: int, power: jax.Array) -> jax.Array:
-            power = product(power, power, "ij,jk->ik")
-            largest = jnp.max(jnp.abs(power))
-            return power / jnp.where(largest > 0, largest, 1)
-
-        largest = jnp.max(jnp.abs(matrix))
-        power = jax.lax.fori_loop(0, _SQUARINGS, square, matrix / jnp.where(largest > 0, largest, 1))
+        power = _squared(matrix)
         place = jnp.argmax(jnp.abs(jnp.diagonal(power)))
         right, left = power[:, place], power[place]
         size = jnp.linalg.norm(right)
@@ -105,9 +94,35 @@ def leading_pairs(matrix: jax.Array, count: int) -> tuple[jax.Array, ...]:
         both = product(left, right, "i,i->")
         left = left / jnp.where(both != 0, both, 1)
         value = product(left, product(matrix, right, "ij,j->i"), "i,i->")
-        return matrix - value * right[:, None] * left[None], (value, right, left)
+        return matrix - value * right[:, None] * left[None], (value, right)
 
     return jax.lax.scan(one, matrix, length=count)[1]
+
+
+def _squared(matrix: jax.Array) -> jax.Array:
+    """A power of the matrix so high that one direction is left, up to its size."""
+
+    def square(_: int, power: jax.Array) -> jax.Array:
+        power = power / jnp.maximum(jnp.max(jnp.abs(power)), jnp.finfo(matrix.dtype).tiny)
+        return product(power, power, "ij,jk->ik")
+
+    return jax.lax.fori_loop(0, _SQUARINGS, square, matrix)
+
+
+def leading_direction(matrix: jax.Array) -> jax.Array:
+    """The eigenvector (M,) of the eigenvalue largest in size of a small matrix (M, M), if that is real."""
+    power = _squared(matrix)
+    return power[:, jnp.argmax(jnp.abs(jnp.diagonal(power)))]
+
+
+def series(matrix: jax.Array, vector: jax.Array, doublings: int) -> jax.Array:
+    """(I + A + A² + ...) v, 2 ** doublings terms, for a small matrix A (M, M) and v (M,)."""
+
+    def double(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        power, total = carry
+        return product(power, power, "ij,jk->ik"), total + product(power, total, "ij,j->i")
+
+    return jax.lax.fori_loop(0, doublings, double, (matrix, vector))[1]
 
 
 def leading_eigenvalues(
@@ -126,7 +141,7 @@ def leading_eigenvalues(
         space = jax.lax.fori_loop(
             0, len(space.basis), lambda number, space: space.grown(number, times(space.vector)), space
         )
-        values, inside, _ = leading_pairs(space.image, count)
+        values, inside = leading_pairs(space.image, count)
         vectors = product(inside, space.basis, "km,mp->kp")
         return number + 1, jnp.sum(vectors, axis=0), values, vectors, space.left * jnp.max(jnp.abs(inside[:, -1]))
 
