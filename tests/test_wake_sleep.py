@@ -17,6 +17,7 @@ from jaxem import (
     Amortised,
     AmortisedParams,
     HelmholtzMachine,
+    KMeans,
     Mixture,
     MixtureParams,
     Poisson,
@@ -271,6 +272,8 @@ def test_what_is_wrong_is_named():
         em_fit(Amortised(MIXTURE, odds), params, COUNTS, algorithm=wake_sleep())
     with pytest.raises(TypeError, match="a start needs the init"):
         Amortised(MIXTURE, odds).init(KEY, COUNTS)
+    with pytest.raises(TypeError, match="KMeans must have complete_log_prob"):
+        em_fit(Amortised(KMeans(2), odds), params, COUNTS[:, None], key=KEY, algorithm=wake_sleep())
     with pytest.raises(TypeError, match="optimizer must be an optax"):
         wake_sleep(0.1)
     with pytest.raises(ValueError, match="num_dreams"):
