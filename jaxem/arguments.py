@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from . import checks, tree
 from .capabilities import fitting_algorithm
 from .em import EM, Expanded, anderson
-from .protocols import Algorithm, Data, Model
+from .protocols import Data, Model
+from .slots import Algorithm
 
 
 def chosen(model: Model, algorithm: Algorithm | Any | None) -> Algorithm:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from . import checks, tree
-from .protocols import Algorithm, Model, Nature, Stats
+from .protocols import Model, Nature, Stats
 from .record import fields, record, static
+from .slots import Algorithm
 
 C = TypeVar("C", bound=type)
 

@@ -12,8 +12,9 @@ from . import checks, implicit, parameters, stopping, tree
 from .arguments import chosen, data_of, sees_all_rows
 from .capabilities import complete, fitted_model, informed
 from .em import objective
-from .protocols import Algorithm, Data, Model, Params
+from .protocols import Data, Model, Params
 from .record import record
+from .slots import Algorithm
 from .status import EMError, Status
 from .stopping import Progress
 

@@ -22,8 +22,9 @@ from jax.flatten_util import ravel_pytree
 from . import numerics, tree
 from .capabilities import complete
 from .em import EM, objective
-from .protocols import Algorithm, Data, Model, Params
+from .protocols import Data, Model, Params
 from .record import fields, record
+from .slots import Algorithm
 from .status import Status
 
 Values = list[jax.Array]

@@ -16,8 +16,9 @@ import numpy as np
 
 from . import checks, tree
 from .capabilities import complete, informed, original
-from .protocols import Algorithm, AnyModel, Data, Model, Params
+from .protocols import AnyModel, Data, Model, Params
 from .record import fields
+from .slots import Algorithm
 
 # How far below 0 an eigenvalue may lie, in units of the largest entry of its matrix.
 _EIGENVALUE_ROUNDING = 1e-4

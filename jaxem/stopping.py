@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from . import tree
 from .capabilities import complete
-from .protocols import Nature, Params, State
+from .protocols import Nature, Params
 from .record import record
+from .slots import State
 from .status import Status
 
 # Steps without visible progress after which an objective that has no moves to look at is at its resolution.

@@ -9,8 +9,9 @@ from . import checks, parameters, tree
 from .arguments import chosen, data_of, sees_all_rows
 from .capabilities import fitted_model, informed
 from .em import objective
-from .protocols import Algorithm, Data, Model, Params
+from .protocols import Data, Model, Params
 from .record import record
+from .slots import Algorithm
 
 
 @record

@@ -17,6 +17,7 @@ FLOORS = [
     {"tree", "priors"},
     {"nature"},
     {"protocols"},
+    {"slots"},
     {"capabilities"},
     {"parameters"},
     {"sequences", "data", "stopping", "scheduler"},

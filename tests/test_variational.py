@@ -333,7 +333,7 @@ def test_surplus_components_empty_themselves():
         assert runs.objective.dtype == jnp.float32
         np.testing.assert_allclose(weights[:4], 0, atol=1e-4)
         np.testing.assert_allclose(weights[4:], [0.36, 0.64], atol=0.01)
-        plain = model.plain.log_prob(model.expected(runs.best.params), x)
+        plain = Mixture(model.family, model.num_components).log_prob(model.expected(runs.best.params), x)
         np.testing.assert_allclose(
             jnp.sum(plain) / 272, jnp.sum(model.predictive(runs.best.params, x)) / 272, atol=0.02
         )

@@ -13,9 +13,10 @@ from ..arguments import chosen
 from ..capabilities import states
 from ..em import EM, objective
 from ..fit import em_fit
-from ..protocols import Algorithm, AnyModel, Data, Params, Problem
+from ..protocols import AnyModel, Data, Params, Problem
 from ..record import record
 from ..scheduler import lanes_for
+from ..slots import Algorithm
 from ..status import Status
 from .prepared import posed
 

@@ -11,8 +11,9 @@ import numpy as np
 from .. import tree
 from ..capabilities import complete, completed
 from ..latents import Exact
-from ..protocols import AnyModel, Data, Maximize, Nature, Params, Problem, Stats
+from ..protocols import AnyModel, Data, Nature, Params, Problem, Stats
 from ..record import record, static
+from ..slots import Maximize
 from .gather import pose
 from .step import EM, EMState, of_inner
 

@@ -10,8 +10,9 @@ from jax.flatten_util import ravel_pytree
 
 from .. import numerics, tree
 from ..capabilities import complete, completed
-from ..protocols import Algorithm, AnyModel, Data, Nature, Params, Problem, State
+from ..protocols import AnyModel, Data, Nature, Params, Problem
 from ..record import record
+from ..slots import Algorithm, State
 from .gather import pose
 from .maps import coordinates
 from .step import EM, objective

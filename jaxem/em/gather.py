@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from .. import checks, tree
 from ..capabilities import complete, completed, informed
-from ..protocols import Data, Expect, Model, Params, Problem, Stats
+from ..protocols import Data, Model, Params, Problem, Stats
 from ..record import record, static
+from ..slots import Expect
 
 
 def pose(model: Model | Any, x: Data, weights: jax.Array | None) -> Problem:

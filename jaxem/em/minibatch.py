@@ -11,8 +11,9 @@ import numpy as np
 
 from .. import checks, tree
 from ..capabilities import complete, completed, original
-from ..protocols import Expect, Model, Nature, Params, Problem, Stats
+from ..protocols import Model, Nature, Params, Problem, Stats
 from ..record import record, static
+from ..slots import Expect
 from .gather import e_step_on_all, some_rows
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from .. import tree
 from ..capabilities import complete, completed, original
 from ..latents import Exact
-from ..protocols import AnyModel, Data, Expect, Gather, Maximize, Model, Nature, Params, Problem, State, Stats
+from ..protocols import AnyModel, Data, Model, Nature, Params, Problem, Stats
 from ..record import record, static
+from ..slots import Expect, Gather, Maximize, State
 from .gather import Full, e_step_on_all, pose
 from .maximize import ClosedForm
 

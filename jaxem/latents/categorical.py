@@ -198,7 +198,7 @@ def sample_with_labels(
     checks.positive_integer("n", n)
     model.check_count(params)
     params = tree.no_whole_numbers(params, params)
-    key_labels, key_rows = jax.random.split(checks.random_key(key))
+    key = checks.random_key(key)
     of_gate = features if gate_features is None else gate_features
     if model.gate is None:
         log_weights = numerics.safe_log(params.weights)
@@ -209,6 +209,14 @@ def sample_with_labels(
         )
     else:
         log_weights = model.gate.log_prob(params.weights, Gated(None, checks.columns("features", of_gate))).T
-    labels = jax.random.categorical(key_labels, log_weights, shape=(n,))
     given = {} if features is None else {"features": features}
-    return model.family.sample(key_rows, params.components, labels, **given), labels
+    return drawn_rows(model.family, key, log_weights, params.components, n, **given)
+
+
+def drawn_rows(
+    family: Any, key: jax.Array, log_weights: jax.Array, params: Params, n: int, **given: Any
+) -> tuple[Data, jax.Array]:
+    """n rows and their components, from log-weights (K,) or of every row (n, K), and the components' parameters."""
+    key_labels, key_rows = jax.random.split(key)
+    labels = jax.random.categorical(key_labels, log_weights, shape=(n,))
+    return family.sample(key_rows, params, labels, **given), labels

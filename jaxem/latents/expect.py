@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks
-from ..protocols import Data, Expect, Model, Nature, Params, Stats
+from ..protocols import Data, Model, Nature, Params, Stats
 from ..record import record, static
+from ..slots import Expect
 
 
 @record(kw_only=False)

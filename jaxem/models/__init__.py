@@ -35,9 +35,9 @@ from .mixture import Mixture as Mixture
 from .mixture import MixtureOfExperts as MixtureOfExperts
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
-from .mixture import VariationalMixture as VariationalMixture
 from .multivariate_normal import MultivariateNormal as MultivariateNormal
 from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
 from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats
 from .one_component import ProbitRegression as ProbitRegression
 from .one_component import StudentTRegression as StudentTRegression
+from .variational_mixture import VariationalMixture as VariationalMixture

@@ -12,9 +12,10 @@ from ..latents import Exact, markov
 from ..latents.markov import observations, queries
 from ..parts import Probabilities, assembly
 from ..priors import Dirichlet
-from ..protocols import Data, Expect, Family, Params, Stats
+from ..protocols import Data, Family, Params, Stats
 from ..record import record, static
 from ..sequences import Sequences
+from ..slots import Expect
 from .imputation import filled_in
 
 # Small enough to vanish beside any real count: a state that is never left keeps the transitions that it had.

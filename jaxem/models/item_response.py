@@ -12,8 +12,9 @@ from .. import capabilities, checks, latents, numerics, parameters, seeding, tre
 from ..families import columns
 from ..latents import Exact, categorical
 from ..latents.categorical import CategoricalPosterior
-from ..protocols import Data, Expect
+from ..protocols import Data
 from ..record import record, static
+from ..slots import Expect
 from . import item_curves
 from .item_curves import ItemResponseParams as ItemResponseParams
 from .item_curves import ItemResponseStats as ItemResponseStats

@@ -10,8 +10,9 @@ from .. import checks, latents, numerics, parameters, seeding, tree
 from ..capabilities import completed
 from ..latents import Exact, Hard
 from ..numerics import tuning
-from ..protocols import Data, Expect
+from ..protocols import Data
 from ..record import record, static
+from ..slots import Expect
 
 INITS = ("k-means++", "greedy-k-means++", "k-means||", "random_rows")
 
