@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import checks, tree
 from .capabilities import fitting_algorithm
@@ -35,3 +36,13 @@ def data_of(model: Model, x: Data, weights: jax.Array | None, sees_all: bool) ->
     checks.plain_axes("weights", weights)
     x, weights = model.reduced(x, weights) if sees_all else (model.units(x), weights)
     return tree.one_precision(x), None if weights is None else jnp.asarray(weights)
+
+
+def limits(tol: Any, max_steps: Any) -> None:
+    """Raise TypeError or ValueError for a `tol` or `max_steps` that is no single number, or is out of range."""
+    checks.number("tol", tol, "a finite number, nats per unit of weight")
+    if checks.is_concrete(tol) and not np.isfinite(tol):
+        raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")
+    checks.number("max_steps", max_steps, "a whole number", whole=True)
+    if checks.is_concrete(max_steps) and not 0 <= max_steps < 2**31:
+        raise ValueError(f"max_steps must be at least 0 and below 2**31, as int32 counts steps; got {max_steps}")

@@ -354,16 +354,6 @@ def number(name: str, value: Any, what: str, *, whole: bool = False) -> None:
         raise ValueError(f"{name} must be {what}; got an array of shape {jnp.shape(value)}")
 
 
-def limits(tol: Any, max_steps: Any) -> None:
-    """Raise TypeError or ValueError for a `tol` or `max_steps` that is no single number, or is out of range."""
-    number("tol", tol, "a finite number, nats per unit of weight")
-    if is_concrete(tol) and not np.isfinite(tol):
-        raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")
-    number("max_steps", max_steps, "a whole number", whole=True)
-    if is_concrete(max_steps) and not 0 <= max_steps < 2**31:
-        raise ValueError(f"max_steps must be at least 0 and below 2**31, as int32 counts steps; got {max_steps}")
-
-
 def labels(name: str, value: Any, rows: int, count: int) -> None:
     """Raise unless labels are N whole numbers in 0..count-1, or -1 for unknown."""
     real(name, value)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
-from .arguments import chosen, data_of, sees_all_rows
+from .arguments import chosen, data_of, limits, sees_all_rows
 from .capabilities import complete, fitted_model, informed
 from .em import objective
 from .protocols import Data, Model, Params
@@ -252,7 +252,7 @@ def em_fit(
     """
     model = fitted_model(model)
     algorithm = chosen(model, algorithm)
-    checks.limits(tol, max_steps)
+    limits(tol, max_steps)
     x, weights = data_of(model, x, weights, sees_all=sees_all_rows(model, algorithm))
     model = informed(model, implicit.constants(x))
     parameters.check("params", model, params, x)

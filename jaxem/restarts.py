@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checks, implicit, parameters, stopping, tree
-from .arguments import chosen, data_of, sees_all_rows
+from .arguments import chosen, data_of, limits, sees_all_rows
 from .capabilities import complete, fitted_model, informed
 from .em import certified, pose
 from .em.certified import PASSES, Verdict, climbs, verdict
@@ -191,7 +191,7 @@ def fit_restarts(
     """
     model = fitted_model(model)
     algorithm = chosen(model, algorithm)
-    checks.limits(tol, max_steps)
+    limits(tol, max_steps)
     if block_size is not None:
         checks.positive_integer("block_size", block_size)
     if screen is not None and not isinstance(screen, Screen):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from .. import checks, numerics, tree
-from ..arguments import chosen
+from ..arguments import chosen, limits
 from ..capabilities import states
 from ..em import EM, objective
 from ..fit import em_fit
@@ -123,7 +123,7 @@ def bootstrap(
     Raises ValueError or TypeError for bad input, and for a parametric bootstrap of what the model does not sample.
     """
     checks.positive_integer("num_samples", num_samples)
-    checks.limits(tol, max_steps)
+    limits(tol, max_steps)
     key = checks.random_key(key)
     problem, params = posed(model, params, x, weights, by_unit=True)
     algorithm = chosen(problem.model, algorithm)
