@@ -87,9 +87,12 @@ from .families import NormalParams as NormalParams
 from .families import Poisson as Poisson
 from .families import PoissonParams as PoissonParams
 from .families import PoissonRegression as PoissonRegression
+from .families import Probit as Probit
 from .families import Product as Product
 from .families import RegressionParams as RegressionParams
 from .families import StudentT as StudentT
+from .families import StudentTLinear as StudentTLinear
+from .families import StudentTLinearParams as StudentTLinearParams
 from .families import StudentTParams as StudentTParams
 from .families import VonMisesFisher as VonMisesFisher
 from .families import VonMisesFisherParams as VonMisesFisherParams
@@ -129,6 +132,8 @@ from .models import MixtureParams as MixtureParams
 from .models import MultivariateNormal as MultivariateNormal
 from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
+from .models import ProbitRegression as ProbitRegression
+from .models import StudentTRegression as StudentTRegression
 from .models import VariationalMixture as VariationalMixture
 from .models import from_functions as from_functions
 from .models import from_log_joint as from_log_joint

@@ -39,9 +39,25 @@ def _nature_of_algorithm(algorithm: Any) -> Callable[[Model], Nature]:
     )
 
 
+def _by_label(model: Any, method: str, name: str) -> Callable:
+    """A method of models whose latent is one label a row; TypeError where there is none to take the place of `name`."""
+    found = getattr(model, method, None)
+    if found is None:
+        raise TypeError(
+            f"{type(original(model)).__name__} must have {name}, or {method} where latents are one label a row"
+        )
+    return found
+
+
 def _log_joint_of(model: Any, params: Any, x: Any, labels: jax.Array) -> jax.Array:
     """log p(x_n, label_n), (N,), of a model whose latent is one label a row."""
-    return jnp.take_along_axis(model.log_joint(params, x), labels[None], axis=0)[0]
+    joint = _by_label(model, "log_joint", "complete_log_prob(params, x, z)")(params, x)
+    return jnp.take_along_axis(joint, labels[None], axis=0)[0]
+
+
+def _sample_by_label(model: Any, key: jax.Array, params: Any, n: int) -> Any:
+    """n rows, and the labels that they came from."""
+    return _by_label(model, "sample_with_labels", "sample_with_latents(key, params, n)")(key, params, n)
 
 
 def _one_step(
@@ -99,7 +115,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "wake": _none,
         # Latents of a row are one label, by which `log_joint` is looked up.
         "complete_log_prob": lambda model: functools.partial(_log_joint_of, model),
-        "sample_with_latents": lambda model: lambda key, params, n: model.sample_with_labels(key, params, n),
+        "sample_with_latents": lambda model: functools.partial(_sample_by_label, model),
         "blocks": _none,
         "m_step_for": _none,
         # Parameters are not drawn; where it has parts, as these are.

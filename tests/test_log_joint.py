@@ -326,6 +326,19 @@ def test_m_steps_climb_q_under_the_posterior_of_the_e_step(expect, x64):
     np.testing.assert_allclose(stats.loglik, peer.loglik, rtol=1e-12)
 
 
+def test_m_steps_on_many_rows_go_through_them_in_blocks(x64):
+    many, each = np.tile(DEATHS, 400_000 // 10), np.full(10, 40_000.0)
+    other = START + 0.01
+    stats = POISSONS.e_step(START, DEATHS, each)
+
+    @jax.jit
+    def climbed(x, weights):
+        return jax.value_and_grad(POISSONS.q_on_rows(START, stats, x, weights))(other)
+
+    for got, expected in zip(climbed(many, None), climbed(DEATHS, each), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-5)
+
+
 def test_a_prior_and_coordinates_of_the_users_own_in_float32():
     # Two heads and two tails beforehand: of one coin in closed form.
     model = from_log_joint(

@@ -17,6 +17,7 @@ from jaxem import (
     Amortised,
     AmortisedParams,
     HelmholtzMachine,
+    KMeans,
     Mixture,
     MixtureParams,
     Poisson,
@@ -48,7 +49,7 @@ YES = (np.random.default_rng(1).random((12, 3)) < 0.4).astype(float)
 
 
 def test_wake_sleep_learns_bars_and_reweighted_wake_sleep_nearly_all_of_them():
-    machine, weights = HelmholtzMachine((2, 8)), 1000 * CHANCE
+    machine, weights = HelmholtzMachine((4, 6)), 1000 * CHANCE
 
     def fits(keys, reweighted):
         return jax.vmap(
@@ -58,7 +59,7 @@ def test_wake_sleep_learns_bars_and_reweighted_wake_sleep_nearly_all_of_them():
                 BARS,
                 weights,
                 key=key,
-                algorithm=wake_sleep(DROPPING, reweighted=reweighted, num_samples=5, num_dreams=30),
+                algorithm=wake_sleep(DROPPING, reweighted=reweighted, num_samples=10, num_dreams=30),
                 max_steps=3000,
             )
         )(keys)
@@ -72,7 +73,7 @@ def test_wake_sleep_learns_bars_and_reweighted_wake_sleep_nearly_all_of_them():
         print(f"{name}: {each} nats a row, the generating model {truth:.4f}")
         assert np.all(each <= truth + 1e-3)
         assert np.all(runs.status == Status.MAX_STEPS)  # nothing random claims to have converged
-    assert np.all(found["wake-sleep"].objective / 1000 > truth - 0.6)
+    assert np.all(found["wake-sleep"].objective / 1000 > truth - 0.5)
     assert np.all(found["reweighted"].objective / 1000 > truth - 0.1)
     assert found["reweighted"].params.generative[0].biases.dtype == jnp.float32
     assert np.any(found["wake-sleep"].largest_decrease > 0)  # and no step is said to rise
@@ -271,6 +272,8 @@ def test_what_is_wrong_is_named():
         em_fit(Amortised(MIXTURE, odds), params, COUNTS, algorithm=wake_sleep())
     with pytest.raises(TypeError, match="a start needs the init"):
         Amortised(MIXTURE, odds).init(KEY, COUNTS)
+    with pytest.raises(TypeError, match="KMeans must have complete_log_prob"):
+        em_fit(Amortised(KMeans(2), odds), params, COUNTS[:, None], key=KEY, algorithm=wake_sleep())
     with pytest.raises(TypeError, match="optimizer must be an optax"):
         wake_sleep(0.1)
     with pytest.raises(ValueError, match="num_dreams"):

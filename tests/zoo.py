@@ -47,10 +47,13 @@ from jaxem import (
     NormalInverseWishart,
     Poisson,
     PoissonRegression,
+    ProbitRegression,
     Product,
     Sequences,
     SoftmaxGate,
     StudentT,
+    StudentTLinear,
+    StudentTRegression,
     Tied,
     TwoLevelGate,
     Variational,
@@ -276,6 +279,9 @@ def zoo() -> dict:
             "censored regression, shared": lambda: (Mixture(Tied(CensoredRegression(), "variance"), 2), _censored),
             "logistic regression": lambda: (Mixture(LogisticRegression(ridge=0.5), 2), (_design, _binary)),
             "poisson regression": lambda: (Mixture(PoissonRegression(ridge=0.5), 2), (_design, _counts[:, 0])),
+            "probit regression": lambda: (ProbitRegression(ridge=0.5), (_design, _binary)),
+            "student t regression": lambda: (StudentTRegression(), (_design, _response)),
+            "student t regression, held, mixture": lambda: (Mixture(StudentTLinear(4.0), 2), (_design, _response)),
             "experts": lambda: (MixtureOfExperts(LinearRegression(), 2), (_design, _response)),
             "experts, two levels, own features": lambda: (
                 MixtureOfExperts(

@@ -39,3 +39,5 @@ from .mixture import VariationalMixture as VariationalMixture
 from .multivariate_normal import MultivariateNormal as MultivariateNormal
 from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
 from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats
+from .one_component import ProbitRegression as ProbitRegression
+from .one_component import StudentTRegression as StudentTRegression

@@ -60,7 +60,7 @@ def _products(x: GroupedRows) -> GroupProducts:
     features, random, response = columns(x)
     p, q = features.shape[1], random.shape[1]
     gram, cross = (numerics.product(features, other, subscripts) for other, subscripts in _with(features, response))
-    line = design.solve(gram, cross)
+    line = numerics.least_squares(gram, cross)
     every = jnp.concatenate(
         [features, random, (response - numerics.product(features, line, "np,p->n"))[:, None]], axis=1
     )
