@@ -21,6 +21,9 @@ from .stopping import Progress
 # Steps of history kept when max_steps is traced, and the size that all shorter fits share one compilation at.
 HISTORY = 1000
 
+# Steps without a visible gain after which an algorithm that gives verdicts is asked for one.
+_QUIET = 16
+
 # Numbers of history at most, of all fits that run at a time: 64 MB in float32.
 _LONGEST_HISTORY = 1 << 24
 
@@ -132,6 +135,9 @@ def _certified(
 ) -> Progress:
     """A fit that seems to have ended, after the algorithm's own verdict: it has converged, or goes on elsewhere."""
     at_rest = (fit.status == Status.CONVERGED) | (fit.status == Status.STALLED)
+    # At a maximum to begin with, gains and moves are rounding: there is nothing that a rule could go by.
+    quiet = (fit.status == Status.RUNNING) & (fit.watch.stalled >= _QUIET)
+    at_rest = at_rest | (quiet & (terms.tol >= 0) & complete("state", fit.state).settled)
     allowed = allowance(fit.objective, model, terms.total, terms.tol)
 
     def verdict(_: jax.Array, fit: Progress) -> Progress:

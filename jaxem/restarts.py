@@ -245,7 +245,7 @@ def _certified(
             fitting.weights,
             algorithm=certified(algorithm),
             tol=tol,
-            max_steps=jnp.maximum(max_steps - best.num_steps, 0),
+            max_steps=max(int(max_steps) - int(best.num_steps), 0),
         )
         steps = best.num_steps + jnp.arange(len(more.history))
         best = dataclasses.replace(

@@ -17,6 +17,7 @@ from jaxem import (
     annealed_em,
     certified,
     em_fit,
+    fit_restarts,
     from_functions,
     squarem,
     stochastic_em,
@@ -43,6 +44,26 @@ def test_a_saddle_is_left(algorithm):
     short = em_fit(model, start, MURRAY, algorithm=certified(algorithm), tol=1e-10, max_steps=int(fit.num_steps) // 2)
     assert short.status == Status.MAX_STEPS
     assert not short.certified
+
+
+def test_the_best_of_restarts_leaves_a_saddle_too():
+    model = Mixture(Fixed(Normal(), {"mean": jnp.zeros(2)}), 1)
+    covariance = np.array([2.0, 3.0])[:, None, None, None] * np.eye(2)
+    components = NormalParams(mean=jnp.zeros((2, 1, 2)), covariance=jnp.asarray(covariance))
+    starts = MixtureParams(weights=jnp.ones((2, 1)), components=components)
+    options = {"init": starts, "tol": 1e-8, "max_steps": 500}
+    plain = fit_restarts(model, None, MURRAY, **options, certify=False)
+    assert plain.best.converged
+    assert not plain.best.certified
+    runs = fit_restarts(model, None, MURRAY, **options)
+    assert runs.best.certified
+    np.testing.assert_allclose(runs.best.objective, -29.9742864, atol=1e-6)
+    assert runs.objective[runs.index] == runs.best.objective
+    # The history goes on where the first fit ended.
+    steps = int(runs.best.num_steps)
+    assert np.all(np.diff(runs.best.history[: steps + 1]) > -1e-9)
+    assert runs.best.history[steps] == runs.best.objective
+    assert runs.best.num_passes > plain.best.num_passes + 60
 
 
 @pytest.fixture(scope="module")
