@@ -59,6 +59,8 @@ class Dirichlet:
 
     concentration: jax.Array | float
 
+    positive = ("concentration",)
+
     def pseudo_counts(self, counts: jax.Array) -> jax.Array:
         """concentration - 1, in the shape of the counts."""
         return like(self.concentration, counts.shape, counts.dtype) - 1
@@ -138,6 +140,8 @@ class Beta:
     a: jax.Array | float
     b: jax.Array | float
 
+    positive = ("a", "b")
+
     def pseudo_counts(self, probability: jax.Array) -> tuple[jax.Array, jax.Array]:
         """a - 1 and b - 1, in the shape of the probabilities."""
         shape, dtype = probability.shape, probability.dtype
@@ -205,6 +209,8 @@ class GammaPrior:
 
     shape: jax.Array | float
     rate: jax.Array | float
+
+    positive = ("shape", "rate")
 
     def pseudo_counts(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         """shape - 1 events and an exposure of rate, in the shape of the rates."""

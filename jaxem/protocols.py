@@ -252,7 +252,8 @@ class Conjugate(Part, Protocol):
     """A part with a conjugate prior: distributions q of its parameters are of the prior's kind.
 
     q is a record of `priors`, component axis first, or a dict of such: what `Variational` has for parameters. Its
-    records have `expected()`, `sample(key)`, `kl(other)`, `unconstrain()` and `constrain()`.
+    records have `expected()`, `sample(key)`, `kl(other)`, `unconstrain()` and `constrain()`, and name in `positive` the
+    fields that are not below 0.
     """
 
     def conjugate_of(self) -> Any:

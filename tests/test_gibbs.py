@@ -11,18 +11,23 @@ from jaxem import (
     EM,
     HMM,
     Bernoulli,
+    BernoulliParams,
     Beta,
     Dirichlet,
     Draw,
     Fixed,
     GammaPrior,
     KMeans,
+    KMeansParams,
     LinearRegression,
     Mixture,
+    MixtureParams,
     Normal,
     NormalInverseGamma,
     NormalInverseWishart,
+    NormalParams,
     Poisson,
+    PoissonParams,
     Product,
     Tied,
     em_fit,
@@ -31,7 +36,7 @@ from jaxem import (
     squarem,
     trajectory,
 )
-from jaxem.capabilities import complete
+from jaxem.capabilities import complete, informed
 from jaxem.latents import Sample
 from jaxem.parts import conjugacy
 
@@ -45,59 +50,62 @@ _prior = NormalInverseWishart(
 )
 
 
-def _chain(model, x, steps, seed=0):
-    start = model.init(KEY, x)
-    return trajectory(model, start, x, algorithm=gibbs(), num_steps=steps, key=jax.random.key(seed)).params
+START = MixtureParams(weights=np.array([0.4, 0.6]), components=PoissonParams(rate=np.array([[1.0], [5.0]])))
 
 
-def test_one_component_draws_from_its_posterior():
-    """Draws are independent then: their moments are those of the posterior, which has a closed form."""
-    draws = _chain(Mixture(Normal(prior=_prior), 1), _points, 20_000).components
-    n, mean = 12, _points.mean(axis=0)
-    kappa, nu = 0.7 + n, 9.0 + n
-    centre = (0.7 * np.array([0.5, -1.0]) + n * mean) / kappa
-    away = mean - np.array([0.5, -1.0])
-    scale = (
-        np.array([[1.2, 0.3], [0.3, 0.8]])
-        + (_points - mean).T @ (_points - mean)
-        + 0.7 * n / kappa * np.outer(away, away)
-    )
-    means, covariances = np.asarray(draws.mean[1:, 0]), np.asarray(draws.covariance[1:, 0])
-    expected = scipy.stats.invwishart(nu, scale)
-    np.testing.assert_allclose(covariances.mean(axis=0), expected.mean(), rtol=0.03)
-    np.testing.assert_allclose(covariances.var(axis=0), expected.var(), rtol=0.12)
-    np.testing.assert_allclose(means.mean(axis=0), centre, atol=0.01)
-    np.testing.assert_allclose(np.cov(means.T), expected.mean() / kappa, rtol=0.06)
+def _chain(model, x, steps):
+    return trajectory(model, START, x, algorithm=gibbs(), num_steps=steps, key=KEY).params
 
 
-def test_regressions_and_rates_draw_from_their_posteriors():
+def test_draws_have_the_posteriors_moments():
+    """Given complete data that is in closed form."""
     features = _rng.normal(size=(12, 1))
     y = 0.3 + features[:, 0] + 0.5 * _rng.normal(size=12)
-    prior = NormalInverseGamma(mean=np.zeros(2), precision=0.5, shape=3.0, rate=1.0)
     counts = _rng.poisson(3.0, (12, 1))
-    family = Product({"line": LinearRegression(prior=prior), "n": Poisson(prior=GammaPrior(2.0, 1.0))})
-    draws = _chain(Mixture(family, 1), {"line": (features, y), "n": counts}, 20_000).components
+    family = Product(
+        {
+            "size": Normal(prior=_prior, missing=False),
+            "line": LinearRegression(prior=NormalInverseGamma(mean=np.zeros(2), precision=0.5, shape=3.0, rate=1.0)),
+            "n": Poisson(prior=GammaPrior(2.0, 1.0)),
+        }
+    )
+    x = {"size": _points, "line": (features, y), "n": counts}
+
+    @jax.jit
+    def drawn(x):
+        stats = family.stats(family.pooled(x, None, 1), x, jnp.ones((1, 12)))
+        return jax.vmap(lambda key: family.draw(key, stats))(jax.random.split(KEY, 8000))
+
+    draws = jax.tree.map(lambda leaf: np.asarray(leaf[:, 0]), drawn(x))
+
+    mean, kappa = _points.mean(axis=0), 0.7 + 12
+    away = mean - np.array([0.5, -1.0])
+    about = (_points - mean).T @ (_points - mean) + 0.7 * 12 / kappa * np.outer(away, away)
+    covariance = scipy.stats.invwishart(9 + 12, np.array([[1.2, 0.3], [0.3, 0.8]]) + about)
+    np.testing.assert_allclose(draws["size"].covariance.mean(axis=0), covariance.mean(), rtol=0.03, atol=3e-3)
+    np.testing.assert_allclose(draws["size"].covariance.var(axis=0), covariance.var(), rtol=0.2)
+    np.testing.assert_allclose(draws["size"].mean.mean(axis=0), mean - 0.7 / kappa * away, atol=0.01)
+    np.testing.assert_allclose(np.cov(draws["size"].mean.T), covariance.mean() / kappa, rtol=0.08, atol=1e-3)
+
     z = np.column_stack([np.ones(12), features])
     precision = z.T @ z + 0.5 * np.eye(2)
     line = np.linalg.solve(precision, z.T @ y)
-    rate = 1 + 0.5 * (y @ y - line @ precision @ line)
-    found = draws["line"]
-    variance = scipy.stats.invgamma(3 + 6, scale=rate)
-    np.testing.assert_allclose(found.variance[1:, 0].mean(), variance.mean(), rtol=0.02)
-    np.testing.assert_allclose(found.variance[1:, 0].var(), variance.var(), rtol=0.1)
-    lines = np.column_stack([found.intercept[1:, 0], found.coefficients[1:, 0, 0]])
+    variance = scipy.stats.invgamma(3 + 6, scale=1 + 0.5 * (y @ y - line @ precision @ line))
+    np.testing.assert_allclose(draws["line"].variance.mean(), variance.mean(), rtol=0.03)
+    np.testing.assert_allclose(draws["line"].variance.var(), variance.var(), rtol=0.2)
+    lines = np.column_stack([draws["line"].intercept, draws["line"].coefficients[:, 0]])
     np.testing.assert_allclose(lines.mean(axis=0), line, atol=0.01)
-    np.testing.assert_allclose(np.cov(lines.T), variance.mean() * np.linalg.inv(precision), rtol=0.05, atol=2e-3)
-    rates = draws["n"].rate[1:, 0, 0]
-    np.testing.assert_allclose(rates.mean(), (2 + counts.sum()) / 13, rtol=0.01)
-    np.testing.assert_allclose(rates.var(), (2 + counts.sum()) / 13**2, rtol=0.05)
+    np.testing.assert_allclose(np.cov(lines.T), variance.mean() * np.linalg.inv(precision), rtol=0.08, atol=2e-3)
+
+    np.testing.assert_allclose(draws["n"].rate.mean(), (2 + counts.sum()) / 13, rtol=0.01)
+    np.testing.assert_allclose(draws["n"].rate.var(), (2 + counts.sum()) / 13**2, rtol=0.08)
 
 
 def test_two_components_agree_with_enumeration():
     """Counts whose posterior over the labels is summed out: the expected weight, and the rates in either order."""
     x, prior = np.array([0, 1, 1, 5, 7, 4]), (2.0, 0.7)
     model = Mixture(Poisson(prior=GammaPrior(*prior)), 2, prior=Dirichlet(1.5))
-    draws = _chain(model, x, 40_000)
+    draws = _chain(model, x, 10_000)
     labels = np.array(np.meshgrid(*[[0, 1]] * 6)).reshape(6, -1).T
     counts = np.stack([6 - labels.sum(axis=1), labels.sum(axis=1)])
     events = np.stack([(1 - labels) @ x, labels @ x])
@@ -108,8 +116,8 @@ def test_two_components_agree_with_enumeration():
     product = np.prod(a / b, axis=0) @ weight
     highest = (1.5 + counts[0]) * (1.5 + counts[1]) / (9 * 10) @ weight
     rates, weights = np.asarray(draws.components.rate[1:, :, 0]), np.asarray(draws.weights[1:])
-    np.testing.assert_allclose(rates.prod(axis=1).mean(), product, rtol=0.02)
-    np.testing.assert_allclose(weights.prod(axis=1).mean(), highest, rtol=0.02)
+    np.testing.assert_allclose(rates.prod(axis=1).mean(), product, rtol=0.04)
+    np.testing.assert_allclose(weights.prod(axis=1).mean(), highest, rtol=0.04)
 
 
 def _mixture():
@@ -153,7 +161,7 @@ def test_geweke(name):
 
     @jax.jit
     def direct(key):
-        return jax.vmap(lambda key: look(*prior(key)))(jax.random.split(key, 40_000))
+        return jax.vmap(lambda key: look(*prior(key)))(jax.random.split(key, 10_000))
 
     @jax.jit
     def successive(key):
@@ -166,9 +174,9 @@ def test_geweke(name):
             return (params, x), look(params, x)
 
         def lane(key):
-            return jax.lax.scan(step, prior(key), jax.random.split(jax.random.fold_in(key, 1), 500))[1].mean(axis=0)
+            return jax.lax.scan(step, prior(key), jax.random.split(jax.random.fold_in(key, 1), 200))[1].mean(axis=0)
 
-        return jax.vmap(lane)(jax.random.split(key, 80))
+        return jax.vmap(lane)(jax.random.split(key, 60))
 
     one, many = np.asarray(direct(jax.random.key(1))), np.asarray(successive(jax.random.key(2)))
     errors = np.sqrt(one.var(axis=0) / len(one) + many.var(axis=0, ddof=1) / len(many))
@@ -190,7 +198,7 @@ def _nothing(model, shape):
 def test_a_path_of_em_is_its_history():
     model = Mixture(Poisson(), 2)
     x = np.concatenate([_rng.poisson(2.0, 20), _rng.poisson(8.0, 20)])
-    start = model.init(KEY, x)
+    start = START
     fit = em_fit(model, start, x, tol=-1.0, max_steps=12)
     path = trajectory(model, start, x, num_steps=12)
     np.testing.assert_allclose(path.objective, fit.history, rtol=1e-12)
@@ -208,43 +216,56 @@ def test_a_path_of_em_is_its_history():
 def test_parts_that_are_held_stay_so():
     model = Fixed(Mixture(Poisson(prior=GammaPrior(2.0, 1.0)), 2), {"weights": jnp.array([0.3, 0.7])})
     draws = _chain(model, np.array([0, 1, 1, 5, 7, 4]), 5)
-    np.testing.assert_array_equal(draws.weights, np.tile([0.3, 0.7], (6, 1)))
+    np.testing.assert_array_equal(draws.weights[1:], np.tile([0.3, 0.7], (5, 1)))
     assert np.all(np.diff(draws.components.rate[:, 0, 0]) != 0)
 
 
 X = np.array([0, 1, 1, 5, 7, 4])
+_NORMALS = MixtureParams(
+    weights=np.array([0.4, 0.6]),
+    components=NormalParams(mean=np.zeros((2, 2)), covariance=np.tile(np.eye(2), (2, 1, 1))),
+)
+_CLASSES = MixtureParams(weights=np.array([0.4, 0.6]), components=BernoulliParams(probability=np.array([[0.2], [0.7]])))
 
 
 @pytest.mark.parametrize(
-    ("model", "x", "error", "says"),
+    ("model", "start", "x", "error", "says"),
     [
-        (KMeans(2), X + 0.0, TypeError, "KMeans has no draw"),
-        (Mixture(Poisson(), 2), X, ValueError, "Poisson needs a prior here"),
-        (Mixture(Tied(Bernoulli(), "probability"), 2), X % 2, TypeError, "shared by all components"),
+        (KMeans(2), KMeansParams(centers=np.array([[1.0], [5.0]])), X + 0.0, TypeError, "KMeans has no draw"),
+        (Mixture(Poisson(), 2), START, X, ValueError, "Poisson needs a prior here"),
+        (Mixture(Tied(Bernoulli(), "probability"), 2), _CLASSES, X % 2, TypeError, "shared by all components"),
         (
             Mixture(Fixed(Normal(prior=_prior), {"mean": np.zeros((2, 2))}), 2),
+            _NORMALS,
             _points,
             TypeError,
             "cannot be held where parameters are drawn",
         ),
         (
             Mixture(Normal(prior=_prior), 2),
+            _NORMALS,
             np.where(np.eye(12, 2) > 0, np.nan, _points),
             TypeError,
             "need complete rows",
         ),
     ],
 )
-def test_what_cannot_be_drawn_says_so(model, x, error, says):
-    start = model.init(KEY, x)
+def test_what_cannot_be_drawn_says_so(model, start, x, error, says):
     with pytest.raises(error, match=says):
         trajectory(model, start, x, algorithm=EM(maximize=Draw()), num_steps=2, key=KEY)
 
 
+def test_chains_know_that_nothing_is_missing():
+    """So that complete steps of correlated columns are drawn from without a word about it."""
+    model = complete("model", HMM(Normal(prior=_prior), 2))
+    assert not informed(model, model.units(_points)).family.missing
+    assert informed(model, model.units(np.where(np.eye(12, 2) > 0, np.nan, _points))).family.missing
+
+
 def test_draws_need_a_key():
-    model = Mixture(Bernoulli(), 2)
+    model = Mixture(Poisson(prior=GammaPrior(2.0, 1.0)), 2)
     with pytest.raises(TypeError, match="pass key="):
-        trajectory(model, model.init(KEY, X % 2), X % 2, algorithm=EM(maximize=Draw()), num_steps=2)
+        trajectory(model, START, X, algorithm=EM(maximize=Draw()), num_steps=2)
 
 
 def test_functions_of_a_users_own_draw():

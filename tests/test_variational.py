@@ -27,6 +27,7 @@ from jaxem import (
     Normal,
     NormalInverseGamma,
     NormalInverseWishart,
+    NormalParams,
     Poisson,
     Product,
     Status,
@@ -163,7 +164,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_bound_of_one_component_is_the_evidence(name):
-    """And the predictive density what one more row adds to it."""
+    """The predictive density is what one more row adds to it; the mode is the M-step; and Bayes' rule holds."""
     family, x, evidence = CASES[name]
     x, last = (jax.tree.map(lambda leaf, part=part: leaf[part], x) for part in (slice(13), slice(13, None)))
     whole = CASES[name][1]
@@ -176,10 +177,23 @@ def test_the_bound_of_one_component_is_the_evidence(name):
         stats = model.e_step(params, x)
         params = model.m_step(stats)
         bound = model.e_step(params, x).loglik + model.log_prior(params)
-        return bound, model.parts["components"].predictive(params.components, last)[0, 0]
+        q, seen = params.components, stats.components
+        predictive = model.parts["components"].predictive(q, last)[0, 0]
+        if name == "product":
+            return bound, predictive, (0, 0), bound
+        values = q.expected()
+        at = values if isinstance(values, tuple) else (values,)
+        support = (q.concentration > 0,) if isinstance(q, Dirichlet) else ()
+        prior = family.conjugate_of().log_prob(*at, *support) - q.log_prob(*at, *support)
+        mode = family.m_step(seen), family.given(q.mode())
+        return bound, predictive, mode, prior + jnp.sum(family.log_prob(family.given(values), x))
 
-    bound, predictive = at(x, last)
-    np.testing.assert_allclose(bound, evidence(x), rtol=1e-10)
+    x_seen = evidence(x)
+    bound, predictive, mode, by_rule = at(x, last)
+    np.testing.assert_allclose(by_rule, x_seen, rtol=1e-10)
+    for a, b in zip(*map(jax.tree.leaves, mode), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+    np.testing.assert_allclose(bound, x_seen, rtol=1e-10)
     np.testing.assert_allclose(predictive, evidence(whole) - evidence(x), rtol=1e-8)
 
 
@@ -193,9 +207,9 @@ def test_divergences_are_those_of_quadrature():
         return scipy.integrate.quad(integrand, low, high, limit=400)[0]
 
     p, q = scipy.stats.beta(2.5, 0.8), scipy.stats.beta(1.2, 3.0)
-    np.testing.assert_allclose(Beta(2.5, 0.8).kl(Beta(1.2, 3.0)), integral(p, q, 0, 1), rtol=1e-7)
+    expected = [integral(p, q, 0, 1)]
     p, q = scipy.stats.gamma(3.2, scale=1 / 1.7), scipy.stats.gamma(0.9, scale=1 / 0.4)
-    np.testing.assert_allclose(GammaPrior(3.2, 1.7).kl(GammaPrior(0.9, 0.4)), integral(p, q, 0, 40), rtol=1e-7)
+    expected += [integral(p, q, 0, 40)]
     # In one column the full covariance is the diagonal one and the spherical one.
     one = dict(mean=np.array([[0.3]]), shrinkage=np.array([2.0]), degrees_of_freedom=np.array([5.0]))
     other = dict(mean=np.array([-0.5]), shrinkage=0.4, degrees_of_freedom=3.0)
@@ -211,14 +225,19 @@ def test_divergences_are_those_of_quadrature():
     u, uw = np.polynomial.hermite_e.hermegauss(40)
     at = 0.3 + u[:, None] * np.sqrt(v / 2.0)
     mass = (uw / np.sqrt(2 * np.pi))[:, None] * vw * np.exp(scipy.stats.invgamma.logpdf(v, 2.5, scale=0.75))
-    expected = np.sum(mass * (p(at, v) - q(at, v)))
-    full = NormalInverseWishart(**one, scale=np.array([[[1.5]]])).kl(
-        NormalInverseWishart(**other, scale=np.eye(1) * 0.7)
-    )
-    np.testing.assert_allclose(full, expected, rtol=1e-6)
+    expected += 2 * [np.sum(mass * (p(at, v) - q(at, v)))]
     ball = {**one, "shrinkage": np.array([[2.0]])}
-    spherical = NormalInverseWishart(**ball, scale=np.array([1.5])).kl(NormalInverseWishart(**other, scale=0.7))
-    np.testing.assert_allclose(spherical, expected, rtol=1e-6)
+    pairs = [
+        (Beta(2.5, 0.8), Beta(1.2, 3.0)),
+        (GammaPrior(3.2, 1.7), GammaPrior(0.9, 0.4)),
+        (
+            NormalInverseWishart(**one, scale=np.full((1, 1, 1), 1.5)),
+            NormalInverseWishart(**other, scale=0.7 * np.eye(1)),
+        ),
+        (NormalInverseWishart(**ball, scale=np.full(1, 1.5)), NormalInverseWishart(**other, scale=0.7)),
+    ]
+    found = jax.jit(lambda pairs: [one.kl(other) for one, other in pairs])(pairs)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def _sklearn(covariance, x, count):
@@ -325,9 +344,19 @@ def test_much_data_and_flat_priors_lead_to_em():
     x = np.concatenate([_points, _points[:, ::-1] + 4.0])
     prior = NormalInverseWishart(mean=M, shrinkage=1e-3, degrees_of_freedom=2.0, scale=1e-3 * np.eye(2))
     variational, plain = VariationalMixture(Normal(prior=prior), 2, 1.0), Mixture(Normal(), 2)
-    labels = np.repeat([0, 1], 14)
     weights = jnp.full(28, 1e6)
-    starts = [model.params_from_responsibilities(x, labels, weights) for model in (variational, plain)]
+    mean, covariance = (
+        np.stack([x[:14].mean(axis=0), x[14:].mean(axis=0)]),
+        np.stack([np.cov(x[:14].T), np.cov(x[14:].T)]),
+    )
+    rows = np.full(2, 14e6)
+    narrow = NormalInverseWishart(
+        mean=mean, shrinkage=rows, degrees_of_freedom=rows, scale=rows[:, None, None] * covariance
+    )
+    starts = [
+        MixtureParams(weights=Dirichlet(rows), components=narrow),
+        MixtureParams(weights=np.full(2, 0.5), components=NormalParams(mean=mean, covariance=covariance)),
+    ]
     fits = [
         em_fit(model, start, x, weights, tol=1e-12) for model, start in zip((variational, plain), starts, strict=True)
     ]
@@ -344,7 +373,8 @@ def test_two_sticks_are_a_dirichlet():
     family = Poisson(prior=GammaPrior(3.0, 1.5))
     sticks = VariationalMixture(family, 2, 0.6, process=True)
     other = VariationalMixture(family, 2, jnp.array([1.0, 0.6]))
-    params = sticks.init(KEY, _counts)
+    wide = GammaPrior(np.full((2, 2), 20.0), np.array([[9.0, 4.0], [6.0, 5.0]]))
+    params = MixtureParams(weights=Beta(np.full(1, 8.0), np.full(1, 7.6)), components=wide)
     fits = [
         em_fit(sticks, params, _counts, tol=1e-10),
         em_fit(
@@ -376,11 +406,19 @@ def test_stochastic_variational_inference():
     rng = np.random.default_rng(0)
     x = rng.poisson(np.array([[1.0, 8.0], [6.0, 2.0]])[rng.integers(0, 2, 2000)])
     model = VariationalMixture(Poisson(prior=GammaPrior(1.0, 0.1)), 2, 1.0)
-    start = model.init(KEY, x)
+    wide = GammaPrior(np.full((2, 2), 20.0), np.array([[9.0, 4.0], [6.0, 5.0]]))
+    start = MixtureParams(weights=Dirichlet(np.full(2, 10.0)), components=wide)
     batch = em_fit(model, start, x, tol=1e-9)
     online = em_fit(model, start, x, key=KEY, algorithm=stepwise_em(100), max_steps=100)
     assert online.num_passes < 8
     assert 0 <= batch.objective - online.objective < 1e-3 * 2000
+
+
+def test_hyperparameters_below_0_are_refused():
+    model = VariationalMixture(Poisson(prior=GammaPrior(3.0, 1.5)), 2)
+    components = GammaPrior(np.full((2, 2), 2.0), np.array([[1.0, 1.0], [-1.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"params.components.rate must be at least 0; got -1 at index \(1, 0\)"):
+        em_fit(model, MixtureParams(weights=Dirichlet(np.ones(2)), components=components), _counts)
 
 
 @pytest.mark.parametrize(

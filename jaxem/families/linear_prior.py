@@ -30,6 +30,8 @@ class NormalInverseGamma:
     shape: jax.Array | float
     rate: jax.Array | float
 
+    positive = ("shape", "rate")
+
     def over(self, lead: tuple[int, ...], size: int, dtype: Any) -> "NormalInverseGamma":
         """The same for many components (lead), lines of `size` numbers, every field in its full shape."""
         precision = jnp.asarray(self.precision, dtype)

@@ -41,6 +41,8 @@ class NormalInverseWishart:
     degrees_of_freedom: jax.Array | float
     scale: jax.Array
 
+    positive = ("shrinkage", "degrees_of_freedom")
+
     @property
     def shape(self) -> shapes.Shape:
         """The shape of the covariances, told by the scale; a number is a spherical one's."""
@@ -173,13 +175,13 @@ class NormalInverseWishart:
         """
         shape, columns = self.shape if shape is None else shape, mean.shape[-1]
         whitener, half_logdet = shape.whitener(covariance, columns)
-        deviation = mean - numerics.to_rank(self.mean, mean.ndim)
-        square = shape.trace(shape.precision(whitener), shape.cross(deviation, deviation))
-        kappa = jnp.asarray(self.shrinkage, mean.dtype)
+        whole = self.over(shape, mean.shape[:-1], columns, mean.dtype)
+        deviation, kappa = mean - whole.mean, jnp.broadcast_to(whole.pseudo_rows, mean.shape)
+        square = shape.trace(shape.precision(whitener), shape.cross(kappa * deviation, deviation))
         # A shrinkage of 0 is the flat prior on the means: improper, so it has no normaliser.
         log_kappa = jnp.where(kappa > 0, jnp.log(jnp.where(kappa > 0, kappa, 1)), 0)
-        normaliser = 0.5 * columns * (log_kappa - math.log(2 * math.pi))
-        means = jnp.sum(normaliser - half_logdet - 0.5 * kappa * square)
+        normaliser = 0.5 * jnp.sum(log_kappa - math.log(2 * math.pi), axis=-1)
+        means = jnp.sum(normaliser - half_logdet - 0.5 * square)
         degrees = jnp.asarray(self.degrees_of_freedom, mean.dtype)
         covariances = shape.log_prior(covariance, degrees, jnp.asarray(self.scale, mean.dtype))
         return means + (covariances[0] if tied else jnp.sum(covariances))

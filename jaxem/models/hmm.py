@@ -254,6 +254,12 @@ class HMM:
         found = dataclasses.replace(self, family=family, form=form)
         return self if family is self.family and form == self.form else found
 
+    def without_missing(self) -> "HMM":
+        """The form for steps in which no entry is missing, where it is another: for families of correlated columns."""
+        emissions = self.parts["emissions"]
+        family = capabilities.original(emissions.without_missing()) if emissions.correlated else self.family
+        return self if family is self.family else dataclasses.replace(self, family=family)
+
     def start(self, params: HMMParams) -> jax.Array:
         """p(z_1 = k) (K,)."""
         return markov.stationary_distribution(params.transition) if self.stationary else params.initial

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities
+from .. import capabilities, parameters
 from ..protocols import Data, Params, Stats
 from ..record import record
 from . import conjugacy
@@ -25,7 +25,9 @@ class Variational:
     expectation, E_q[log p(x | parameters)]; the M-step is the posterior given the family's own statistics; and in the
     place of the prior's log-density stands -KL(q ‖ prior). So `Mixture(Variational(family), K)`, or an HMM of it, is
     variational Bayesian EM, in the loop that EM is: log-likelihood + log-prior is the lower bound of the log-evidence
-    that it climbs, with all its constants. A component without rows goes back to the prior, and does no harm.
+    that it climbs, with all its constants. A component without rows goes back to the prior, and does no harm. What is
+    beside it, a mixture's weights or a chain's transitions, keeps its values and its own prior; for weights there is
+    `VariationalMixture`.
 
     `expected(params)` gives the family's parameters at their means, `predictive(params, x)` the logarithm of the
     expected density.
@@ -50,6 +52,15 @@ class Variational:
     @property
     def _part(self) -> Any:
         return capabilities.complete("part", self.family)
+
+    @property
+    def supports(self) -> parameters.Supports:
+        """Hyperparameters that are not below 0."""
+
+        def of(prior: Any) -> parameters.Supports:
+            return dict.fromkeys(prior.positive, parameters.at_least_zero)
+
+        return conjugacy.each(of, self._part.conjugate_of())
 
     @property
     def start_passes(self) -> int:
@@ -105,8 +116,8 @@ class Variational:
 
     def sample(self, key: jax.Array, q: Any, labels: jax.Array) -> Data:
         """One row from the component that each label (N,) names, of parameters that are drawn from q first."""
-        parameters, rows = jax.random.split(key)
-        return self.family.sample(rows, self.sample_parameters(parameters, q), labels)
+        of_parameters, rows = jax.random.split(key)
+        return self.family.sample(rows, self.sample_parameters(of_parameters, q), labels)
 
     def sample_parameters(self, key: jax.Array, q: Any) -> Params:
         """The family's parameters, drawn from q."""
