@@ -45,7 +45,7 @@ def _by_label(model: Any, method: str, name: str) -> Callable:
     found = getattr(model, method, None)
     if found is None:
         raise TypeError(
-            f"{type(original(model)).__name__} must have {name}, or {method} where latents are one label a row"
+            f"{type(original(model)).__name__} must have {name}, or {method} if its latent is a label a row"
         )
     return found
 
