@@ -260,14 +260,14 @@ def em_fit(
     algorithm = chosen(model, algorithm)
     limits(tol, max_steps)
     x, weights = data_of(model, x, weights, sees_all=sees_all_rows(model, algorithm))
-    model = informed(model, implicit.constants(x))
+    model = informed(model, tree.constants(x))
     parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)
     params = checks.native(params)
     capacity, finite = history_capacity(max_steps), checks.nans_are_debugged()
     given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
-    arguments = implicit.constants((model, params, x, weights, key, algorithm, tol, max_steps))
+    arguments = tree.constants((model, params, x, weights, key, algorithm, tol, max_steps))
     result = _fit(*arguments, capacity=capacity, finite=finite)
     fixed = checks.is_known(tol) and checks.is_known(max_steps) and tol < 0
     result = implicit.differentiable(result, given, (params, key, int(max_steps)) if fixed else None)

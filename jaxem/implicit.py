@@ -19,7 +19,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from . import numerics, tree
+from . import checks, numerics, tree
 from .capabilities import complete
 from .em import EM, objective
 from .protocols import Data, Model, Params
@@ -49,11 +49,6 @@ class Limit:
     loglik: jax.Array
 
 
-def constants(given: Any) -> Any:
-    """The same values without their derivatives: what a loop is run on."""
-    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if _is_traced(leaf) else leaf, given)
-
-
 def differentiable(result: Any, given: Given, fixed: tuple[Params, jax.Array | None, int] | None) -> Any:
     """The result of a loop on constants, with derivatives of its params, objective and loglik.
 
@@ -74,7 +69,7 @@ def of_limit(given: Given, found: Limit, status: jax.Array) -> Limit:
 
     Raises TypeError, where it is differentiated, for an algorithm that is random to the end.
     """
-    return _limit(given, found, status) if _any_traced((given, found)) else found
+    return _limit(given, found, status) if not checks.is_concrete(given, found) else found
 
 
 def of_steps(
@@ -82,7 +77,7 @@ def of_steps(
 ) -> Limit:
     """The same with the derivatives of so many steps from `params`, NaN where the loop ended before."""
     start = (given, params, key)
-    return _steps(start, found, status, num_steps) if _any_traced((start, found)) else found
+    return _steps(start, found, status, num_steps) if not checks.is_concrete(start, found) else found
 
 
 def equation(given: Given, params: Params) -> tuple[jax.Array, Callable, Callable]:
@@ -99,15 +94,7 @@ def equation(given: Given, params: Params) -> tuple[jax.Array, Callable, Callabl
 
 def unknown(given: Given, found: Any) -> Any:
     """What a loop on constants has found, with derivatives that are NaN: nobody should take them for 0."""
-    return _unknown(given, found) if _any_traced(given) else found
-
-
-def _is_traced(leaf: Any) -> bool:
-    return isinstance(leaf, jax.core.Tracer)
-
-
-def _any_traced(given: Any) -> bool:
-    return any(map(_is_traced, jax.tree.leaves(given)))
+    return _unknown(given, found) if not checks.is_concrete(given) else found
 
 
 def _moving(tangents: Any) -> tuple[tuple[int, ...], list[jax.Array]]:

@@ -199,14 +199,14 @@ def fit_restarts(
     # A start of the user's own is drawn from the rows as they are.
     sees_all = sees_all_rows(model, algorithm) and not callable(init)
     x, weights = tree.present(*data_of(model, x, weights, sees_all))
-    model = informed(model, implicit.constants(x))
+    model = informed(model, tree.constants(x))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
         parameters.check("init", model, starts, x, lead=(num_restarts,))
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 
     given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
-    model, algorithm, x, weights, starts, tol, max_steps = implicit.constants(
+    model, algorithm, x, weights, starts, tol, max_steps = tree.constants(
         (model, algorithm, x, weights, starts, tol, max_steps)
     )
     work = _work(model, starts, function, key, x, weights)

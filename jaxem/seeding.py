@@ -26,7 +26,8 @@ def start(*methods: str) -> Callable:
 
     methods: what its `method` may be, the default first.
 
-    The function itself is given a new-style key, and data with a leading axis of units.
+    The function itself is given a new-style key, and data with a leading axis of units. Starts have no derivatives: a
+    fit's limit does not depend on where it began.
     """
 
     def with_checks(init: Callable) -> Any:
@@ -36,7 +37,7 @@ def start(*methods: str) -> Callable:
                 # Always given, so that the default by its name is no other program.
                 options = {"method": methods[0], **options}
                 checks.choice("method", options["method"], methods)
-            x, weights = checks.native((x, weights))
+            self, x, weights = tree.constants((self, *checks.native((x, weights))))
             self.check(x, weights)
             known = capabilities.informed(capabilities.complete("model", self), x)
             return init(capabilities.original(known), checks.random_key(key), known.units(x), weights, **options)

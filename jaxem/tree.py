@@ -49,6 +49,14 @@ def where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
     return jax.tree.map(select, a, b)
 
 
+def constants(a: Tree) -> Tree:
+    """The same values without derivatives: what a loop is run on, and where it starts."""
+    if checks.is_concrete(a):
+        return a
+    traced = jax.core.Tracer
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if isinstance(leaf, traced) else leaf, a)
+
+
 def varying(a: Tree, *like: Tree) -> Tree:
     """The start of a loop over data `like`, as one that varies from shard to shard as they do.
 

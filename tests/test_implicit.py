@@ -274,6 +274,11 @@ def test_the_start_and_the_limits_of_a_fit_do_not_matter():
     assert slopes == (0, 0)
 
 
+def test_a_start_is_a_constant():
+    _, slope = jax.jvp(lambda x: MODEL.init(jax.random.key(0), x), (jnp.asarray(X),), (jnp.ones_like(X),))
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(slope))
+
+
 def test_restarts_have_the_derivative_of_the_best():
     @jax.jit
     def slopes(counts, max_steps):
