@@ -109,9 +109,9 @@ def test_a_variance_of_0_is_reached_and_told():
     """Dyestuff2 (Box & Tiao 1973; lme4): no variance between batches, -2 log L 162.87303665."""
     fit = one_way(*datasets.dyestuff2())
     assert fit.status == Status.DEGENERATE
-    assert fit.num_steps <= 40
+    assert fit.num_steps <= 20
     assert -2 * float(fit.objective) == pytest.approx(162.87303665, abs=1e-7)
-    assert fit.params.random_covariance[0, 0] < 1e-8
+    assert fit.params.random_covariance[0, 0] < 1e-7
     assert fit.params.variance == pytest.approx(np.var(datasets.dyestuff2()[0]), rel=1e-7)
 
 
@@ -194,7 +194,7 @@ def test_noise_and_directions_that_vanish_are_told():
     flat = FEATURES @ [3.0, 1.0, -2.0] + EFFECTS[:, 0] + np.random.default_rng(1).normal(size=len(NUMBERS))
     fit = fitted(FEATURES, RANDOM, flat, NUMBERS)
     assert fit.status == Status.DEGENERATE
-    assert np.linalg.eigvalsh(fit.params.random_covariance)[0] < 1e-5
+    assert np.linalg.eigvalsh(fit.params.random_covariance)[0] < 1e-4
 
 
 def test_float32_is_safe_far_from_0():
