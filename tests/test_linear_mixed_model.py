@@ -105,6 +105,24 @@ def test_a_balanced_layout_has_its_closed_form(method):
     assert fit.params.random_covariance[0, 0] == pytest.approx((between - within) / 5, rel=1e-4)
 
 
+def test_a_step_is_the_one_derived_by_hand():
+    """Batches of n about a mean m: effects have mean s (average - m), s = n psi / (n psi + variance), and variance
+    (1 - s) psi; the step takes mean squares of these, and of what they leave."""
+    response, batches = datasets.dyestuff()
+    ones, model = np.ones((30, 1)), LinearMixedModel()
+    start = LinearMixedModelParams(
+        coefficients=np.array([1500.0]), random_covariance=np.array([[900.0]]), variance=np.array(3000.0)
+    )
+    found = model.m_step(model.e_step(start, group_rows((ones, ones, response), batches)))
+    shrink = 5 * 900 / (5 * 900 + 3000)
+    effects = shrink * (response.reshape(6, 5).mean(axis=1) - 1500)
+    spread = (1 - shrink) * 900
+    left = response - effects[batches]
+    assert found.coefficients[0] == pytest.approx(left.mean(), rel=1e-12)
+    assert found.random_covariance[0, 0] == pytest.approx(np.mean(effects**2) + spread, rel=1e-12)
+    assert found.variance == pytest.approx(left.var() + spread, rel=1e-12)
+
+
 def test_a_variance_of_0_is_reached_and_told():
     """Dyestuff2 (Box & Tiao 1973; lme4): no variance between batches, -2 log L 162.87303665."""
     fit = one_way(*datasets.dyestuff2())
