@@ -124,6 +124,23 @@ def test_guessing_is_fitted_to_the_maximum():
     assert float(fit.objective) > loglik(SOME, patterns, counts)
 
 
+def test_counts_at_nodes_are_bocks_and_aitkins():
+    """Their equations 11 and 12: expected rows and right answers at every node, by Bayes' rule pattern by pattern."""
+    model, params = ItemResponse(num_nodes=5), dataclasses.replace(SOME, guessing=None)
+    stats = model.e_step(params, ANSWERS[:6])
+    nodes = np.linspace(-6, 6, 5)
+    prior = np.exp(-0.5 * nodes**2)
+    rows, right = np.zeros(5), np.zeros((4, 5))
+    p = curve(params, nodes)
+    for answers in ANSWERS[:6]:
+        share = prior * np.prod(np.where(answers == 1, p, 1 - p), axis=1)
+        share /= share.sum()
+        rows, right = rows + share, right + answers[:, None] * share
+    np.testing.assert_allclose(stats.nodes, rows, atol=1e-12)
+    np.testing.assert_allclose(stats.total, np.tile(rows, (4, 1)), atol=1e-12)
+    np.testing.assert_allclose(stats.correct, right, atol=1e-12)
+
+
 def test_more_nodes_change_nothing():
     few, many = ItemResponse(), ItemResponse(num_nodes=122)
     params = dataclasses.replace(SOME, guessing=None)

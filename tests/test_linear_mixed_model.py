@@ -105,13 +105,31 @@ def test_a_balanced_layout_has_its_closed_form(method):
     assert fit.params.random_covariance[0, 0] == pytest.approx((between - within) / 5, rel=1e-4)
 
 
+def test_a_step_is_the_one_derived_by_hand():
+    """Batches of n about a mean m: effects have mean s (average - m), s = n psi / (n psi + variance), and variance
+    (1 - s) psi; the step takes mean squares of these, and of what they leave."""
+    response, batches = datasets.dyestuff()
+    ones, model = np.ones((30, 1)), LinearMixedModel()
+    start = LinearMixedModelParams(
+        coefficients=np.array([1500.0]), random_covariance=np.array([[900.0]]), variance=np.array(3000.0)
+    )
+    found = model.m_step(model.e_step(start, group_rows((ones, ones, response), batches)))
+    shrink = 5 * 900 / (5 * 900 + 3000)
+    effects = shrink * (response.reshape(6, 5).mean(axis=1) - 1500)
+    spread = (1 - shrink) * 900
+    left = response - effects[batches]
+    assert found.coefficients[0] == pytest.approx(left.mean(), rel=1e-12)
+    assert found.random_covariance[0, 0] == pytest.approx(np.mean(effects**2) + spread, rel=1e-12)
+    assert found.variance == pytest.approx(left.var() + spread, rel=1e-12)
+
+
 def test_a_variance_of_0_is_reached_and_told():
     """Dyestuff2 (Box & Tiao 1973; lme4): no variance between batches, -2 log L 162.87303665."""
     fit = one_way(*datasets.dyestuff2())
     assert fit.status == Status.DEGENERATE
-    assert fit.num_steps <= 40
+    assert fit.num_steps <= 20
     assert -2 * float(fit.objective) == pytest.approx(162.87303665, abs=1e-7)
-    assert fit.params.random_covariance[0, 0] < 1e-8
+    assert fit.params.random_covariance[0, 0] < 1e-7
     assert fit.params.variance == pytest.approx(np.var(datasets.dyestuff2()[0]), rel=1e-7)
 
 
@@ -194,7 +212,7 @@ def test_noise_and_directions_that_vanish_are_told():
     flat = FEATURES @ [3.0, 1.0, -2.0] + EFFECTS[:, 0] + np.random.default_rng(1).normal(size=len(NUMBERS))
     fit = fitted(FEATURES, RANDOM, flat, NUMBERS)
     assert fit.status == Status.DEGENERATE
-    assert np.linalg.eigvalsh(fit.params.random_covariance)[0] < 1e-5
+    assert np.linalg.eigvalsh(fit.params.random_covariance)[0] < 1e-4
 
 
 def test_float32_is_safe_far_from_0():

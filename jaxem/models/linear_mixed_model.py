@@ -40,11 +40,13 @@ class LinearMixedModel:
         same features.
 
     Data: `group_rows((features, random_features, response), groups)`, features (N, P) and random features (N, Q); a
-    column of ones among them is an intercept. Groups are the units, and weights count groups. Rows are looked at once:
-    products of every group's columns are sufficient, and a step costs G Q² (Q + P + Q²), however many rows there are.
-    EM crawls where groups tell little of their effects; where no algorithm is named, effects may be scaled and mixed in
-    an M-step (`Expanded`). A random covariance that loses a direction, a variance of 0, is reached in some ten steps,
-    and ends as DEGENERATE; `degenerate` tells whether it is that (the second), or noise that vanished (the first).
+    column of ones among them is an intercept. Groups are the units, and weights count groups. Rows are looked at
+    once: products of every group's columns are sufficient, and a step costs G Q² (Q + P + Q²), however many rows there
+    are. EM crawls where groups tell little of their effects, and, of coefficients, where they tell much. Where no
+    algorithm is named effects may be scaled and mixed in an M-step (`Expanded`), which mends the first, and `anderson`
+    around it the second; coefficients that are integrated out never crawl. A random covariance that loses a direction,
+    a variance of 0, is reached in some ten steps, and ends as DEGENERATE; `degenerate` tells whether it is that (the
+    second), or noise that vanished (the first).
     Source: Laird & Ware (1982), Random-effects models for longitudinal data, Biometrics 38; Liu, Rubin & Wu (1998),
     Parameter expansion to accelerate EM, Biometrika 85, section 5.
     Raises ValueError for another method.
@@ -57,6 +59,10 @@ class LinearMixedModel:
 
     def __post_init__(self) -> None:
         checks.choice("method", self.method, METHODS)
+
+    @property
+    def crawls(self) -> bool:
+        return self.method == "ML"
 
     @seeding.start()
     @jax.jit

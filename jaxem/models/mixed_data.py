@@ -12,6 +12,7 @@ import numpy as np
 from .. import checks, numerics, tree
 from ..data import GroupedRows
 from ..families import design
+from ..numerics import tuning
 from ..protocols import Data
 from ..record import record
 
@@ -59,32 +60,44 @@ def units(x: Data) -> GroupProducts:
 def _products(x: GroupedRows) -> GroupProducts:
     features, random, response = columns(x)
     p, q = features.shape[1], random.shape[1]
-    gram, cross = (numerics.product(features, other, subscripts) for other, subscripts in _with(features, response))
-    line = numerics.least_squares(gram, cross)
+    gram = numerics.product(features, features, "ni,nj->ij")
+    line = numerics.least_squares(gram, numerics.product(features, response, "ni,n->i"))
     every = jnp.concatenate(
         [features, random, (response - numerics.product(features, line, "np,p->n"))[:, None]], axis=1
     )
-    numbers, groups = x.numbers(), len(x.sizes)
-
-    def with_column(column: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(every * column[:, None], numbers, groups, indices_are_sorted=True)
-
-    # One column at a time, so that products take no more room than the rows.
-    found = jax.lax.map(with_column, every.T)
+    found, groups = _by_group(every, x), len(x.sizes)
     return GroupProducts(
         count=jnp.asarray(x.sizes, every.dtype),
         line=jnp.broadcast_to(line[None], (groups, p)),
-        xx=jnp.moveaxis(found[:p, :, :p], 0, 1),
-        zx=jnp.moveaxis(found[p : p + q, :, :p], 0, 1),
-        zz=jnp.moveaxis(found[p : p + q, :, p : p + q], 0, 1),
-        xr=found[-1, :, :p],
-        zr=found[-1, :, p : p + q],
-        rr=found[-1, :, -1],
+        xx=found[:, :p, :p],
+        zx=found[:, p : p + q, :p],
+        zz=found[:, p : p + q, p : p + q],
+        xr=found[:, -1, :p],
+        zr=found[:, -1, p : p + q],
+        rr=found[:, -1, -1],
     )
 
 
-def _with(features: jax.Array, response: jax.Array) -> tuple[tuple[jax.Array, str], tuple[jax.Array, str]]:
-    return (features, "ni,nj->ij"), (response, "ni,n->i")
+def _by_group(every: jax.Array, x: GroupedRows) -> jax.Array:
+    """Products of columns (N, M), summed over the rows of every group: (G, M, M).
+
+    A sum over groups costs as much for one product as for many: some at a time, so that they take little more room
+    than the rows.
+    """
+    numbers, groups, width = x.numbers(), len(x.sizes), every.shape[1]
+    i, j = np.tril_indices(width)
+    chunks = -(-len(i) // tuning.PRODUCTS_AT_A_TIME)
+    pairs = np.zeros((2, chunks * min(tuning.PRODUCTS_AT_A_TIME, len(i))), int)
+    pairs[:, : len(i)] = i, j
+
+    def sums(pair: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(every[:, pair[0]] * every[:, pair[1]], numbers, groups, indices_are_sorted=True)
+
+    found = jax.lax.map(sums, jnp.moveaxis(pairs.reshape(2, chunks, -1), 0, 1))
+    found = jnp.moveaxis(found, 0, 1).reshape(groups, -1)
+    places = np.zeros((width, width), int)
+    places[i, j] = places[j, i] = np.arange(len(i))
+    return found[:, places]
 
 
 def shape(x: Data) -> tuple[int, int, int]:

@@ -67,6 +67,12 @@ TOURNAMENT_SLICES = 4
 # Rows of scores up to which one round compares them all. Benchmark: kmeans b.
 TOURNAMENT_ROWS = 8
 
+# --- Groups of rows.
+
+# Products of columns that are summed over groups side by side: a sum costs a fixed time a row, however many it is of,
+# and its temporaries are so many numbers a row. Benchmark: regressions b.
+PRODUCTS_AT_A_TIME = 64
+
 # --- Missing values.
 
 # Numbers of the conditional covariances of one component, of rows side by side: over all entries of a row they stay in
