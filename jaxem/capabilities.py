@@ -39,6 +39,35 @@ def _nature_of_algorithm(algorithm: Any) -> Callable[[Model], Nature]:
     )
 
 
+def _by_label(model: Any, method: str, name: str) -> Callable:
+    """A method of models whose latent is one label a row; TypeError where there is none to take the place of `name`."""
+    found = getattr(model, method, None)
+    if found is None:
+        raise TypeError(
+            f"{type(original(model)).__name__} must have {name}, or {method} where latents are one label a row"
+        )
+    return found
+
+
+def _log_joint_of(model: Any, params: Any, x: Any, labels: jax.Array) -> jax.Array:
+    """log p(x_n, label_n), (N,), of a model whose latent is one label a row."""
+    joint = _by_label(model, "log_joint", "complete_log_prob(params, x, z)")(params, x)
+    return jnp.take_along_axis(joint, labels[None], axis=0)[0]
+
+
+def _sample_by_label(model: Any, key: jax.Array, params: Any, n: int) -> Any:
+    """n rows, and the labels that they came from."""
+    return _by_label(model, "sample_with_labels", "sample_with_latents(key, params, n)")(key, params, n)
+
+
+def _one_step(
+    algorithm: Algorithm, model: Model, params: Any, x: Any, weights: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """Where a step leads from parameters, and the state at these."""
+    state = algorithm.init(model, params, x, weights)
+    return algorithm.step(model, state, x, weights).params, state
+
+
 def _none(_: Any) -> None:
     """Where nothing can stand in, and the one who asks has to know."""
     return None
@@ -79,8 +108,19 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "init": _none,
         "m_step": _none,
         "q_function": _none,
+        # Statistics tell Q at all parameters: no M-step goes back to the rows.
+        "q_on_rows": _none,
+        # It has no recognition network, and no M-step under the posterior of one.
+        "recognise": _none,
+        "wake": _none,
+        # Latents of a row are one label, by which `log_joint` is looked up.
+        "complete_log_prob": lambda model: functools.partial(_log_joint_of, model),
+        "sample_with_latents": lambda model: functools.partial(_sample_by_label, model),
         "blocks": _none,
         "m_step_for": _none,
+        # Parameters are not drawn; where it has parts, as these are.
+        "draw": _none,
+        "parts": _none,
     },
     # A family of observations, or another part of the parameters; see `protocols.Part` and `protocols.Family`.
     "part": {
@@ -88,6 +128,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "pooled": lambda part: part.init,
         # Its statistics have no reference to be moved.
         "rebase": lambda part: lambda stats, params: stats,
+        # It takes any data. (A gate; families say what they take.)
+        "check": lambda part: lambda x, name="x": None,
         # Its values may lie anywhere.
         "supports": lambda part: {},
         # Any value may be held.
@@ -105,6 +147,14 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "start_passes": lambda part: 2,
         # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
         "correlated": lambda part: False,
+        # Its parameters are values and no distributions: they are as expected, and predictive densities their own.
+        "expected": lambda part: lambda params: params,
+        "predictive": lambda part: part.log_prob,
+        # It has no conjugate prior, and nothing to draw its parameters from.
+        "conjugate_of": _none,
+        "draw": _none,
+        # The divergence of two of its distributions has no closed form.
+        "kl": _none,
         # There are no values to put in place of missing ones.
         "expected_values": _none,
         "drawn_values": _none,
@@ -161,6 +211,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "algorithm": {
         "nature": _nature_of_algorithm,
         "begin": lambda algorithm: algorithm.init,
+        # Its own step is a map whose fixed points are its limits.
+        "limit": lambda algorithm: functools.partial(_one_step, algorithm),
+        # Where it seems to have ended is not looked at again.
+        "certify": _none,
         # The log-likelihood that its states show is that of all rows at their parameters.
         "evaluated": lambda algorithm: lambda model, state, x, weights=None: state,
     },
@@ -170,6 +224,8 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "waiting": _none,
         "missed": lambda state: 0.0,
         "settled": lambda state: True,
+        # Nobody has looked for a direction in which more is left.
+        "certified": lambda state: False,
         # What is still to be gained is for the loop to tell.
         "left": _none,
     },

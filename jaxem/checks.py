@@ -319,10 +319,7 @@ def complete_family(value: Any) -> None:
 
 
 def made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> None:
-    """Raise TypeError for an object that is not `what`, for a class or function that makes it, and for no pytree.
-
-    known: whether the object is known to be `what`; remedy: how the message ends where it is not.
-    """
+    """Raise TypeError for what is not `what` (`known` tells), for a class or function that makes it, or no pytree."""
     if isinstance(value, type) or inspect.isroutine(value):
         raise TypeError(f"{name} must be {what}; got {told(value)}: call it, {value.__name__}(...)")
     if not known:

@@ -43,6 +43,22 @@ def as_labelled(responsibilities: jax.Array, x: Any) -> jax.Array:
 
 
 @record(kw_only=False)
+class Gated:
+    """Rows with features that their components depend on: concomitant variables, for models with a gate.
+
+    x: N rows as the family takes them; features (N, P) or (N,).
+    """
+
+    x: Any
+    features: jax.Array
+
+
+def seen_by(part: str, rows: Any) -> Any:
+    """The rows as a mixture's part sees them: what they carry for a gate is not the components'."""
+    return rows.x if isinstance(rows, Gated) and part != "weights" else rows
+
+
+@record(kw_only=False)
 class Moments:
     """First and second moments of complete rows, in place of the rows: all that a normal likelihood sees of them.
 

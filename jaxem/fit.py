@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, parameters, stopping, tree
-from .capabilities import complete, fitted_model, fitting_algorithm, informed
-from .em import EM, Expanded, anderson, objective
-from .implicit import refuse_derivatives
+from . import checks, implicit, parameters, stopping, tree
+from .arguments import chosen, data_of, sees_all_rows
+from .capabilities import complete, fitted_model, informed
+from .em import objective
 from .protocols import Algorithm, Data, Model, Params
 from .record import record
 from .status import EMError, Status
@@ -40,6 +40,7 @@ class Result:
         `jax_debug_nans` would stop at a NaN. Before the last step it is the algorithm's own account of it, where that
         sees a part of the rows at a time, or a tempered posterior.
     largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
+    certified: whether it converged, and no direction was found in which more than tol is left (see `certified`).
     """
 
     params: Params
@@ -50,6 +51,7 @@ class Result:
     status: jax.Array
     history: jax.Array
     largest_decrease: jax.Array
+    certified: jax.Array
 
     @property
     def converged(self) -> jax.Array:
@@ -109,7 +111,46 @@ def advance(
     state = algorithm.step(model, fit.state, x, weights)
     total = tree.total_weight(x, weights).astype(fit.objective.dtype)
     terms = stopping.Terms(algorithm.nature(model), model.likelihood, total, tol, max_steps)
-    return stopping.judged(fit, state, objective(model, state), terms)
+    after = stopping.judged(fit, state, objective(model, state), terms)
+    return after if algorithm.certify is None else _certified(model, algorithm, after, x, weights, terms)
+
+
+def allowance(value: jax.Array, model: Model, total: jax.Array, tol: jax.Array | float) -> jax.Array:
+    """What may be left to gain, in nats, where the objective is `value`, but no less than its rounding."""
+    size = jnp.maximum(jnp.abs(value), total if model.likelihood else 0)
+    return jnp.maximum(tol * total, 4 * jnp.finfo(size.dtype).eps * size)
+
+
+def _certified(
+    model: Model,
+    algorithm: Algorithm,
+    fit: Progress,
+    x: Data,
+    weights: jax.Array | None,
+    terms: stopping.Terms,
+) -> Progress:
+    """A fit that seems to have ended, after the algorithm's own verdict: it has converged, or goes on elsewhere."""
+    at_rest = (fit.status == Status.CONVERGED) | (fit.status == Status.STALLED)
+    allowed = allowance(fit.objective, model, terms.total, terms.tol)
+
+    def verdict(_: jax.Array, fit: Progress) -> Progress:
+        state, better = algorithm.certify(model, fit.state, x, weights, allowed)
+        # A state that waits for its first E-step has no objective yet.
+        waiting = complete("state", state).waiting
+        value = jnp.where(False if waiting is None else waiting, -jnp.inf, objective(model, state))
+        going_on = fit.num_steps < terms.max_steps
+        moved = dataclasses.replace(
+            fit,
+            state=state,
+            objective=jnp.where(better, value, fit.objective),
+            watch=tree.where(better, stopping.watch(value, state.params), fit.watch),
+            status=jnp.where(better, Status.RUNNING, Status.CONVERGED).astype(jnp.int32),
+        )
+        ended = dataclasses.replace(fit, status=jnp.full_like(fit.status, Status.MAX_STEPS))
+        return tree.where(better & ~going_on, ended, moved)
+
+    # A loop of one round or none: side by side with other fits it runs only where one of them asks for it.
+    return jax.lax.fori_loop(0, at_rest.astype(jnp.int32), verdict, fit)
 
 
 def ended(model: Model, algorithm: Algorithm, fit: Progress, x: Data, weights: jax.Array | None) -> Progress:
@@ -129,7 +170,6 @@ def ended(model: Model, algorithm: Algorithm, fit: Progress, x: Data, weights: j
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "finite"))
-@refuse_derivatives
 def _fit(
     model: Model,
     params: Params,
@@ -168,6 +208,7 @@ def _fit(
         status=fit.status,
         history=history,
         largest_decrease=fit.largest_decrease,
+        certified=(fit.status == Status.CONVERGED) & complete("state", fit.state).certified,
     )
 
 
@@ -176,31 +217,6 @@ def history_capacity(max_steps: Any, fits: int = 1) -> int:
     if not isinstance(max_steps, (int, np.integer)) or max_steps <= HISTORY:
         return HISTORY
     return min(1 << (int(max_steps) - 1).bit_length(), max(HISTORY, _LONGEST_HISTORY // fits))
-
-
-def chosen(model: Model, algorithm: Algorithm | Any | None) -> Algorithm:
-    """The algorithm, complete; where none is named, EM, or an accelerator where the model says that EM crawls."""
-    if algorithm is None:
-        step = EM(maximize=Expanded()) if model.expands else EM()
-        algorithm = anderson(step) if model.crawls else step
-    return fitting_algorithm(algorithm)
-
-
-def sees_all_rows(model: Model, algorithm: Algorithm) -> bool:
-    """Whether all that an algorithm asks of the data are statistics of all rows, without draws."""
-    nature = algorithm.nature(model)
-    return nature.complete and not nature.stochastic
-
-
-def data_of(model: Model, x: Data, weights: jax.Array | None, sees_all: bool) -> tuple[Data, jax.Array | None]:
-    """Checked data in one precision and their weights: units, or, where all rows are seen together, what stands in
-    their place. Raises by name."""
-    x, weights = checks.native((x, weights))
-    model.check(x, weights)
-    checks.plain_axes("x", x)
-    checks.plain_axes("weights", weights)
-    x, weights = model.reduced(x, weights) if sees_all else (model.units(x), weights)
-    return tree.one_precision(x), None if weights is None else jnp.asarray(weights)
 
 
 def em_fit(
@@ -225,20 +241,29 @@ def em_fit(
     key: drives algorithms that are random. Every argument may be traced, so `jax.jit(em_fit)` works
     as it is, and so do `vmap` and `scan` over any of them.
 
+    Derivatives of params, objective and loglik with respect to all that is given, in forward and reverse mode and of
+    any order, are those of the limit (see `jaxem.implicit`): the start does not matter, nothing of the loop is kept,
+    and where the fit has not CONVERGED they are NaN. Where tol and max_steps are plain numbers and tol is negative,
+    they are those of so many steps from the start. A row of weight 0 is absent, and has no slope in its weight.
+
     Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`. Raises TypeError
-    for derivatives through it, which a fit has none of yet.
+    for derivatives of the limit of an algorithm that is random to the end.
     """
     model = fitted_model(model)
     algorithm = chosen(model, algorithm)
     checks.limits(tol, max_steps)
     x, weights = data_of(model, x, weights, sees_all=sees_all_rows(model, algorithm))
-    model = informed(model, x)
+    model = informed(model, implicit.constants(x))
     parameters.check("params", model, params, x)
     if key is not None:
         key = checks.random_key(key)
     params = checks.native(params)
     capacity, finite = history_capacity(max_steps), checks.nans_are_debugged()
-    result = _fit(model, params, x, weights, key, algorithm, tol, max_steps, capacity=capacity, finite=finite)
+    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
+    arguments = implicit.constants((model, params, x, weights, key, algorithm, tol, max_steps))
+    result = _fit(*arguments, capacity=capacity, finite=finite)
+    fixed = checks.is_known(tol) and checks.is_known(max_steps) and tol < 0
+    result = implicit.differentiable(result, given, (params, key, int(max_steps)) if fixed else None)
     if isinstance(max_steps, (int, np.integer)):
         result = dataclasses.replace(result, history=result.history[..., : max_steps + 1])
     return result

@@ -1,5 +1,14 @@
-"""The derivative of a fit."""
+"""The derivative of a fit: that of its limit, whatever steps led there; or of a fixed number of steps, unrolled.
 
+A limit is a fixed point θ = T(θ, φ) of the EM map T, which depends on all that is given: data, weights, priors, held
+values, φ. By the implicit function theorem dθ = (I - J)⁻¹ dT, with J the Jacobian of the map and dT what it moves by
+where φ alone moves. That is one linear system, solved by products with J, of which each costs about an E-step: the
+loop itself is not differentiated, and memory does not grow with the number of its steps. The objective needs no
+solution: at a maximum it moves as it does where one step is taken at given parameters.
+(Krantz & Parks, The Implicit Function Theorem, section 3.3; for EM's J, Dempster, Laird & Rubin 1977, section 3.)
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,34 +17,312 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.flatten_util import ravel_pytree
+
+from . import numerics, tree
+from .capabilities import complete
+from .em import EM, objective
+from .protocols import Algorithm, Data, Model, Params
+from .record import fields, record
+from .status import Status
+
+Values = list[jax.Array]
 
 
-def refuse_derivatives(function: Callable) -> Callable:
-    """`function` of pytrees of arrays, and of statics by keyword, whose derivative along an array raises TypeError.
+@record
+class Given:
+    """All that a limit depends on."""
 
-    Differentiated step by step, a loop that stops by its parameters gives the derivative of where it stopped, which
-    is not that of the limit, and not even close at usual tolerances.
+    model: Model
+    algorithm: Algorithm
+    x: Data
+    weights: jax.Array | None
+
+
+@record
+class Limit:
+    """What of a fit has a derivative."""
+
+    params: Params
+    objective: jax.Array
+    loglik: jax.Array
+
+
+def constants(given: Any) -> Any:
+    """The same values without their derivatives: what a loop is run on."""
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if _is_traced(leaf) else leaf, given)
+
+
+def differentiable(result: Any, given: Given, fixed: tuple[Params, jax.Array | None, int] | None) -> Any:
+    """The result of a loop on constants, with derivatives of its params, objective and loglik.
+
+    They are those of its limit, or, where the number of steps is fixed, as in (start, key, steps), those of the steps.
+    How the loop got there counts as a constant.
+    """
+    found = Limit(params=result.params, objective=result.objective, loglik=result.loglik)
+    if fixed is None:
+        found = of_limit(given, found, result.status)
+    else:
+        params, key, num_steps = fixed
+        found = of_steps(given, params, key, found, result.status, num_steps)
+    return dataclasses.replace(result, **fields(found))
+
+
+def of_limit(given: Given, found: Limit, status: jax.Array) -> Limit:
+    """What a loop on constants has `found`, with the derivatives of a limit of `given` where it came to one, else NaN.
+
+    Raises TypeError, where it is differentiated, for an algorithm that is random to the end.
+    """
+    return _limit(given, found, status) if _any_traced((given, found)) else found
+
+
+def of_steps(
+    given: Given, params: Params, key: jax.Array | None, found: Limit, status: jax.Array, num_steps: int
+) -> Limit:
+    """The same with the derivatives of so many steps from `params`, NaN where the loop ended before."""
+    start = (given, params, key)
+    return _steps(start, found, status, num_steps) if _any_traced((start, found)) else found
+
+
+def equation(given: Given, params: Params) -> tuple[jax.Array, Callable, Callable]:
+    """What defines the limit at `params`: coordinates θ (P,), what makes a pytree of these, and θ -> 0 at the limit.
+
+    The latter is what a step moves parameters by, or, without an M-step, the slope of the objective per unit of weight.
+    """
+    given = _present(given)
+    theta, unravel = ravel_pytree(complete("model", given.model).unconstrain(params) if _climbs(given) else params)
+    system = (_stationary if _climbs(given) else _fixed_point)(lambda _: given, params, [])
+    unit = tree.total_weight(given.x, given.weights) if _climbs(given) else 1.0
+    return theta, unravel, lambda theta: system.at(theta, [])[0] / unit
+
+
+def unknown(given: Given, found: Any) -> Any:
+    """What a loop on constants has found, with derivatives that are NaN: nobody should take them for 0."""
+    return _unknown(given, found) if _any_traced(given) else found
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, jax.core.Tracer)
+
+
+def _any_traced(given: Any) -> bool:
+    return any(map(_is_traced, jax.tree.leaves(given)))
+
+
+def _moving(tangents: Any) -> tuple[tuple[int, ...], list[jax.Array]]:
+    """Which leaves of what is given move, and along what."""
+    moves = jax.tree.leaves(tangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    places = tuple(place for place, move in enumerate(moves) if not isinstance(move, SymbolicZero))
+    return places, [moves[place] for place in places]
+
+
+def _known_to_move(tangent: Limit) -> None:
+    """Raise TypeError for a loop that moves by itself: all that it is handed counts as a constant there."""
+    if _moving(tangent)[0]:
+        raise TypeError(
+            "a fit is differentiated with respect to something that its model's functions close over: it cannot know. "
+            "Hand it over in the data, or in a field of the model"
+        )
+
+
+def _with(leaves: list[Any], places: tuple[int, ...], values: list[jax.Array], structure: Any) -> Any:
+    """What is given, with other values of the leaves that move."""
+    after = list(leaves)
+    for place, value in zip(places, values, strict=True):
+        after[place] = value
+    return jax.tree.unflatten(structure, after)
+
+
+@jax.custom_jvp
+def _unknown(given: Given, found: Any) -> Any:
+    return found
+
+
+@functools.partial(_unknown.defjvp, symbolic_zeros=True)
+def _unknown_jvp(primals: tuple[Given, Any], tangents: tuple) -> tuple[Any, Any]:
+    found, (_, moves) = _unknown(*primals), _moving(tangents[0])
+    if not moves:
+        return found, jax.tree.map(_no_tangent, found)
+    nothing = jnp.sum(_where_known(jnp.array(False), jnp.concatenate([move.ravel() for move in moves])))
+
+    def tangent(value: jax.Array) -> Any:
+        exact = not jnp.issubdtype(value.dtype, jnp.inexact)
+        return _no_tangent(value) if exact else jnp.broadcast_to(nothing, value.shape).astype(value.dtype)
+
+    return found, jax.tree.map(tangent, found)
+
+
+@jax.custom_jvp
+def _limit(given: Given, found: Limit, status: jax.Array) -> Limit:
+    return found
+
+
+@functools.partial(_limit.defjvp, symbolic_zeros=True)
+def _limit_jvp(primals: tuple[Given, Limit, jax.Array], tangents: tuple) -> tuple[Limit, Limit]:
+    given, _, status = primals
+    found = _limit(*primals)  # with its own derivative, for those of higher order
+    places, moves = _moving(tangents[0])
+    _known_to_move(tangents[1])
+    if not places:
+        return found, jax.tree.map(_no_tangent, found)
+    if complete("algorithm", given.algorithm).nature(given.model).stochastic:
+        raise TypeError(
+            f"the limit of a fit is differentiated, and {given.algorithm!r} is random to the end: it has none. Put "
+            "jax.lax.stop_gradient around the arguments, where the fit is to count as a constant"
+        )
+    leaves, structure = jax.tree.flatten(given)
+    return found, _moves(leaves, moves, found, status, structure, places)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _steps(start: tuple, found: Limit, status: jax.Array, num_steps: int) -> Limit:
+    return found
+
+
+@functools.partial(_steps.defjvp, symbolic_zeros=True)
+def _steps_jvp(num_steps: int, primals: tuple, tangents: tuple) -> tuple[Limit, Limit]:
+    start, _, status = primals
+    places, moves = _moving(tangents[0])
+    _known_to_move(tangents[1])
+    if not places:
+        return _steps(*primals, num_steps), jax.tree.map(_no_tangent, primals[1])
+    leaves, structure = jax.tree.flatten(start)
+    return _unrolled(leaves, moves, status, structure, places, num_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "places", "num_steps"))
+def _unrolled(
+    leaves: list[Any],
+    moves: list[jax.Array],
+    status: jax.Array,
+    structure: Any,
+    places: tuple[int, ...],
+    num_steps: int,
+) -> tuple[Limit, Limit]:
+    """Where so many steps lead, and how that moves where some of the leaves of the start do."""
+
+    def run(values: Values) -> Limit:
+        given, params, key = _with(leaves, places, values, structure)
+        given = _present(given)
+        algorithm, x, weights = complete("algorithm", given.algorithm), given.x, given.weights
+        step = jax.checkpoint(lambda state: algorithm.step(given.model, state, x, weights))
+        state = algorithm.init(given.model, params, x, weights, key)
+        state, _ = jax.lax.scan(lambda state, _: (step(state), None), state, length=num_steps)
+        state = algorithm.evaluated(given.model, state, x, weights)
+        height = objective(complete("model", given.model), state)
+        return Limit(params=state.params, objective=height, loglik=height if state.loglik is None else state.loglik)
+
+    found, move = jax.jvp(run, ([leaves[place] for place in places],), (moves,))
+    known = status == Status.MAX_STEPS
+    return found, jax.tree.map(
+        lambda leaf: leaf if leaf.dtype == jax.dtypes.float0 else _where_known(known, leaf), move
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("structure", "places"))
+def _moves(
+    leaves: list[jax.Array],
+    moves: list[jax.Array],
+    found: Limit,
+    status: jax.Array,
+    structure: Any,
+    places: tuple[int, ...],
+) -> Limit:
+    """How a limit moves where some of the leaves of what is given do."""
+
+    def given(values: Values) -> Given:
+        return _present(_with(leaves, places, values, structure))
+
+    values = [leaves[place] for place in places]
+    system = (_stationary if _climbs(given(values)) else _fixed_point)(given, found.params, values)
+    theta = system.theta
+    _, (right, slope) = jax.jvp(lambda values: system.at(theta, values), (values,), (moves,))
+    _, change = jax.linearize(lambda theta: system.at(theta, values), theta)
+    along = jax.lax.custom_linear_solve(
+        lambda move: -change(move)[0], right, solve=numerics.gmres, transpose_solve=numerics.gmres_in_range
+    )
+    if any(place < structure.children()[0].num_leaves for place in places):
+        slope = slope + change(right)[1]  # what a model holds moves where the objective is not level
+    known = status == Status.CONVERGED
+    along, slope = _where_known(known, along), _where_known(known, slope)
+    params, params_move = jax.jvp(lambda theta: system.params(theta, values), (theta,), (along,))
+
+    def log_prior(params: Params, values: Values) -> jax.Array:
+        return jnp.asarray(complete("model", given(values).model).log_prior(params), slope.dtype)
+
+    _, of_prior = jax.jvp(log_prior, (params, values), (params_move, moves))
+    return Limit(params=params_move, objective=slope, loglik=slope - of_prior)
+
+
+def _where_known(known: jax.Array, move: jax.Array) -> jax.Array:
+    """A move, or NaN, and no plausible number, in place of one that is not known.
+
+    In both modes what is not asked for stays 0: a fit that failed spoils nothing where a loss leaves it out.
     """
 
-    @functools.wraps(function)
-    def refusing(*arguments: Any, **statics: Any) -> Any:
-        run = jax.custom_jvp(functools.partial(function, **statics))
+    def told(_: Any, move: jax.Array) -> jax.Array:
+        return jnp.where(known | jnp.all(move == 0), move, jnp.nan)
 
-        def rule(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-            if not all(isinstance(tangent, SymbolicZero) for tangent in jax.tree.leaves(tangents)):
-                raise TypeError(
-                    "the derivative of a fit is not there yet: em_fit and fit_restarts cannot be differentiated. "
-                    "Take a fixed number of steps instead, algorithm.init(...) and then algorithm.step(...) in a "
-                    "jax.lax.scan, whose derivatives are exact for that many steps; or put jax.lax.stop_gradient "
-                    "around the arguments, where the fit is to count as a constant"
-                )
-            found = function(*primals, **statics)
-            return found, jax.tree.map(_no_tangent, found)
+    # The identity as a linear system: a linear function with a transpose of its own.
+    return jax.lax.custom_linear_solve(lambda move: move, move, solve=told, symmetric=True)
 
-        run.defjvp(rule, symbolic_zeros=True)
-        return run(*arguments)
 
-    return refusing
+def _present(given: Given) -> Given:
+    """What is given as a fit sees it: a row of weight 0 is absent, and so is the slope in its weight."""
+    x, weights = tree.present(given.x, given.weights)
+    weights = None if weights is None else jnp.where(weights > 0, weights, 0)
+    return dataclasses.replace(given, x=x, weights=weights)
+
+
+def _climbs(given: Given) -> bool:
+    """Whether the model has no M-step but its slope."""
+    return complete("model", given.model).m_step is None
+
+
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """What defines a limit as an implicit function of the values that move.
+
+    theta: its coordinates (P,).
+    params: parameters from (theta, values).
+    at: (theta, values) -> what is 0 at the limit (P,), and the objective. The latter is level at a limit, so that it
+        moves as it does where theta moves by the former alone: as far as parameters are held, and no further.
+    """
+
+    theta: jax.Array
+    params: Callable[[jax.Array, Values], Params]
+    at: Callable[[jax.Array, Values], tuple[jax.Array, jax.Array]]
+
+
+def _fixed_point(given: Callable[[Values], Given], params: Params, _: Values) -> _System:
+    """A fixed point of the EM map: what a step moves parameters by is 0."""
+    theta, unravel = ravel_pytree(params)
+
+    def at(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
+        known = given(values)
+        limit = complete("algorithm", known.algorithm).limit
+        after, state = limit(known.model, unravel(theta), known.x, known.weights)
+        return ravel_pytree(after)[0] - theta, objective(complete("model", known.model), state)
+
+    return _System(theta=theta, params=lambda theta, values: unravel(theta), at=at)
+
+
+def _stationary(given: Callable[[Values], Given], params: Params, values: Values) -> _System:
+    """A point where the objective is level, in unconstrained coordinates: of models without an M-step of their own."""
+    theta, unravel = ravel_pytree(complete("model", given(values).model).unconstrain(params))
+
+    def params_of(theta: jax.Array, values: Values) -> Params:
+        return complete("model", given(values).model).constrain(unravel(theta))
+
+    def height(theta: jax.Array, values: Values) -> jax.Array:
+        known = given(values)
+        state = EM().init(known.model, params_of(theta, values), known.x, known.weights)
+        return objective(complete("model", known.model), state)
+
+    def at(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
+        return jax.grad(height)(theta, values), height(jax.lax.stop_gradient(theta), values)
+
+    return _System(theta=theta, params=params_of, at=at)
 
 
 def _no_tangent(value: jax.Array) -> Any:

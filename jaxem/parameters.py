@@ -118,6 +118,11 @@ def _alike(name: str, given: Any, expected: Any, lead: tuple[int, ...], data: st
             raise TypeError(f"{name} must be a dict with {sorted(expected)}; got {checks.told(given)}")
         for key in expected:
             _alike(f"{name}[{key!r}]", given[key], expected[key], lead, data)
+    elif isinstance(expected, tuple):
+        if not isinstance(given, tuple) or len(given) != len(expected):
+            raise TypeError(f"{name} must be a tuple of {len(expected)}; got {checks.told(given)}")
+        for index, each in enumerate(expected):
+            _alike(f"{name}[{index}]", given[index], each, lead, data)
     else:
         _shape(name, given, (*lead, *expected.shape), data)
 

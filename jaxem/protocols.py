@@ -3,46 +3,17 @@
 What an object may leave out, and what then stands in its place, is written down in `capabilities.py`.
 """
 
-import dataclasses
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import jax
 
 from . import tree
+from .nature import Nature as Nature
 from .record import record
 
 Params = Any
 Stats = Any
 Data = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Nature:
-    """What an algorithm is, or one of its slots.
-
-    stochastic: steps are random to the end, so that no fit settles by itself.
-    monotone: exact arithmetic would never lower the objective.
-    complete: a state's statistics are those of all rows at its parameters.
-    inexact: M-steps stop short of their maximum, some more than others, so that gains are irregular.
-    """
-
-    stochastic: bool = False
-    monotone: bool = True
-    complete: bool = True
-    inexact: bool = False
-
-    @staticmethod
-    def of(natures: "Iterable[Nature]") -> "Nature":
-        """What is made of such slots; where one is random, the objective may fall."""
-        natures = tuple(natures)
-        stochastic = any(each.stochastic for each in natures)
-        return Nature(
-            stochastic=stochastic,
-            monotone=not stochastic and all(each.monotone for each in natures),
-            complete=all(each.complete for each in natures),
-            inexact=any(each.inexact for each in natures),
-        )
 
 
 class Model(Protocol):
@@ -63,6 +34,30 @@ class Model(Protocol):
     @property
     def q_function(self) -> Any:
         """(params, stats) -> scalar, linear in the statistics; None where there is none."""
+        ...
+
+    @property
+    def q_on_rows(self) -> Any:
+        """(params, stats, x, weights) -> Q as a function of parameters, where `q_function` is but its tangent at
+        `params`, which all statistics are of; None where statistics tell Q at all parameters."""
+        ...
+
+    @property
+    def recognise(self) -> Any:
+        """(params, x) -> q(z | x_n), a distribution with `sample(key)` and `log_prob(z)`; None without a network."""
+        ...
+
+    @property
+    def wake(self) -> Any:
+        """(params, x, weights) -> params, the M-step under that q; None where there is none."""
+        ...
+
+    def complete_log_prob(self, params: Params, x: Data, z: Any) -> jax.Array:
+        """log p(x_n, z_n): (N,)."""
+        ...
+
+    def sample_with_latents(self, key: jax.Array, params: Params, n: int) -> tuple[Data, Any]:
+        """n rows, and the latents that they came from."""
         ...
 
     @property
@@ -222,6 +217,51 @@ class Part(Protocol):
     def unconstrain(self, params: Params) -> Any: ...
 
     def constrain(self, theta: Any) -> Params: ...
+
+
+class Conjugate(Part, Protocol):
+    """A part with a conjugate prior: distributions q of its parameters are of the prior's kind.
+
+    q is a record of `priors`, component axis first, or a dict of such: what `Variational` has for parameters. Its
+    records have `expected()`, `sample(key)`, `kl(other)`, `unconstrain()` and `constrain()`, and name in `positive` the
+    fields that are not below 0.
+    """
+
+    def conjugate_of(self) -> Any:
+        """The prior, as q; TypeError or ValueError where the part has none."""
+        ...
+
+    def posterior(self, stats: Stats) -> Any:
+        """q given the statistics."""
+        ...
+
+    def pooled_posterior(self, x: Data, weights: jax.Array | None, num_components: int) -> Any:
+        """q given all rows, in every component."""
+        ...
+
+    def draw(self, key: jax.Array, stats: Stats) -> Params:
+        """Parameters drawn from their posterior given the statistics."""
+        ...
+
+    def given(self, values: Any) -> Params:
+        """Parameters from what q's `expected` and `sample` give."""
+        ...
+
+    def plugged(self, q: Any) -> Params:
+        """The parameters that statistics are taken at."""
+        ...
+
+    def expected_log_prob(self, q: Any, x: Data) -> jax.Array:
+        """E_q of `log_prob`: (K, N)."""
+        ...
+
+    def log_expected_prob(self, q: Any, x: Data) -> jax.Array:
+        """The logarithm of the density's mean over q: (K, N)."""
+        ...
+
+    def expected_q(self, q: Any, stats: Stats) -> jax.Array:
+        """E_q of `q_function`; linear in the statistics."""
+        ...
 
 
 class Gate(Part, Protocol):
@@ -387,12 +427,27 @@ class State(Protocol):
         """False while the objective itself is still being changed."""
         ...
 
+    @property
+    def certified(self) -> jax.Array | bool:
+        """Whether no direction was found in which more is left."""
+        ...
+
 
 class Algorithm(Protocol):
     """An EM step, or what is around one."""
 
     def nature(self, model: Model) -> Nature:
         """What it is where it fits this model."""
+        ...
+
+    def limit(self, model: Model, params: Params, x: Data, weights: jax.Array | None = None) -> tuple[Params, Any]:
+        """Where a smooth map leads from `params` whose fixed points are where this algorithm ends; the state there."""
+        ...
+
+    @property
+    def certify(self) -> Any:
+        """(model, state, x, weights, allowed) -> the state to go on from and whether it is higher by more than
+        `allowed` nats, asked where a fit seems to have ended; None where nothing is looked at again."""
         ...
 
     def init(

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from . import parameters, scheduler, stopping, tree
 from .fit import advance, begin, ended
-from .implicit import refuse_derivatives
 from .protocols import Data, Params
 from .record import record
 from .status import Status
@@ -140,7 +139,7 @@ def prepare(
             history=jnp.zeros((num_restarts, kept_steps + 1), unknown.dtype),
         )
 
-    return refuse_derivatives(prepared)(fitting, key, starts)
+    return prepared(fitting, key, starts)
 
 
 @functools.partial(jax.jit, static_argnames=("lanes", "capacity"))
@@ -159,7 +158,7 @@ def drive(
         iteration = _iteration(fitting, jobs, tol, max_steps, capacity)
         return scheduler.run(iteration, (jobs, none), jobs.status == Status.RUNNING, lanes)
 
-    return refuse_derivatives(driven)(fitting, jobs, tol, max_steps)
+    return driven(fitting, jobs, tol, max_steps)
 
 
 def _iteration(

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, parameters, stopping, tree
-from .capabilities import fitted_model, informed
-from .fit import Result, chosen, data_of, history_capacity, sees_all_rows
+from . import checks, implicit, parameters, stopping, tree
+from .arguments import chosen, data_of, sees_all_rows
+from .capabilities import complete, fitted_model, informed
+from .em import certified, pose
+from .em.certified import PASSES, Verdict, climbs, verdict
+from .fit import Result, allowance, em_fit, history_capacity
 from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
@@ -46,7 +49,8 @@ class Restarts:
     """How every restart ended, and the best of them in full.
 
     best: the Result of the restart with the highest objective among those that converged or ran out of steps (if all
-        failed, the highest of the failed: look at its status), and that were not screened out.
+        failed, the highest of the failed: look at its status), and that were not screened out; certified, where that
+        was asked for.
     index: which restart that is.
     total_weight: what objectives are divided by to compare them per row.
 
@@ -136,8 +140,9 @@ def _finish(
     history = jnp.where(leader.number == index, history, jnp.pad(best.history, (0, len(history) - len(best.history))))
     past = best.objective if finite else jnp.nan
     best = dataclasses.replace(best, history=jnp.where(jnp.arange(len(history)) <= best.num_steps, history, past))
+    shown = {name: value for name, value in fields(best).items() if name not in ("key", "watch")}
     return Restarts(
-        best=Result(**{name: value for name, value in fields(best).items() if name not in ("key", "watch")}),
+        best=Result(**shown, certified=jnp.array(False)),
         index=index,
         params=jobs.params,
         objective=jobs.objective,
@@ -162,6 +167,7 @@ def fit_restarts(
     max_steps: jax.Array | int = 1000,
     screen: Screen | None = None,
     block_size: int | None = None,
+    certify: bool = True,
 ) -> Restarts:
     """Fit a model by EM from many starts and keep the best.
 
@@ -170,11 +176,16 @@ def fit_restarts(
     algorithm, tol, max_steps: as in `em_fit`, for every restart by itself.
     screen: short runs first, and only the best of them to convergence.
     block_size: how many restarts run side by side; chosen from shapes and backend when None.
+    certify: whether the best, if it converged, is looked at once more, in 30 E-steps (see `certified`). Where more is
+        found it goes on from there, until it is certified; in traced calls it stays as it is, and `best.certified` is
+        False. Algorithms that are random, and models that are no likelihoods, are not certified.
 
     Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart that fails ends
     with its own status, never wins, and does not touch its neighbours. Where the model has a `coarse()` form, a large
     job runs with that first, and then every restart runs on to convergence with the model itself. What is reported is
     that second run, but num_passes counts both.
+
+    `best` has the derivatives of its limit, as those of `em_fit`; those of all else are NaN.
 
     Raises ValueError or TypeError for bad input when called eagerly.
     """
@@ -188,12 +199,16 @@ def fit_restarts(
     # A start of the user's own is drawn from the rows as they are.
     sees_all = sees_all_rows(model, algorithm) and not callable(init)
     x, weights = tree.present(*data_of(model, x, weights, sees_all))
-    model = informed(model, x)
+    model = informed(model, implicit.constants(x))
     starts, function, num_restarts = _starts(model, init, num_restarts)
     if starts is not None:
         parameters.check("init", model, starts, x, lead=(num_restarts,))
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 
+    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
+    model, algorithm, x, weights, starts, tol, max_steps = implicit.constants(
+        (model, algorithm, x, weights, starts, tol, max_steps)
+    )
     work = _work(model, starts, function, key, x, weights)
     lanes = min(num_restarts, lanes_for(work) if block_size is None else block_size)
     capacity = history_capacity(max_steps, lanes)
@@ -201,10 +216,65 @@ def fit_restarts(
     fitting = Fitting(model=model, algorithm=algorithm, x=x, weights=weights)
     jobs = prepare(fitting, key, starts, num_restarts, function, lanes, kept_steps)
     runs = _all_phases(fitting, jobs, screen, num_restarts * work, tol, max_steps, lanes, capacity)
+    if certify:
+        runs = _certified(fitting, runs, tol, max_steps, capacity)
     if isinstance(max_steps, (int, np.integer)):
         best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
         runs = dataclasses.replace(runs, best=best)
-    return runs
+    return dataclasses.replace(implicit.unknown(given, runs), best=implicit.differentiable(runs.best, given, None))
+
+
+def _certified(
+    fitting: Fitting, runs: Restarts, tol: jax.Array | float, max_steps: jax.Array | int, capacity: int
+) -> Restarts:
+    """The restarts, with what a verdict says of the best; it goes on where that can be seen to be worth it."""
+    model, algorithm, best = fitting.model, fitting.algorithm, runs.best
+    known = checks.is_concrete(best.status)
+    if not (model.likelihood and model.m_step is not None and climbs(algorithm, model)):
+        return runs
+    if known and best.status != Status.CONVERGED:
+        return runs
+    found = _look(fitting, best.params, best.objective, tol)
+    sure = (best.status == Status.CONVERGED) & found.certified
+    best = dataclasses.replace(best, certified=sure, num_passes=best.num_passes + PASSES)
+    if known and found.better:
+        more = em_fit(
+            model,
+            found.params,
+            fitting.x,
+            fitting.weights,
+            algorithm=certified(algorithm),
+            tol=tol,
+            max_steps=jnp.maximum(max_steps - best.num_steps, 0),
+        )
+        steps = best.num_steps + jnp.arange(len(more.history))
+        best = dataclasses.replace(
+            more,
+            num_steps=best.num_steps + more.num_steps,
+            num_passes=best.num_passes + more.num_passes,
+            history=best.history.at[steps].set(more.history, mode="drop"),
+            largest_decrease=jnp.maximum(best.largest_decrease, more.largest_decrease),
+        )
+    return _with_best(runs, best)
+
+
+@functools.partial(jax.jit, inline=True)
+def _look(fitting: Fitting, params: Params, height: jax.Array, tol: jax.Array | float) -> Verdict:
+    problem = pose(fitting.model, fitting.x, fitting.weights)
+    allowed = allowance(height, fitting.model, problem.total.astype(height.dtype), tol)
+    return verdict(problem, complete("algorithm", fitting.algorithm), params, height, allowed)
+
+
+@jax.jit
+def _with_best(runs: Restarts, best: Result) -> Restarts:
+    """Restarts whose best is this, also where it stands among all."""
+    changed = {name: fields(best)[name] for name in ("params", "objective", "status", "num_steps", "num_passes")}
+    changed["largest_decrease"] = best.largest_decrease
+    every = {
+        name: jax.tree.map(lambda all_, one: all_.at[runs.index].set(one), fields(runs)[name], value)
+        for name, value in changed.items()
+    }
+    return dataclasses.replace(runs, best=best, **every)
 
 
 def _all_phases(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import capabilities, checks, numerics, parameters, tree
-from .data import as_labelled, split
+from .data import as_labelled, seen_by, split
 from .protocols import Data, Params, Stats
 
 METHODS = ("k-means++", "random_rows", "random_responsibilities")
@@ -61,6 +61,7 @@ def membership(
     is seeded by one of them.
     """
     family, (rows, labels) = capabilities.complete("part", family), split(x)
+    rows = seen_by("components", rows)
     points = standardize(family.features(rows), weights)
     if method == "random_responsibilities":
         return random_responsibilities(
@@ -104,7 +105,7 @@ def statistics(
     centres them on the components' own means.
     """
     dtype, count = tree.float_dtype(x), max(counts.values())
-    pooled = {name: part.pooled(x, weights, counts[name]) for name, part in parts.items()}
+    pooled = {name: part.pooled(seen_by(name, x), weights, counts[name]) for name, part in parts.items()}
     floats = sum(part.floats_per_row(pooled[name]) for name, part in parts.items())
     size = tree.rows_per_block(2 * count + floats, dtype)
 
@@ -112,7 +113,7 @@ def statistics(
         x, membership = rows
         given = responsibilities(membership, count, smoothing, dtype)
         given = given if inside is None else given * inside.astype(dtype)[None]
-        return {name: part.stats(values[name], x, given) for name, part in parts.items()}
+        return {name: part.stats(values[name], seen_by(name, x), given) for name, part in parts.items()}
 
     def at(values: dict[str, Params]) -> dict[str, Stats]:
         return tree.sum_over_blocks(functools.partial(of_block, values), (x, membership), weights, size)

@@ -36,6 +36,16 @@ def log_minus_digamma(a: jax.Array) -> jax.Array:
     return 0.5 / a + digamma_error(a)
 
 
+def digamma(a: jax.Array) -> jax.Array:
+    """The slope of lgamma, a > 0; about -1/a for small a."""
+    return jnp.log(a) - log_minus_digamma(a)
+
+
+def gamma_entropy_gap(a: jax.Array) -> jax.Array:
+    """a digamma(a) - lgamma(a) - a, a > 0: about (log(a / 2 pi) - 1) / 2 for large a, whose terms it does not form."""
+    return 0.5 * jnp.log(a / (2 * math.pi)) - stirling_error(a) - 0.5 - a * digamma_error(a)
+
+
 def log_beta(a: jax.Array, b: jax.Array) -> jax.Array:
     """log of the beta function, a and b > 0, by Stirling's formula: JAX's own is off by 1e-6 even in float64."""
     errors = stirling_error(a) + stirling_error(b) - stirling_error(a + b)

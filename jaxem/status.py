@@ -31,8 +31,9 @@ REMEDIES = {
         "jaxem.pseudo_rows for other families; jaxem.Dirichlet on the weights where components die; pseudo_steps of a "
         "linear system), fewer components, a simpler covariance, no columns that are constant or repeat each other, "
         "more restarts, or float64. In a factor model a uniqueness went to 0 (a Heywood case): take fewer factors, or "
-        "hold it by jaxem.Fixed. In an item response model all answered an item alike, or its slope went to "
-        "infinity: drop it. In a mixed model a variance of random effects is 0: leave these out"
+        "hold it by jaxem.Fixed. A gate that tells all rows apart becomes a step: give it a ridge. In an item response "
+        "model all answered an item alike, or its slope went to infinity: drop it. In a mixed model a variance of "
+        "random effects is 0: leave these out"
     ),
     Status.DECREASED: (
         "the objective fell by more than rounding; the parameters before the fall are returned. For exact EM that "

@@ -17,6 +17,7 @@ from jaxem import (
     Exact,
     Full,
     Gradient,
+    HelmholtzMachine,
     Incremental,
     KMeans,
     LinearGaussianSSM,
@@ -72,7 +73,10 @@ class Mean:
 @pytest.mark.parametrize(
     ("kind", "thing"),
     [
-        *(("model", model) for model in (KMeans(2), MODEL, HMM(Poisson(), 2), LinearGaussianSSM(2))),
+        *(
+            ("model", model)
+            for model in (KMeans(2), MODEL, HMM(Poisson(), 2), LinearGaussianSSM(2), HelmholtzMachine(2))
+        ),
         *(("gather", gather) for gather in (Full(), Blocks(3), Stepwise(3), VarianceReduced(3), Incremental(3))),
         *(("maximize", maximize) for maximize in (ClosedForm(), Gradient(), Conditional())),
         *(

@@ -16,6 +16,7 @@ from jaxem import (
     Bernoulli,
     Expanded,
     Fixed,
+    GammaPrior,
     KMeans,
     LinearGaussianSSM,
     Mixture,
@@ -31,6 +32,7 @@ from jaxem import (
     em_fit,
     from_functions,
     generalized_em,
+    gibbs,
     hard_em,
     incremental_em,
     monte_carlo_em,
@@ -47,6 +49,7 @@ VARIANTS = {
     "`EM()`": EM(),
     "`hard_em()`": hard_em(),
     "`stochastic_em()`, `monte_carlo_em(n)`": monte_carlo_em(3),
+    "`gibbs()`, where priors are conjugate": gibbs(),
     "`stepwise_em(batch_size)`": stepwise_em(10),
     "`averaged(...)`": averaged(EM(gather=Stepwise(10))),
     "SAEM: `EM(expect=Sample(), gather=Stepwise())`": EM(expect=Sample(), gather=Stepwise()),
@@ -85,13 +88,16 @@ def _models():
     yes = (rng.random((40, 2)) < 0.4).astype(np.int32)
     yes[3, 1] = -1
     return {
-        "mixtures": (Mixture(Poisson(), 2), counts),
+        "mixtures": (Mixture(Poisson(prior=GammaPrior(2.0, 0.5)), 2), counts),
         "with `Product`, `Fixed`, missing entries": (
-            Fixed(Mixture(Product({"n": Poisson(), "yes": Bernoulli()}), 2), {"weights": jnp.array([0.5, 0.5])}),
+            Fixed(
+                Mixture(Product({"n": Poisson(prior=GammaPrior(2.0, 0.5)), "yes": Bernoulli()}), 2),
+                {"weights": jnp.array([0.5, 0.5])},
+            ),
             {"n": counts, "yes": yes},
         ),
         "`KMeans`": (KMeans(2), counts),
-        "`HMM`": (HMM(Poisson(), 2), counts.reshape(20, 2, 1)),
+        "`HMM`": (HMM(Poisson(prior=GammaPrior(2.0, 0.5)), 2), counts.reshape(20, 2, 1)),
         "`LinearGaussianSSM`": (LinearGaussianSSM(1, missing=False), rng.normal(size=(20, 4, 2)).cumsum(axis=1)),
         "`from_functions`": (_coins(), rng.integers(0, 11, 40).astype(float)),
     }

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jitted import e_step
 from scipy.stats import multivariate_normal
 
 from jaxem import Exact, Fixed, Hard, Sample, Status, datasets, em_fit
@@ -374,7 +375,7 @@ def test_a_recursion_that_does_not_come_to_rest(x64):
 def test_drawn_paths(x64):
     """Their averages are the exact statistics, within five standard errors, told by twenty batches of draws."""
     model, params = LinearGaussianSSM(2), system()
-    exact = model.e_step(params, HOLES)
+    exact = e_step(model, params, HOLES)
     draw = jax.jit(lambda key: model.e_step(params, HOLES, expect=Sample(40, key=key)))
     batches = [draw(key) for key in jax.random.split(jax.random.key(0), 20)]
     drawn = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
@@ -408,7 +409,7 @@ def test_one_posterior_serves_any_weights_and_other_parameters(form, x64):
     # Seen from other parameters they are the same statistics about other lines.
     other = dataclasses.replace(other, emission_bias=jnp.zeros(3))
     moved = jax.jit(lambda other: model.statistics(other, x, posterior))(other)
-    close(moved, model.rebase(model.e_step(params, x, None, expect), other))
+    close(moved, model.rebase(e_step(model, params, x, None, expect), other))
 
 
 # Float32.
@@ -444,14 +445,14 @@ def test_a_column_predicted_without_error_is_degenerate(x64):
     params = model.init(jax.random.key(0), x)
     fit = em_fit(model, params, x, tol=-1.0, max_steps=200)
     assert fit.status == Status.DEGENERATE
-    stats = model.e_step(fit.params, x)
-    assert not np.any(model.degenerate(model.e_step(params, x + [0, 1] * np.sin(np.arange(40.0))[:, None])))
+    stats = e_step(model, fit.params, x)
+    assert not np.any(model.degenerate(e_step(model, params, x + [0, 1] * np.sin(np.arange(40.0))[:, None])))
     assert np.all(model.degenerate(stats))
     assert not np.any(model.degenerate(stats, held=("emission_covariance",)))
     # A line held away from the constant leaves the noise something to do.
     off = dataclasses.replace(fit.params, emission=jnp.ones((2, 1)), emission_bias=jnp.zeros(2))
     off = dataclasses.replace(off, emission_covariance=jnp.eye(2))
-    assert not np.any(model.degenerate(model.e_step(off, x), held=("emission", "emission_bias")))
+    assert not np.any(model.degenerate(e_step(model, off, x), held=("emission", "emission_bias")))
     held = Fixed(model, {"emission_covariance": 0.1 * np.eye(2)})
     assert em_fit(held, params, x, tol=-1.0, max_steps=200).status == Status.MAX_STEPS
 
@@ -560,7 +561,7 @@ def test_known_and_singular_noise(x64):
     )
     x = model.sample(jax.random.key(0), params, 30)
     loglik, mean, _ = dense(params, np.asarray(x))
-    np.testing.assert_allclose(model.e_step(params, x).loglik, loglik, rtol=1e-10)
+    np.testing.assert_allclose(e_step(model, params, x).loglik, loglik, rtol=1e-10)
     np.testing.assert_allclose(model.smooth(params, x).means, mean, atol=1e-10)
 
 

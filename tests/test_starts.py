@@ -37,6 +37,8 @@ PACKAGE = str(Path(jaxem.__file__).parent)
 KEY = jax.random.key(0)
 # Parameters that may be any numbers.
 FREE = {"mean", "coefficients", "intercept", "centers", "initial_mean", "dynamics", "emission", "loadings"}
+FREE |= {"share", "log_rate"}  # of the zoo's own joint density
+FREE |= {"weights", "biases"}  # of layers
 FREE |= {"discrimination", "difficulty"}
 
 

@@ -1,5 +1,9 @@
 """Every model of the library, one line each: name -> (model, data). All laws run over all of them."""
 
+import functools
+import inspect
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +24,9 @@ from jaxem import (
     Fixed,
     Gamma,
     GammaPrior,
+    Gated,
     GroupedRows,
+    HelmholtzMachine,
     ItemResponse,
     KMeans,
     Labelled,
@@ -30,27 +36,39 @@ from jaxem import (
     LogisticRegression,
     LowRankNormal,
     Mixture,
+    MixtureOfExperts,
     Moments,
     Multinomial,
     MultivariateNormal,
     NegativeBinomial,
     NoisyNormal,
     Normal,
+    NormalInverseGamma,
     NormalInverseWishart,
     Poisson,
     PoissonRegression,
+    ProbitRegression,
     Product,
     Sequences,
+    SoftmaxGate,
     StudentT,
+    StudentTLinear,
+    StudentTRegression,
     Tied,
+    TwoLevelGate,
+    Variational,
+    VariationalMixture,
     VonMisesFisher,
     ZeroInflated,
     bounding_volume,
     default_prior,
+    from_log_joint,
     group_rows,
     pack_sequences,
     pseudo_rows,
 )
+from jaxem.capabilities import states
+from jaxem.record import fields, record
 
 _rng = np.random.default_rng(7)
 _labels = _rng.integers(0, 3, 40)
@@ -113,11 +131,14 @@ def _strict(columns: int) -> NormalInverseWishart:
     )
 
 
-# Nine sequences of six steps, two states that take turns.
-_states = (np.arange(6) // 2 + _rng.integers(0, 2, (9, 1))) % 2
-_paths = np.array([[0.0, 0.0], [2.0, 1.0]])[_states] + _rng.normal(size=(9, 6, 2))
+_diagonal = NormalInverseWishart(mean=np.full(2, 0.5), shrinkage=2.0, degrees_of_freedom=3.0, scale=np.ones(2))
+_line = NormalInverseGamma(mean=np.zeros(3), precision=0.5, shape=2.0, rate=1.0)
+
+# Eight sequences of six steps, an even number so that halves have one shape; two states that take turns.
+_states = (np.arange(6) // 2 + _rng.integers(0, 2, (8, 1))) % 2
+_paths = np.array([[0.0, 0.0], [2.0, 1.0]])[_states] + _rng.normal(size=(8, 6, 2))
 _events = _rng.poisson(np.array([2.0, 7.0])[_states])[..., None]
-_lengths = _rng.integers(3, 7, 9)
+_lengths = _rng.integers(3, 7, 8)
 
 
 def _gaps(x: np.ndarray) -> np.ndarray:
@@ -126,11 +147,27 @@ def _gaps(x: np.ndarray) -> np.ndarray:
 
 
 def _level(columns: int) -> np.ndarray:
-    """Nine sequences of six steps that follow one slow state."""
-    return np.cumsum(_rng.normal(size=(9, 6, 1)), axis=1) / 2 + _rng.normal(size=(9, 6, columns))
+    """Eight sequences of six steps that follow one slow state."""
+    return np.cumsum(_rng.normal(size=(8, 6, 1)), axis=1) / 2 + _rng.normal(size=(8, 6, columns))
 
 
-_series, _inputs = _level(3), _rng.normal(size=(9, 6, 2))
+@record
+class _Rates:
+    share: jax.Array
+    log_rate: jax.Array
+
+
+def _poissons(params: _Rates, x: jax.Array) -> jax.Array:
+    """log p(x_n, z_n = k) of a mixture of Poisson distributions, up to what does not depend on parameters."""
+    share, log_rate = jax.nn.log_softmax(params.share)[:, None], params.log_rate[:, None]
+    return share + log_rate * x[None] - jnp.exp(log_rate)
+
+
+def _rates_drawn(key: jax.Array, x: jax.Array, weights: jax.Array | None = None) -> _Rates:
+    return _Rates(share=jnp.zeros(2), log_rate=1.0 + jax.random.normal(key, (2,)))
+
+
+_series, _inputs = _level(3), _rng.normal(size=(8, 6, 2))
 
 
 def _held_system() -> Fixed:
@@ -142,9 +179,9 @@ def _held_system() -> Fixed:
 
 
 def _packed(x: np.ndarray) -> Sequences:
-    """Eighteen sequences, two in every row."""
+    """Sixteen sequences, two in every row."""
     parts = [part for row, length in zip(x, _lengths, strict=True) for part in (row[:length], row[length - 3 :])]
-    return pack_sequences(parts, 9)
+    return pack_sequences(parts, 8)
 
 
 def _grouped(x: np.ndarray) -> Moments:
@@ -152,6 +189,10 @@ def _grouped(x: np.ndarray) -> Moments:
     groups = x[np.random.default_rng(9).integers(0, 40, (40, 8))]
     apart = groups - groups.mean(axis=1, keepdims=True)
     return Moments(groups.mean(axis=1), np.einsum("gni,gnj->gij", apart, apart) / 8, np.full(40, 8.0))
+
+
+# Op by op it would be a hundred programs.
+_pseudo_rows = jax.jit(pseudo_rows)
 
 
 def _families() -> GroupedRows:
@@ -221,23 +262,37 @@ def zoo() -> dict:
             "student t": lambda: (Mixture(StudentT(), 2), _points),
             "student t, held, tied": lambda: (Mixture(StudentT("tied", 4.0), 2), _points),
             "student t, diag, prior": lambda: (
-                Mixture(StudentT("diag", prior=pseudo_rows(StudentT("diag"), jnp.asarray(_points), 3.0)), 2),
+                Mixture(StudentT("diag", prior=_pseudo_rows(StudentT("diag"), jnp.asarray(_points), 3.0)), 2),
                 _points,
             ),
             "zero-inflated poisson": lambda: (Mixture(ZeroInflated(Poisson(), prior=Beta(2.0, 3.0)), 2), _zeros),
             "linear regression": lambda: (Mixture(LinearRegression(), 2), (_design, _response)),
             "linear regression, prior": lambda: (
-                Mixture(LinearRegression(prior=pseudo_rows(LinearRegression(), (_design, _response), 3.0)), 2),
+                Mixture(LinearRegression(prior=_pseudo_rows(LinearRegression(), (_design, _response), 3.0)), 2),
                 (_design, _response),
             ),
             "censored normal": lambda: (Mixture(CensoredNormal(), 2), _bounds(_points[:, 0])),
             "censored regression, prior": lambda: (
-                Mixture(CensoredRegression(prior=pseudo_rows(CensoredRegression(), _censored, 3.0)), 2),
+                Mixture(CensoredRegression(prior=_pseudo_rows(CensoredRegression(), _censored, 3.0)), 2),
                 _censored,
             ),
             "censored regression, shared": lambda: (Mixture(Tied(CensoredRegression(), "variance"), 2), _censored),
             "logistic regression": lambda: (Mixture(LogisticRegression(ridge=0.5), 2), (_design, _binary)),
             "poisson regression": lambda: (Mixture(PoissonRegression(ridge=0.5), 2), (_design, _counts[:, 0])),
+            "probit regression": lambda: (ProbitRegression(ridge=0.5), (_design, _binary)),
+            "student t regression": lambda: (StudentTRegression(), (_design, _response)),
+            "student t regression, held, mixture": lambda: (Mixture(StudentTLinear(4.0), 2), (_design, _response)),
+            "experts": lambda: (MixtureOfExperts(LinearRegression(), 2), (_design, _response)),
+            "experts, two levels, own features": lambda: (
+                MixtureOfExperts(
+                    LogisticRegression(ridge=0.5), 4, gate=TwoLevelGate(num_groups=2, gate=SoftmaxGate(ridge=0.5))
+                ),
+                Gated((_design, _binary), _points),
+            ),
+            "bernoulli, concomitant": lambda: (
+                Mixture(Bernoulli(), 2, gate=SoftmaxGate(ridge=0.1)),
+                Gated(_yes, _points[:, 0]),
+            ),
             "product": lambda: (Mixture(Product({"size": Normal("diag"), "smoker": Bernoulli()}), 2), _mixed),
             "background": lambda: (
                 Mixture(Background(Normal("full"), bounding_volume(jnp.asarray(_points))), 2),
@@ -270,6 +325,15 @@ def zoo() -> dict:
                 _points,
             ),
             "factor analysers, shared loadings": lambda: (Mixture(Tied(LowRankNormal(1), "loadings"), 2), _many[:, :4]),
+            "variational": lambda: (VariationalMixture(Normal(prior=_strict(2)), 3, 0.5), _holes(_points)),
+            "variational, process": lambda: (
+                VariationalMixture(
+                    Product({"size": Normal("diag", prior=_diagonal), "line": LinearRegression(prior=_line)}),
+                    2,
+                    process=True,
+                ),
+                {"size": _holes(_points), "line": (_design, _response)},
+            ),
             "kmeans": lambda: (KMeans(3), _points),
             "exponential": lambda: (Mixture(Exponential(), 3), _holes(_waits)),
             "hmm": lambda: (HMM(Normal(), 2), Sequences(_gaps(_paths), _lengths)),
@@ -278,6 +342,10 @@ def zoo() -> dict:
             "hmm, parallel": lambda: (HMM(Normal("tied"), 2, parallel=True), Sequences(_paths, _lengths)),
             "hmm, missing entries": lambda: (HMM(Normal(), 2), Sequences(_holes(_paths), _lengths)),
             "hmm, packed": lambda: (HMM(Normal("diag"), 2, form="scaled"), _packed(_paths)),
+            "hmm, variational": lambda: (
+                HMM(Variational(Poisson(prior=GammaPrior(2.0, 1.0))), 2, transition_prior=Dirichlet(2.0)),
+                _events,
+            ),
             "hmm, priors": lambda: (
                 HMM(Poisson(), 2, initial_prior=Dirichlet(2.0), transition_prior=Dirichlet(1 + 3 * jnp.eye(2))),
                 _events,
@@ -305,6 +373,8 @@ def zoo() -> dict:
             "linear system, held, prior, missing": lambda: (_held_system(), _holes(_series)),
             "multivariate normal, missing": lambda: (MultivariateNormal(), _holes(_many)),
             "multivariate normal, prior, moments": lambda: (MultivariateNormal(prior=_strict(5)), _grouped(_many)),
+            "helmholtz machine": lambda: (HelmholtzMachine((1, 1)), _yes),
+            "log joint": lambda: (from_log_joint(_poissons, 2, init=_rates_drawn), _counts[:, 0]),
             "factor analysis": lambda: (FactorAnalysis(2, missing=False), _many),
             "factor analysis, missing": lambda: (FactorAnalysis(1), _holes(_many)),
             "factor analysis, moments": lambda: (FactorAnalysis(2), _grouped(_many)),
@@ -319,3 +389,45 @@ def zoo() -> dict:
 
 
 NAMES = tuple(zoo())
+
+
+def _kind(model: Any) -> tuple:
+    """The classes that a model is made of, statements about it left aside."""
+    if isinstance(model, (Fixed, Tied)):
+        return _kind(model.inner)
+    inside = [value for value in fields(model).values() if isinstance(value, dict) or states(value, "m_step")]
+    return (type(model), *map(_kind, inside))
+
+
+@functools.cache
+def first_of_kinds() -> set[str]:
+    """The first model of every kind."""
+    names: dict[tuple, str] = {}
+    for name in NAMES:
+        names.setdefault(_kind(zoo()[name][0]), name)
+    return set(names.values())
+
+
+@functools.cache
+def firsts_of_classes() -> tuple[str, ...]:
+    """Models by which every class of the library is in one: each brings in one more."""
+    seen: set[type] = set()
+    names = []
+    for name in NAMES:
+        classes = set(_classes(_kind(zoo()[name][0])))
+        if classes - seen:
+            names.append(name)
+        seen |= classes
+    return tuple(names)
+
+
+def _classes(kind: tuple) -> list[type]:
+    return [kind[0], *(each for inside in kind[1:] for each in _classes(inside))]
+
+
+def quick_start(model: Any) -> dict[str, str]:
+    """Where a model has several kinds of starts, the arguments of its `init` for one that is quick to compile."""
+    known = inspect.signature(getattr(model, "inner", model).init).parameters
+    of = {"family": "random_responsibilities", "num_clusters": "random_rows"}
+    quick = [method for name, method in of.items() if states(model, name) and "method" in known]
+    return {"method": quick[0]} if quick else {}

@@ -68,6 +68,10 @@ class Squarem:
     def nature(self, model: AnyModel) -> Nature:
         return Nature()
 
+    def limit(self, *given: Any) -> tuple[Params, EMState]:
+        """The EM map that it accelerates."""
+        return self.inner.limit(*given)
+
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> SquaremState:
@@ -193,6 +197,10 @@ class Anderson:
 
     def nature(self, model: AnyModel) -> Nature:
         return Nature()
+
+    def limit(self, *given: Any) -> tuple[Params, EMState]:
+        """The EM map that it accelerates."""
+        return self.inner.limit(*given)
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None

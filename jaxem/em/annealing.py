@@ -99,6 +99,10 @@ class Annealed:
     def nature(self, model: AnyModel) -> Nature:
         return Nature(stochastic=self.inner.nature(model).stochastic, monotone=False, complete=False)
 
+    def limit(self, *given: Any) -> tuple[Params, EMState]:
+        """The EM map of temperature 1, which it ends with."""
+        return dataclasses.replace(self.inner, expect=Exact()).limit(*given)
+
     def temperature(self, step: jax.Array) -> jax.Array:
         """The temperature of a step, counted from 0, the start."""
         if callable(self.schedule):

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from .. import checks, tree
 from ..capabilities import complete, completed, original
+from ..parts import conjugacy
 from ..protocols import Model, Nature, Params, Problem, Stats
 from ..record import record, static
 
@@ -25,16 +26,17 @@ _CURVATURES = 10
 @completed("maximize")
 @record
 class ClosedForm:
-    """The model's own M-step; for a model without one, `Gradient()`."""
+    """The model's own M-step; for a model without one, `Gradient()`, where Q takes a pass over the rows without the
+    line search of its L-BFGS: the lengths that are tried side by side are one."""
 
     def init(self, problem: Problem, params: Params) -> Any:
-        return Gradient().init(problem, params) if problem.model.m_step is None else None
+        return _climber(problem.model).init(problem, params) if problem.model.m_step is None else None
 
     def step(
         self, problem: Problem, params: Params, stats: Stats, state: Any, index: jax.Array | int, key: jax.Array | None
     ) -> tuple[Params, Any]:
         if problem.model.m_step is None:
-            return Gradient().step(problem, params, stats, state, index, key)
+            return _climber(problem.model).step(problem, params, stats, state, index, key)
         return problem.model.m_step(stats), None
 
 
@@ -61,6 +63,28 @@ class Expanded:
         return problem.model.expanded(problem.model.m_step(stats), stats), None
 
 
+@completed("maximize")
+@record
+class Draw:
+    """Draw the parameters from their posterior given the statistics, in place of its mode: Gibbs sampling.
+
+    With `Sample(1)` in the E-step that is data augmentation (Tanner & Wong 1987; Diebolt & Robert 1994): a state's
+    parameters are a Markov chain whose distribution tends to the posterior, and which never settles; see `gibbs` and
+    `trajectory`. With `Exact()` parameters are drawn as if expected latents had been seen, which is no such chain.
+    For all models whose parts have conjugate priors; for those of probabilities, none is the flat one.
+    Raises TypeError for models with a part that cannot be drawn, or without a key.
+    """
+
+    nature = Nature(stochastic=True)
+
+    def step(
+        self, problem: Problem, params: Params, stats: Stats, state: None, index: jax.Array | int, key: jax.Array | None
+    ) -> tuple[Params, None]:
+        if key is None:
+            raise TypeError("Draw() draws at random and has no key: pass key=...")
+        return conjugacy.drawn(problem.model, key, stats), None
+
+
 @record
 class Ascent:
     """What gradient steps remember.
@@ -76,6 +100,7 @@ class Ascent:
 
 
 _LBFGS = optax.lbfgs(memory_size=8)
+_WITHOUT_SEARCH = optax.lbfgs(memory_size=8, linesearch=None)
 
 
 @completed("maximize")
@@ -88,7 +113,8 @@ class Gradient:
 
     The optimiser's state is carried from one EM step to the next. A step that would lower Q is shortened, down to a
     millionth, or refused, and then the optimiser starts anew: so no EM step lowers the objective (Dempster, Laird &
-    Rubin 1977, section 3: GEM). A gradient step uses the statistics at hand, and does not touch the data.
+    Rubin 1977, section 3: GEM). A gradient step uses the statistics at hand, and does not touch the data, unless the
+    model has no statistics that tell Q (`from_log_joint`).
     Raises TypeError for what is no optax optimiser, for models without `q_function`, and for states of
     another optimiser; ValueError for num_steps below 1.
     """
@@ -127,9 +153,10 @@ class Gradient:
         model = problem.model
         theta = model.unconstrain(params)
         self._check_state(theta, state)
+        climbed = _climbed(problem, params, stats)
 
         def descent(theta: Any) -> jax.Array:
-            return -surrogate(model, model.constrain(theta), stats) / state.total
+            return -climbed(model.constrain(theta)) / state.total
 
         update = optax.with_extra_args_support(self.optimizer).update
 
@@ -218,9 +245,23 @@ class Conditional:
         return self.blocks or tuple((name,) for name in declared)
 
 
+def _climber(model: Model) -> Gradient:
+    """What climbs Q where the model has no M-step."""
+    return Gradient() if model.q_on_rows is None else Gradient(_WITHOUT_SEARCH)
+
+
 def surrogate(model: Model, params: Params, stats: Stats) -> jax.Array:
     """What an M-step maximises: Q + log-prior."""
     return model.q_function(params, stats) + model.log_prior(params)
+
+
+def _climbed(problem: Problem, params: Params, stats: Stats) -> Callable[[Params], jax.Array]:
+    """Q + log-prior as a function of the parameters, given statistics that were taken at `params`."""
+    model = problem.model
+    if model.q_on_rows is None:
+        return lambda new: surrogate(model, new, stats)
+    on_rows = model.q_on_rows(params, stats, problem.x, problem.weights)
+    return lambda new: on_rows(new) + model.log_prior(new)
 
 
 def _decrement(function: Callable[[Any], jax.Array], theta: Any, slope: Any) -> jax.Array:

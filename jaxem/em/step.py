@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import tree
-from ..capabilities import complete, completed
+from ..capabilities import complete, completed, original
 from ..latents import Exact
 from ..protocols import AnyModel, Data, Expect, Gather, Maximize, Model, Nature, Params, Problem, State, Stats
 from ..record import record, static
@@ -87,6 +87,24 @@ class EM:
         climbs = complete("model", model).m_step is None
         return dataclasses.replace(own, inexact=own.inexact or climbs)
 
+    def limit(
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None
+    ) -> tuple[Params, EMState]:
+        """Where the EM map whose fixed points are its limits leads from `params`, and the state at these.
+
+        All rows are seen in every step, and M-steps end where they aim.
+        """
+        _, gather, maximize = self.slots
+        whole = dataclasses.replace(
+            self,
+            gather=self.gather if gather.nature.complete else Full(),
+            maximize=ClosedForm() if maximize.nature.inexact else self.maximize,
+        )
+        problem = pose(model, x, weights)
+        state = whole.started(problem, params, None)
+        alone = whole.slots[2].rounds(problem, params) == 1
+        return (whole.maximized(problem, state)[0] if alone else whole.stepped(problem, state).params), state
+
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> EMState:
@@ -129,6 +147,7 @@ class EM:
     def started(self, problem: Problem, params: Params, key: jax.Array | None) -> EMState:
         """`init` of a posed problem."""
         expect, gather, maximize = self.slots
+        _fits(problem, gather)
         step = jnp.zeros((), jnp.int32)
         key, gathers = (None, None) if key is None else jax.random.split(key)
         key, own = _split(key, expect)
@@ -191,6 +210,16 @@ class EM:
         expect: Any = Exact() if self.slots[0].nature.stochastic else self.expect
         stats = e_step_on_all(problem, state.params, expect)
         return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
+
+
+def _fits(problem: Problem, gather: Gather) -> None:
+    """Raise TypeError for a gather that M-steps which go back to the rows cannot answer."""
+    whole = gather.rounds(problem) == gather.passes(problem) == 1 and gather.rate == 1
+    if problem.model.q_on_rows is not None and not whole:
+        raise TypeError(
+            "M-steps of this model go back to all rows, at the parameters that statistics were taken at: gather must "
+            f"be Full() or Blocks(size), which renew all of these in every step; got {original(gather)!r}"
+        )
 
 
 def _next(state: EMState) -> jax.Array:

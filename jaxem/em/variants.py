@@ -9,7 +9,7 @@ import numpy as np
 from ..latents import Hard, Sample
 from .annealing import Annealed, annealed
 from .averaging import Averaged, averaged
-from .maximize import Conditional, Gradient
+from .maximize import Conditional, Draw, Gradient
 from .minibatch import Incremental, PowerRate, Stepwise
 from .step import EM
 
@@ -27,6 +27,14 @@ def stochastic_em() -> EM:
 def monte_carlo_em(num_samples: int, schedule: Callable | None = None) -> EM:
     """Monte Carlo EM: `num_samples` draws of the latents (Wei & Tanner 1990), or as a schedule says."""
     return EM(expect=Sample(num_samples, schedule))
+
+
+def gibbs() -> EM:
+    """Gibbs sampling: latents drawn given the parameters, and parameters given the latents (Tanner & Wong 1987).
+
+    `trajectory` gives the parameters of every step, which are what is of use; see `Draw`.
+    """
+    return EM(expect=Sample(1), maximize=Draw())
 
 
 def generalized_em(optimizer: Any = None, num_steps: int = 5) -> EM:

@@ -20,7 +20,9 @@ from .gamma import GammaParams as GammaParams
 from .gamma import GammaStats as GammaStats
 from .generalized_linear import LogisticRegression as LogisticRegression
 from .generalized_linear import PoissonRegression as PoissonRegression
+from .generalized_linear import Probit as Probit
 from .generalized_linear import RegressionParams as RegressionParams
+from .linear_prior import NormalInverseGamma as NormalInverseGamma
 from .linear_regression import LinearRegression as LinearRegression
 from .linear_regression import LinearRegressionParams as LinearRegressionParams
 from .low_rank import LowRankNormal as LowRankNormal
@@ -42,6 +44,8 @@ from .poisson import PoissonParams as PoissonParams
 from .product import Product as Product
 from .student_t import StudentT as StudentT
 from .student_t import StudentTParams as StudentTParams
+from .student_t_linear import StudentTLinear as StudentTLinear
+from .student_t_linear import StudentTLinearParams as StudentTLinearParams
 from .von_mises_fisher import VonMisesFisher as VonMisesFisher
 from .von_mises_fisher import VonMisesFisherParams as VonMisesFisherParams
 from .von_mises_fisher import VonMisesFisherStats as VonMisesFisherStats

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import capabilities, checks, numerics, parameters, special, tree
+from ..parts import conjugacy
 from ..priors import Beta
 from ..protocols import Data
 from ..record import record
@@ -65,19 +66,28 @@ def _natural(params: BernoulliParams) -> jax.Array:
     return jnp.concatenate([numerics.safe_log(p), numerics.safe_log(1 - p)], axis=1)
 
 
+def _divergence(p: BernoulliParams, q: BernoulliParams) -> jax.Array:
+    """KL(p ‖ q) of one trial in every column: (K, D)."""
+    pairs = (jnp.stack([each.probability, 1 - each.probability], axis=-1) for each in (p, q))
+    return numerics.divergence(*pairs)
+
+
 def _m_step(family: "Bernoulli | Binomial", stats: BernoulliStats) -> BernoulliParams:
     """Successes / (successes + failures); with a prior, the posterior mode."""
-    successes, failures = stats.successes, stats.failures
+    outcomes = stats.successes, stats.failures
     if family.prior is not None:
-        more, less = family.prior.pseudo_counts(successes)
-        successes, failures = jnp.maximum(successes + more, 0), jnp.maximum(failures + less, 0)
-    return BernoulliParams(probability=numerics.safe_divide(successes, successes + failures))
+        return BernoulliParams(probability=family.prior.posterior_mode(outcomes))
+    return BernoulliParams(probability=numerics.safe_divide(outcomes[0], outcomes[0] + outcomes[1]))
 
 
 def _q_function(family: "Bernoulli | Binomial", params: BernoulliParams, stats: BernoulliStats) -> jax.Array:
     """sum successes log p + failures log(1 - p) + base."""
+    return _total_score(_natural(params), stats)
+
+
+def _total_score(natural: jax.Array, stats: BernoulliStats) -> jax.Array:
     totals = jnp.concatenate([stats.successes, stats.failures], axis=1)
-    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
+    return columns.expected_score(natural, totals) + jnp.sum(stats.base)
 
 
 def _log_prior(family: "Bernoulli | Binomial", params: BernoulliParams) -> jax.Array:
@@ -105,6 +115,35 @@ def _constrain(family: "Bernoulli | Binomial", theta: BernoulliParams) -> Bernou
 _COMMON = _m_step, _q_function, _log_prior, _degenerate, _num_parameters, _unconstrain, _constrain
 
 
+def _conjugate_of(family: "Bernoulli | Binomial") -> Beta:
+    """The prior; without one, that whose density is flat."""
+    return Beta(1.0, 1.0) if family.prior is None else family.prior
+
+
+def _posterior(family: "Bernoulli | Binomial", stats: BernoulliStats) -> Beta:
+    return family.conjugate_of().posterior((stats.successes, stats.failures))
+
+
+def _given(family: "Bernoulli | Binomial", probability: jax.Array) -> BernoulliParams:
+    return BernoulliParams(probability=probability)
+
+
+def _plugged(family: "Bernoulli | Binomial", q: Beta) -> BernoulliParams:
+    return BernoulliParams(probability=q.expected())
+
+
+def _expected_log_prob(family: "Bernoulli | Binomial", q: Beta, x: Data) -> jax.Array:
+    return family.score(jnp.concatenate(q.expected_logs(), axis=1), x)
+
+
+def _expected_q(family: "Bernoulli | Binomial", q: Beta, stats: BernoulliStats) -> jax.Array:
+    return _total_score(jnp.concatenate(q.expected_logs(), axis=1), stats)
+
+
+# The same, of what follows from the conjugate prior.
+_CONJUGATE = _conjugate_of, _posterior, _given, _plugged, _expected_log_prob, _expected_q
+
+
 @capabilities.completed("part")
 @record(kw_only=False)
 class Bernoulli:
@@ -130,7 +169,11 @@ class Bernoulli:
 
     def log_prob(self, params: BernoulliParams, x: jax.Array) -> jax.Array:
         """Log-probability of every row under every component: (N, D) -> (K, N)."""
-        return columns.score(_natural(params), self._outcomes(x, params.probability.dtype))
+        return self.score(_natural(params), x)
+
+    def score(self, natural: jax.Array, x: jax.Array) -> jax.Array:
+        """Log-probabilities (K, N) from what successes and failures are multiplied by (K, 2 D)."""
+        return columns.score(natural, self._outcomes(x, natural.dtype))
 
     def stats(self, params: BernoulliParams, x: jax.Array, responsibilities: jax.Array) -> BernoulliStats:
         """Expected successes and failures: x (N, D), responsibilities (K, N)."""
@@ -138,6 +181,16 @@ class Bernoulli:
         return _stats(params, responsibilities, outcomes, jnp.zeros(responsibilities.shape[0], outcomes.dtype))
 
     m_step, q_function, log_prior, degenerate, num_parameters, unconstrain, constrain = _COMMON
+    conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
+    draw, pooled_posterior = conjugacy.common
+
+    def kl(self, p: BernoulliParams, q: BernoulliParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        return jnp.sum(_divergence(p, q), axis=1)
+
+    def log_expected_prob(self, q: Beta, x: jax.Array) -> jax.Array:
+        """log E_q[p(x)] (K, N): the log-probability at the mean."""
+        return self.log_prob(self.plugged(q), x)
 
     def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
         """One row (N, D) of 0 and 1 from the component that each label (N,) names."""
@@ -190,8 +243,12 @@ class Binomial:
 
     def log_prob(self, params: BernoulliParams, x: Data) -> jax.Array:
         """Log-probability of every row under every component: (N, D) -> (K, N)."""
-        outcomes, base = self._outcomes(x, params.probability.dtype)
-        return columns.score(_natural(params), outcomes) + base[None]
+        return self.score(_natural(params), x)
+
+    def score(self, natural: jax.Array, x: Data) -> jax.Array:
+        """Log-probabilities (K, N) from what successes and failures are multiplied by (K, 2 D)."""
+        outcomes, base = self._outcomes(x, natural.dtype)
+        return columns.score(natural, outcomes) + base[None]
 
     def stats(self, params: BernoulliParams, x: Data, responsibilities: jax.Array) -> BernoulliStats:
         """Expected successes and failures: x (N, D), responsibilities (K, N)."""
@@ -199,6 +256,22 @@ class Binomial:
         return _stats(params, responsibilities, outcomes, columns.sums(responsibilities, base[None])[:, 0])
 
     m_step, q_function, log_prior, degenerate, num_parameters, unconstrain, constrain = _COMMON
+    conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
+    draw, pooled_posterior = conjugacy.common
+
+    def kl(self, p: BernoulliParams, q: BernoulliParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,); of one trial where `trials` is not given."""
+        each = _divergence(p, q)
+        trials = jnp.asarray(1 if self.trials is None else self.trials, each.dtype)
+        return jnp.sum(jnp.broadcast_to(trials, each.shape) * each, axis=1)
+
+    def log_expected_prob(self, q: Beta, x: Data) -> jax.Array:
+        """log E_q[p(x)] (K, N): beta-binomial."""
+        outcomes, base = self._outcomes(x, jnp.result_type(q.a))
+        half = outcomes.shape[0] // 2
+        a, b = (jnp.asarray(value)[..., None] for value in (q.a, q.b))
+        seen = special.log_beta(a + outcomes[None, :half], b + outcomes[None, half:]) - special.log_beta(a, b)
+        return jnp.sum(seen, axis=1) + base[None]
 
     def sample(self, key: jax.Array, params: BernoulliParams, labels: jax.Array) -> jax.Array:
         """Successes (N, D) from the component that each label (N,) names; needs `trials`."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import capabilities, checks, numerics, parameters, tree
-from ..parts import Probabilities
+from ..parts import Probabilities, conjugacy
 from ..priors import Dirichlet
 from ..record import record, static
 from . import columns
@@ -92,6 +92,42 @@ class Categorical:
 
     def log_prior(self, params: CategoricalParams) -> jax.Array:
         return self._table(params.probability.shape[1]).log_prior(params.probability)
+
+    # What follows from the conjugate prior; see `protocols.Conjugate`.
+
+    def conjugate_of(self) -> Dirichlet:
+        """The prior; without one, that whose density is flat."""
+        return Probabilities(prior=self.prior).conjugate_of()
+
+    def posterior(self, stats: CategoricalStats) -> Dirichlet:
+        """Concentrations (K, D, V), 0 for values that a column does not have."""
+        return self._table(stats.values.shape[1]).posterior(stats.values)
+
+    draw, pooled_posterior = conjugacy.common
+
+    def given(self, probability: jax.Array) -> CategoricalParams:
+        """Parameters from probabilities."""
+        return CategoricalParams(probability=probability)
+
+    def plugged(self, q: Dirichlet) -> CategoricalParams:
+        """The mean."""
+        return self.given(q.expected())
+
+    def kl(self, p: CategoricalParams, q: CategoricalParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        return jnp.sum(numerics.divergence(p.probability, q.probability), axis=1)
+
+    def expected_log_prob(self, q: Dirichlet, x: jax.Array) -> jax.Array:
+        """E_q[log p(x)]: (K, N)."""
+        return self.log_prob(self.given(jnp.exp(q.expected_log())), x)
+
+    def expected_q(self, q: Dirichlet, stats: CategoricalStats) -> jax.Array:
+        """sum values E[log p]."""
+        return Probabilities().expected_q(q, stats.values)
+
+    def log_expected_prob(self, q: Dirichlet, x: jax.Array) -> jax.Array:
+        """log E_q[p(x)] (K, N): the log-probability at the mean."""
+        return self.log_prob(self.plugged(q), x)
 
     def degenerate(self, stats: CategoricalStats) -> jax.Array:
         return columns.empty(stats.count)
@@ -220,6 +256,46 @@ class Multinomial:
 
     def log_prior(self, params: MultinomialParams) -> jax.Array:
         return Probabilities(prior=self.prior).log_prior(params.probability)
+
+    # What follows from the conjugate prior; see `protocols.Conjugate`.
+
+    def conjugate_of(self) -> Dirichlet:
+        """The prior; without one, that whose density is flat."""
+        return Probabilities(prior=self.prior).conjugate_of()
+
+    def posterior(self, stats: MultinomialStats) -> Dirichlet:
+        """Concentrations (K, V)."""
+        return self.conjugate_of().posterior(stats.values)
+
+    draw, pooled_posterior = conjugacy.common
+
+    def given(self, probability: jax.Array) -> MultinomialParams:
+        """Parameters from probabilities."""
+        return MultinomialParams(probability=probability)
+
+    def plugged(self, q: Dirichlet) -> MultinomialParams:
+        """The mean."""
+        return self.given(q.expected())
+
+    def kl(self, p: MultinomialParams, q: MultinomialParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,); of one trial where `trials` is not given."""
+        return (self.trials or 1) * numerics.divergence(p.probability, q.probability)
+
+    def expected_log_prob(self, q: Dirichlet, x: jax.Array) -> jax.Array:
+        """E_q[log p(x)]: (K, N)."""
+        return self.log_prob(self.given(jnp.exp(q.expected_log())), x)
+
+    def expected_q(self, q: Dirichlet, stats: MultinomialStats) -> jax.Array:
+        """sum values E[log p] + base."""
+        return Probabilities().expected_q(q, stats.values) + jnp.sum(stats.base)
+
+    def log_expected_prob(self, q: Dirichlet, x: jax.Array) -> jax.Array:
+        """log E_q[p(x)] (K, N): Dirichlet-multinomial."""
+        values, base = self._read(x, jnp.result_type(q.concentration))
+        each = jnp.asarray(q.concentration)[..., None]
+        total, trials = jnp.sum(each, axis=1), jnp.sum(values, axis=0)[None]
+        seen = jnp.sum(jax.lax.lgamma(each + values[None]) - jax.lax.lgamma(each), axis=1)
+        return seen + jax.lax.lgamma(total) - jax.lax.lgamma(total + trials) + base[None]
 
     def degenerate(self, stats: MultinomialStats) -> jax.Array:
         return columns.empty(stats.count)

@@ -116,25 +116,3 @@ def gram(weights: jax.Array, design: jax.Array) -> jax.Array:
 def times(gram: jax.Array, delta: jax.Array) -> jax.Array:
     """gram delta: (..., P, P), (..., P) -> (..., P)."""
     return jnp.sum(gram * delta[..., None, :], axis=-1)
-
-
-def solve(gram: jax.Array, cross: jax.Array) -> jax.Array:
-    """gram⁻¹ cross (..., P), columns scaled to unit length; directions that the features lack stay where they are."""
-    scale, inverse = _whitening(gram)
-    whitened = jnp.sum(inverse * (scale * cross)[..., None, :], axis=-1)
-    return scale * jnp.sum(inverse * whitened[..., :, None], axis=-2)
-
-
-def solve_together(gram: jax.Array, cross: jax.Array) -> jax.Array:
-    """`solve` for many responses on the same features: gram (..., P, P), cross (..., O, P) -> (..., O, P)."""
-    scale, inverse = _whitening(gram)
-    whitened = numerics.product(scale[..., None, :] * cross, inverse, "...oq,...pq->...op")
-    return scale[..., None, :] * numerics.product(whitened, inverse, "...op,...pq->...oq")
-
-
-def _whitening(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The scale (..., P) of columns, and the inverse of the Cholesky factor (..., P, P) of the matrix so scaled."""
-    scale = jax.lax.rsqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    floor = jnp.full_like(scale, 16 * gram.shape[-1] * jnp.finfo(gram.dtype).eps)
-    factor, _ = numerics.floored_cholesky(gram * scale[..., :, None] * scale[..., None, :], floor)
-    return scale, numerics.inverse_lower(factor)

@@ -125,6 +125,12 @@ class Gamma:
         stuck = self.m_step(stats).shape >= 0.99 * _largest_shape(stats.total.dtype)
         return empty | jnp.any(stuck, axis=1)
 
+    def kl(self, p: GammaParams, q: GammaParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        logs = special.digamma(p.shape) - jnp.log(p.rate / q.rate)
+        gaps = special.gamma_entropy_gap(p.shape) + jax.lax.lgamma(q.shape)
+        return jnp.sum(gaps - q.shape * logs + p.shape * (q.rate / p.rate), axis=1)
+
     def sample(self, key: jax.Array, params: GammaParams, labels: jax.Array) -> jax.Array:
         """Rows (N, D), above 0, from the component that each label (N,) names."""
         logs = jax.random.loggamma(key, params.shape[labels]) - jnp.log(params.rate[labels])

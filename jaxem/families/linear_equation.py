@@ -137,6 +137,13 @@ class LinearEquation:
             square=count * params.covariance,
         )
 
+    @staticmethod
+    def combined(stats: EquationStats, prior: EquationStats) -> EquationStats:
+        """Statistics and pseudo-statistics together, about the line that is likeliest given both."""
+        both = jax.tree.map(jnp.add, stats, _about(prior, stats.line))
+        line = both.line + _correction(both, np.arange(both.gram.shape[-1]))
+        return _about(both, line)
+
     def features(self, groups: Groups) -> jax.Array:
         """Groups of features (T, F_g, B) side by side, those that the equation has."""
         parts = zip(groups, self.widths, strict=True)
@@ -234,9 +241,9 @@ def _correction(stats: EquationStats, free: np.ndarray) -> jax.Array:
     if not every:
         gram, cross = gram[..., free, :][..., free], cross[..., free]
     if cross.shape[-2] == 1:  # fused with what follows
-        delta = design.solve(gram, cross[..., 0, :])[..., None, :]
+        delta = numerics.least_squares(gram, cross[..., 0, :])[..., None, :]
     else:
-        delta = design.solve_together(gram, cross)
+        delta = numerics.least_squares_together(gram, cross)
     return delta if every else jnp.zeros_like(stats.reference).at[..., free].set(delta)
 
 

@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from .. import capabilities, parameters, tree
+from ..parts import conjugacy
 from ..protocols import Data
 from ..record import record
 from . import columns, design
 from .covariance import Spherical
 from .linear_equation import EquationParams, EquationStats, LinearEquation
+from .linear_prior import NormalInverseGamma
 
 
 @record
@@ -29,13 +31,14 @@ class LinearRegressionParams:
 class LinearRegression:
     """log p(y|f,k) = -(log 2 pi v_k + (y - b_k - f·c_k)² / v_k) / 2: least squares, weighted.
 
-    Data: a pair (features (N, P) or (N,), response (N,)), nothing missing. prior: pseudo-statistics, as
-    `pseudo_rows` makes them. In float32 the normal equations lose the slope of features that lie further
-    from 0 than a thousand times their spread: centre these, as a warning says.
+    Data: a pair (features (N, P) or (N,), response (N,)), nothing missing. prior: a `NormalInverseGamma`, or
+    pseudo-statistics, as `pseudo_rows` makes them; the M-step is then the posterior mode. In float32 the normal
+    equations lose the slope of features that lie further from 0 than a thousand times their spread: centre these, as a
+    warning says.
     DeSarbo & Cron (1988), A maximum likelihood methodology for clusterwise linear regression, J. Classification 5.
     """
 
-    prior: EquationStats | None = dataclasses.field(default=None, kw_only=True)
+    prior: NormalInverseGamma | EquationStats | None = dataclasses.field(default=None, kw_only=True)
 
     separable = shareable = ("variance",)
     supports: ClassVar[parameters.Supports] = {"variance": parameters.at_least_zero}
@@ -51,10 +54,19 @@ class LinearRegression:
     features = staticmethod(design.points)
     check = staticmethod(design.check)
 
-    @property
-    def _equation(self) -> LinearEquation:
-        """All lines at once: a leading axis of components, one response, and z for features."""
-        return LinearEquation(noise=Spherical(), widths=(None,), prior=self.prior)
+    def _equation(self, count: int, size: int, dtype: Any) -> LinearEquation:
+        """All lines at once: a leading axis of components, one response, and z (of so many entries) for features."""
+        prior = self.prior
+        if isinstance(prior, NormalInverseGamma):
+            prior = prior.pseudo_stats((count,), size, dtype)
+        return LinearEquation(noise=Spherical(), widths=(None,), prior=prior)
+
+    def _equation_of(self, stats: EquationStats) -> LinearEquation:
+        return self._equation(stats.count.shape[0], stats.gram.shape[-1], stats.gram.dtype)
+
+    def mean(self, params: LinearRegressionParams, features: jax.Array) -> jax.Array:
+        """E[y | features] under every component: (K, N)."""
+        return design.predict(params, design.matrix(features, params.intercept.dtype))
 
     def log_prob(self, params: LinearRegressionParams, x: Data) -> jax.Array:
         """Log-density of every response under every component: (K, N)."""
@@ -72,7 +84,7 @@ class LinearRegression:
 
     def m_step(self, stats: EquationStats) -> LinearRegressionParams:
         """Weighted least squares, and the mean squared residual."""
-        params = self._equation.m_step(stats)
+        params = self._equation_of(stats).m_step(stats)
         line = params.line[:, 0]
         return LinearRegressionParams(coefficients=line[:, 1:], intercept=line[:, 0], variance=params.covariance)
 
@@ -82,20 +94,61 @@ class LinearRegression:
 
     def q_function(self, params: LinearRegressionParams, stats: EquationStats) -> jax.Array:
         """Expected complete-data log-likelihood of the responses."""
-        return self._equation.q_function(_as_equation(params), stats)
+        return self._equation_of(stats).q_function(_as_equation(params), stats)
 
     def log_prior(self, params: LinearRegressionParams) -> jax.Array:
-        """Q of the pseudo-statistics; up to a constant."""
-        return self._equation.log_prior(_as_equation(params))
+        """The log-density of a NormalInverseGamma; Q of pseudo-statistics, which is one up to a constant."""
+        if isinstance(self.prior, NormalInverseGamma):
+            return self.prior.log_prob(design.line(params), params.variance)
+        count, columns_here = params.coefficients.shape
+        return self._equation(count, columns_here + 1, params.variance.dtype).log_prior(_as_equation(params))
 
     def rebase(self, stats: EquationStats, params: LinearRegressionParams) -> EquationStats:
         """The same statistics about the lines of `params`, exactly."""
-        return self._equation.rebase(stats, _as_equation(params))
+        return self._equation_of(stats).rebase(stats, _as_equation(params))
 
     def degenerate(self, stats: EquationStats, held: tuple[str, ...] = ()) -> jax.Array:
         """Components (K,) without rows, or whose line passes through all of them."""
         empty = columns.empty(stats.count)
-        return empty if "variance" in held else empty | self._equation.degenerate(stats)
+        return empty if "variance" in held else empty | self._equation_of(stats).degenerate(stats)
+
+    # What follows from the conjugate prior; see `protocols.Conjugate`.
+
+    def conjugate_of(self) -> NormalInverseGamma:
+        """The prior; pseudo-statistics are none, since they need not have a density."""
+        if not isinstance(self.prior, NormalInverseGamma):
+            raise ValueError(
+                "LinearRegression needs a prior here, as LinearRegression(prior=NormalInverseGamma(mean=..., "
+                f"precision=..., shape=..., rate=...)); got {type(self.prior).__name__}"
+            )
+        return self.prior
+
+    def posterior(self, stats: EquationStats) -> NormalInverseGamma:
+        """Hyperparameters, component axis first."""
+        return self.conjugate_of().posterior(stats)
+
+    draw, pooled_posterior = conjugacy.common
+
+    def given(self, values: tuple[jax.Array, jax.Array]) -> LinearRegressionParams:
+        """Parameters from lines and variances."""
+        line, variance = values
+        return LinearRegressionParams(coefficients=line[:, 1:], intercept=line[:, 0], variance=variance)
+
+    def plugged(self, q: NormalInverseGamma) -> LinearRegressionParams:
+        """The mean lines, and the inverses of the expected precisions."""
+        return self.given(q.plugged())
+
+    def expected_log_prob(self, q: NormalInverseGamma, x: Data) -> jax.Array:
+        """E_q[log p(response)]: (K, N)."""
+        return self.log_prob(self.plugged(q), x) + q.slack(design.read(x)[0])
+
+    def expected_q(self, q: NormalInverseGamma, stats: EquationStats) -> jax.Array:
+        """E_q of Q."""
+        return self.q_function(self.plugged(q), stats) + q.expected_slack(stats)
+
+    def log_expected_prob(self, q: NormalInverseGamma, x: Data) -> jax.Array:
+        """log E_q[p(response)] (K, N): Student's t."""
+        return q.log_predictive(*design.read(x))
 
     def sample(
         self, key: jax.Array, params: LinearRegressionParams, labels: jax.Array, features: jax.Array | None = None

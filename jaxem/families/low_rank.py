@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from .. import capabilities, checks, numerics, parameters
 from ..latents.linear_gaussian.factors import Factors, factors
 from ..record import record, static
-from . import columns, design
+from . import columns
 from .covariance import Diagonal, Spherical
 from .linear_equation import EquationParams, EquationStats, LinearEquation
 from .principal_start import principal_start
@@ -358,4 +358,4 @@ def _shared_correction(stats: EquationStats, precisions: jax.Array, mean_held: b
         gram = gram - slope[:, :, None] * stats.gram[:, None, latents, :latents]
         cross = cross - slope[:, :, None] * stats.cross[:, None, latents]
     total = numerics.product(precisions, gram, "kd,kqr->dqr")
-    return design.solve(total, numerics.product(precisions, cross, "kd,kqd->dq"))
+    return numerics.least_squares(total, numerics.product(precisions, cross, "kd,kqd->dq"))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from .. import capabilities, checks, numerics, parameters
 from ..numerics import tuning
+from ..parts import conjugacy
 from ..record import record, static
 from . import columns as columns_of
 from . import conditional, normal_moments
 from . import covariance as shapes
-from .normal_prior import NormalInverseWishart
+from .normal_prior import NormalInverseWishart, log_predictive
 
 
 @record
@@ -209,7 +210,7 @@ class Normal:
         """Log-density of the prior, 0 without one."""
         if self.prior is None:
             return jnp.zeros((), params.mean.dtype)
-        return self.prior.log_prob(self.shape, params.mean, self._each(params), self.tied)
+        return self.prior.log_prob(params.mean, self._each(params), self.shape, self.tied)
 
     def rebase(self, stats: NormalStats, params: NormalParams) -> NormalStats:
         """The same statistics about the means of `params`, exactly."""
@@ -222,6 +223,67 @@ class Normal:
             first=first,
             second=stats.second + (jnp.sum(change, axis=0) if self.tied else change),
         )
+
+    def kl(self, p: NormalParams, q: NormalParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        return normal_moments.divergence(self.components(p), self.components(q))
+
+    # What follows from the conjugate prior; see `protocols.Conjugate`.
+
+    def conjugate_of(self) -> NormalInverseWishart:
+        """The prior, of components that have a covariance each."""
+        if self.tied:
+            raise TypeError(f"{self.covariance!r} has no distribution of its own: full, diag and spherical have")
+        if self.prior is None:
+            raise ValueError(
+                f'Normal needs a prior here, as Normal("{self.covariance}", prior=jaxem.default_prior(x, '
+                f'num_components, "{self.covariance}"))'
+            )
+        return self.prior
+
+    def posterior(self, stats: NormalStats) -> NormalInverseWishart:
+        """Hyperparameters, component axis first."""
+        prior = self.conjugate_of().over(self.shape, stats.count.shape, stats.first.shape[-1], stats.first.dtype)
+        return prior.posterior(stats)
+
+    pooled_posterior = conjugacy.pooled
+
+    def draw(self, key: jax.Array, stats: NormalStats) -> NormalParams:
+        """Means and covariances from their posterior given the statistics."""
+        if self.missing and self.correlated:
+            raise TypeError(
+                "missing entries are expected and not drawn where columns are correlated: draws of Normal need "
+                "complete rows, and where that cannot be seen, as under jit, Normal(missing=False)"
+            )
+        return conjugacy.draw(self, key, stats)
+
+    def given(self, values: tuple[jax.Array, jax.Array]) -> NormalParams:
+        """Parameters from means and covariances."""
+        return NormalParams(mean=values[0], covariance=values[1])
+
+    def plugged(self, q: NormalInverseWishart) -> NormalParams:
+        """The means, and the inverses of the expected precisions."""
+        return self.given(q.plugged())
+
+    def expected_log_prob(self, q: NormalInverseWishart, x: jax.Array) -> jax.Array:
+        """E_q[log p(x)] (K, N): the log-density at `plugged`, and what lacks; missing entries are latent."""
+        params = self.plugged(q)
+        rows, observed = self._rows(params, x)
+        density = normal_moments.log_prob(self.components(params), rows, observed, self.form)
+        if observed is None:
+            return density + jnp.sum(q.slack, axis=1, keepdims=True)
+        if self.correlated:  # what is missing of a row is latent, but for rows of which nothing is observed
+            return density + q.slack * jnp.max(observed, axis=0, keepdims=True)
+        return density + numerics.product(q.slack, observed, "kd,dn->kn")
+
+    def expected_q(self, q: NormalInverseWishart, stats: NormalStats) -> jax.Array:
+        """E_q of Q."""
+        return self.q_function(self.plugged(q), stats) + jnp.sum(stats.rows * q.slack)
+
+    def log_expected_prob(self, q: NormalInverseWishart, x: jax.Array) -> jax.Array:
+        """log E_q[p(x)] (K, N): Student's t."""
+        rows, observed = self._rows(self.plugged(q), x)
+        return log_predictive(q, rows, observed)
 
     def sample(self, key: jax.Array, params: NormalParams, labels: jax.Array) -> jax.Array:
         """One row (N, D) from the component that each label (N,) names."""
@@ -280,11 +342,8 @@ class Normal:
             scatter = stats.second - pool(shape.cross(shift, stats.first))
             rows = pool(shape.entries(stats.rows))
         else:
-            towards = numerics.to_rank(prior.mean, centre.ndim) - centre
-            pulled = stats.first + prior.shrinkage * towards
-            shift = pulled / (stats.rows + prior.shrinkage) if moves else jnp.zeros_like(pulled)
-            pull = prior.shrinkage * shape.cross(towards, towards) - shape.cross(shift, pulled)
-            scatter = stats.second + pool(pull) + numerics.to_rank(prior.scale, stats.second.ndim)
+            full = prior.over(shape, stats.count.shape, columns, centre.dtype)
+            shift, scatter = full.moved(shape, stats, self.tied, moves)
             rows = pool(shape.entries(stats.rows + 1)) + shape.prior_exponent(prior.degrees_of_freedom, columns)
         estimate = scatter / rows
         second = stats.second if self.tied else jnp.sum(stats.second, axis=0)

@@ -144,6 +144,14 @@ def expected(parts: Components, found: conditional.Sums) -> Sums:
     )
 
 
+def divergence(p: Components, q: Components) -> jax.Array:
+    """KL(p ‖ q) under every component: (K,)."""
+    shape, away = q.shape, p.mean - q.mean
+    spread = p.covariance * shape.repeats(away.shape[-1]) + shape.cross(away, away)
+    square = shape.trace(shape.precision(q.whitener), spread)
+    return p.constant - q.constant + 0.5 * (square - away.shape[-1])
+
+
 def _whitened_log_prob(parts: Components, rows: Rows) -> jax.Array:
     return parts.constant[:, None] - 0.5 * parts.shape.square(parts.whitener, _deviations(parts.mean, rows.values))
 
@@ -238,6 +246,8 @@ def _complete_or_not(correlated: bool, observed: jax.Array | None, complete: Cal
     """One of two ways: a real branch, since most data have no missing entries, and under `vmap` too."""
     if observed is None or (correlated and checks.is_concrete(observed) and bool(jnp.all(observed == 1))):
         return complete()
+    # Derivatives would set room aside for all that either way keeps, and conditional moments keep D² numbers an entry.
+    masked = jax.checkpoint(masked) if correlated else masked
     return jax.lax.cond(numerics.in_any_lane(jnp.any(observed != 1)), masked, lambda _: complete(), observed)
 
 

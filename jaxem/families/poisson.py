@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import capabilities, checks, numerics, parameters, tree
+from ..parts import conjugacy
 from ..priors import GammaPrior
 from ..protocols import Data
 from ..record import record
@@ -66,17 +67,18 @@ def _stats(params: RateParams, responsibilities: jax.Array, features: jax.Array,
 
 def _m_step(family: "Poisson | Exponential", stats: RateStats) -> RateParams:
     """Events / exposure; with a prior, the posterior mode."""
-    events, exposure = stats.events, stats.exposure
-    if family.prior is not None:
-        more, longer = family.prior.pseudo_counts(events)
-        events, exposure = jnp.maximum(events + more, 0), exposure + longer
-    return RateParams(rate=events / exposure)
+    seen = stats.events, stats.exposure
+    return RateParams(rate=seen[0] / seen[1] if family.prior is None else family.prior.posterior_mode(seen))
 
 
 def _q_function(family: "Poisson | Exponential", params: RateParams, stats: RateStats) -> jax.Array:
     """sum events log(rate) - exposure rate + base."""
+    return _total_score(_natural(params), stats)
+
+
+def _total_score(natural: jax.Array, stats: RateStats) -> jax.Array:
     totals = jnp.concatenate([stats.events, stats.exposure], axis=1)
-    return columns.expected_score(_natural(params), totals) + jnp.sum(stats.base)
+    return columns.expected_score(natural, totals) + jnp.sum(stats.base)
 
 
 def _log_prior(family: "Poisson | Exponential", params: RateParams) -> jax.Array:
@@ -97,6 +99,54 @@ def _constrain(family: "Poisson | Exponential", theta: RateParams) -> RateParams
 
 # The methods that both families have, in the order in which they take them.
 _COMMON = _m_step, _q_function, _log_prior, _num_parameters, _unconstrain, _constrain
+
+
+def _conjugate_of(family: "Poisson | Exponential") -> GammaPrior:
+    """The prior."""
+    if family.prior is None:
+        name = type(family).__name__
+        raise ValueError(
+            f"{name} needs a prior here, as {name}(prior=GammaPrior(shape, rate)): none is no distribution"
+        )
+    return family.prior
+
+
+def _posterior(family: "Poisson | Exponential", stats: RateStats) -> GammaPrior:
+    return family.conjugate_of().posterior((stats.events, stats.exposure))
+
+
+def _given(family: "Poisson | Exponential", rate: jax.Array) -> RateParams:
+    return RateParams(rate=rate)
+
+
+def _plugged(family: "Poisson | Exponential", q: GammaPrior) -> RateParams:
+    return RateParams(rate=q.expected())
+
+
+def _expected_natural(q: GammaPrior) -> jax.Array:
+    """What events and exposures are multiplied by, expected: (K, 2 D)."""
+    return jnp.concatenate([q.expected_log(), -q.expected()], axis=1)
+
+
+def _expected_log_prob(family: "Poisson | Exponential", q: GammaPrior, x: Data) -> jax.Array:
+    return family.score(_expected_natural(q), x)
+
+
+def _expected_q(family: "Poisson | Exponential", q: GammaPrior, stats: RateStats) -> jax.Array:
+    return _total_score(_expected_natural(q), stats)
+
+
+def _log_expected(q: GammaPrior, features: jax.Array) -> jax.Array:
+    """log E_q[rate^events exp(-rate exposure)] (K, N), from events and exposures (2 D, N)."""
+    shape, rate = (jnp.asarray(value)[..., None] for value in (q.shape, q.rate))
+    half = features.shape[0] // 2
+    events, exposure = features[None, :half], features[None, half:]
+    gammas = jax.lax.lgamma(shape + events) - jax.lax.lgamma(shape)
+    return jnp.sum(gammas - shape * jnp.log1p(exposure / rate) - events * jnp.log(rate + exposure), axis=1)
+
+
+# The same, of what follows from the conjugate prior.
+_CONJUGATE = _conjugate_of, _posterior, _given, _plugged, _expected_log_prob, _expected_q
 
 
 @capabilities.completed("part")
@@ -129,8 +179,12 @@ class Poisson:
 
     def log_prob(self, params: RateParams, x: Data) -> jax.Array:
         """Log-probability of every row under every component: (N, D) -> (K, N)."""
-        features, base = self._read(x, params.rate.dtype)
-        return columns.score(_natural(params), features) + base[None]
+        return self.score(_natural(params), x)
+
+    def score(self, natural: jax.Array, x: Data) -> jax.Array:
+        """Log-probabilities (K, N) from what events and exposures are multiplied by (K, 2 D)."""
+        features, base = self._read(x, natural.dtype)
+        return columns.score(natural, features) + base[None]
 
     def stats(self, params: RateParams, x: Data, responsibilities: jax.Array) -> RateStats:
         """Expected events and exposure: x (N, D), responsibilities (K, N)."""
@@ -138,6 +192,18 @@ class Poisson:
         return _stats(params, responsibilities, features, columns.sums(responsibilities, base[None])[:, 0])
 
     m_step, q_function, log_prior, num_parameters, unconstrain, constrain = _COMMON
+    conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
+    draw, pooled_posterior = conjugacy.common
+
+    def kl(self, p: RateParams, q: RateParams) -> jax.Array:
+        """KL(p ‖ q) of a row of exposure 1, under every component: (K,)."""
+        logs = numerics.safe_log(jnp.where(p.rate > 0, p.rate, 1)) - numerics.safe_log(jnp.where(p.rate > 0, q.rate, 1))
+        return jnp.sum(q.rate - p.rate + p.rate * logs, axis=1)
+
+    def log_expected_prob(self, q: GammaPrior, x: Data) -> jax.Array:
+        """log E_q[p(x)] (K, N): negative binomial."""
+        features, base = self._read(x, jnp.result_type(q.rate))
+        return _log_expected(q, features) + base[None]
 
     def degenerate(self, stats: RateStats) -> jax.Array:
         return columns.empty(stats.count)
@@ -198,7 +264,11 @@ class Exponential:
 
     def log_prob(self, params: RateParams, x: jax.Array) -> jax.Array:
         """Log-density of every row under every component: (N, D) -> (K, N)."""
-        return columns.score(_natural(params), self._read(x, params.rate.dtype))
+        return self.score(_natural(params), x)
+
+    def score(self, natural: jax.Array, x: jax.Array) -> jax.Array:
+        """Log-densities (K, N) from what events and times are multiplied by (K, 2 D)."""
+        return columns.score(natural, self._read(x, natural.dtype))
 
     def stats(self, params: RateParams, x: jax.Array, responsibilities: jax.Array) -> RateStats:
         """Expected numbers and sums of waiting times: x (N, D), responsibilities (K, N)."""
@@ -206,6 +276,17 @@ class Exponential:
         return _stats(params, responsibilities, features, jnp.zeros(responsibilities.shape[0], features.dtype))
 
     m_step, q_function, log_prior, num_parameters, unconstrain, constrain = _COMMON
+    conjugate_of, posterior, given, plugged, expected_log_prob, expected_q = _CONJUGATE
+    draw, pooled_posterior = conjugacy.common
+
+    def kl(self, p: RateParams, q: RateParams) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        ratio = q.rate / p.rate
+        return jnp.sum(ratio - 1 - jnp.log(ratio), axis=1)
+
+    def log_expected_prob(self, q: GammaPrior, x: jax.Array) -> jax.Array:
+        """log E_q[p(x)] (K, N): Lomax, a Pareto distribution from 0."""
+        return _log_expected(q, self._read(x, jnp.result_type(q.rate)))
 
     def degenerate(self, stats: RateStats) -> jax.Array:
         """Components (K,) without rows, or whose waiting times are all 0."""

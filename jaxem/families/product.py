@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import capabilities, tree
-from ..parts import assembly
+from ..parts import assembly, conjugacy
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
 
@@ -95,6 +95,57 @@ class Product:
         found = {name: f.stats(params[name], rows, responsibilities) for name, f, rows in self._split(x)}
         return ProductStats(count=next(iter(found.values())).count, families=found)
 
+    def kl(self, p: Params, q: Params) -> jax.Array:
+        """KL(p ‖ q) of a row, under every component: (K,)."""
+        lacking = [name for name, family in self.parts.items() if family.kl is None]
+        if lacking:
+            raise TypeError(f"{type(self.families[lacking[0]]).__name__} has no divergence in closed form")
+        return _sum(f.kl(p[name], q[name]) for name, f in self.parts.items())
+
+    # What follows from the families' conjugate priors; see `protocols.Conjugate`.
+
+    def conjugate_of(self) -> dict[str, Any]:
+        """The priors of all blocks."""
+        lacking = [name for name, family in self.parts.items() if family.conjugate_of is None]
+        if lacking:
+            raise TypeError(f"{type(self.families[lacking[0]]).__name__}, of {lacking[0]!r}, has no conjugate prior")
+        return {name: family.conjugate_of() for name, family in self.parts.items()}
+
+    def posterior(self, stats: ProductStats) -> dict[str, Any]:
+        """The posteriors of all blocks."""
+        return {name: f.posterior(stats.families[name]) for name, f in self.parts.items()}
+
+    def pooled_posterior(self, x: Data, weights: jax.Array | None, num_components: int) -> dict[str, Any]:
+        return {name: f.pooled_posterior(rows, weights, num_components) for name, f, rows in self._split(x)}
+
+    draw = conjugacy.draw_parts
+
+    def given(self, values: dict[str, Any]) -> Params:
+        return {name: f.given(values[name]) for name, f in self.parts.items()}
+
+    def plugged(self, q: dict[str, Any]) -> Params:
+        return {name: f.plugged(q[name]) for name, f in self.parts.items()}
+
+    def expected_log_prob(self, q: dict[str, Any], x: Data) -> jax.Array:
+        """E_q[log p(x)]: (K, N)."""
+        return _sum(f.expected_log_prob(q[name], rows) for name, f, rows in self._split(x))
+
+    def log_expected_prob(self, q: dict[str, Any], x: Data) -> jax.Array:
+        """log E_q[p(x)]: (K, N)."""
+        return _sum(f.log_expected_prob(q[name], rows) for name, f, rows in self._split(x))
+
+    def expected_q(self, q: dict[str, Any], stats: ProductStats) -> jax.Array:
+        """E_q of Q."""
+        return _sum(f.expected_q(q[name], stats.families[name]) for name, f in self.parts.items())
+
+    # Where families of blocks are variational themselves.
+
+    expected = assembly.expected
+
+    def predictive(self, params: Params, x: Data) -> jax.Array:
+        """Predictive log-density of every row under every component: (K, N)."""
+        return _sum(f.predictive(params[name], rows) for name, f, rows in self._split(x))
+
     def sample(self, key: jax.Array, params: Params, labels: jax.Array) -> Data:
         """A dict of rows, each from the component that its label (N,) names."""
         keys = jax.random.split(key, len(self.families))
@@ -123,7 +174,7 @@ class Product:
         forms = {name: capabilities.original(family.without_missing()) for name, family in self.parts.items()}
         return self if all(forms[name] is family for name, family in self.families.items()) else Product(forms)
 
-    def _split(self, x: Data, name: str = "x") -> list[tuple[str, Family, Data]]:
+    def _split(self, x: Data, name: str = "x") -> list[tuple[str, Any, Data]]:
         """Name, family and rows of every block; TypeError or ValueError for data that are no such dict."""
         if not isinstance(x, Mapping):
             raise TypeError(f"{name} must be a dict with {sorted(self.families)}; got {type(x).__name__}")

@@ -107,22 +107,15 @@ class StudentT:
 
     def stats(self, params: StudentTParams, x: jax.Array, responsibilities: jax.Array) -> StudentTStats:
         """Expected statistics: x (N, D), responsibilities (K, N); E[u] = (nu + D) / (nu + d)."""
-        columns_here = params.mean.shape[-1]
         _, square = self._parts(params, x)
-        nu = params.degrees_of_freedom[:, None]
-        shape, rate = 0.5 * (nu + columns_here), 0.5 * (nu + square)
-        mean = shape / rate
-        logs = jax.lax.digamma(shape) - jnp.log(rate)
-        # E[log p(x, u)] at these parameters falls short of log p(x) by the entropy of u given x.
-        entropy = shape - jnp.log(rate) + jax.lax.lgamma(shape) + (1 - shape) * jax.lax.digamma(shape)
-        base = entropy + (0.5 * columns_here - 1) * logs
+        mean, gap, base = scale_moments(params.degrees_of_freedom[:, None], square, params.mean.shape[-1])
         normal = NormalParams(mean=params.mean, covariance=params.scale)
         # A vanishing pseudo-row, whose u has the moments of the current parameters, keeps a component without rows.
         own = jax.lax.digamma(0.5 * params.degrees_of_freedom) - jnp.log(0.5 * params.degrees_of_freedom) - 1
         return StudentTStats(
             count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
             moments=self._normal.stats(normal, x, responsibilities * mean),
-            log_scales=jnp.sum(responsibilities * (logs - mean), axis=1) + columns.PSEUDO_COUNT * own,
+            log_scales=jnp.sum(responsibilities * gap, axis=1) + columns.PSEUDO_COUNT * own,
             base=jnp.sum(responsibilities * base, axis=1),
         )
 
@@ -138,7 +131,7 @@ class StudentT:
 
     def share(self, stats: StudentTStats, name: str, params: StudentTParams) -> jax.Array:
         """The degrees of freedom that the latent scales of all components tell together."""
-        return _solve(jnp.sum(stats.log_scales) / jnp.sum(stats.count))
+        return degrees_told(jnp.sum(stats.log_scales) / jnp.sum(stats.count))
 
     def q_function(self, params: StudentTParams, stats: StudentTStats) -> jax.Array:
         """E[log Normal(x; m, S/u) + log Gamma(u; nu/2, nu/2)] + base: a lower bound, tight where it was made."""
@@ -149,7 +142,11 @@ class StudentT:
         each = jnp.broadcast_to(params.scale, self._each_shape(params))
         scales = self._normal.shape.log_scales(each, columns_here) + 0.5 * math.log(2 * math.pi)
         surplus = jnp.sum((moments.rows - stats.count[:, None]) * scales)
-        return normal + surplus + jnp.sum(_log_gammas(params.degrees_of_freedom, stats) + stats.base)
+        return (
+            normal
+            + surplus
+            + jnp.sum(log_gammas(params.degrees_of_freedom, stats.count, stats.log_scales) + stats.base)
+        )
 
     def log_prior(self, params: StudentTParams) -> jax.Array:
         """Q of the pseudo-statistics: the log-density of the prior up to a constant."""
@@ -193,7 +190,7 @@ class StudentT:
     def constrain(self, theta: StudentTParams) -> StudentTParams:
         """Inverse of `unconstrain`, within the limits of estimated degrees of freedom."""
         normal = self._normal.constrain(NormalParams(mean=theta.mean, covariance=theta.scale))
-        estimated = jnp.clip(jnp.exp(theta.degrees_of_freedom), _LEAST, _MOST)
+        estimated = within_limits(jnp.exp(theta.degrees_of_freedom))
         nu = estimated if self.degrees_of_freedom is None else self._held(theta.mean)
         return StudentTParams(mean=normal.mean, scale=normal.covariance, degrees_of_freedom=nu)
 
@@ -222,7 +219,7 @@ class StudentT:
         weighted, rows = stats.moments.count, stats.count
         ratio = jnp.sum(weighted) / jnp.sum(rows) if self._normal.tied else weighted / rows
         ratio = ratio.reshape(ratio.shape + (1,) * (normal.covariance.ndim - ratio.ndim))
-        nu = _solve(stats.log_scales / rows) if self.degrees_of_freedom is None else self._held(normal.mean)
+        nu = degrees_told(stats.log_scales / rows) if self.degrees_of_freedom is None else self._held(normal.mean)
         return StudentTParams(mean=normal.mean, scale=normal.covariance * ratio, degrees_of_freedom=nu)
 
     def _parts(self, params: StudentTParams, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -234,21 +231,41 @@ class StudentT:
         each = jnp.broadcast_to(params.scale, self._each_shape(params))
         whitener, half_logdet = self._normal.shape.whitener(each, columns_here)
         square = self._normal.shape.square(whitener, rows.T[None] - params.mean[:, :, None])
-        # log G(a + h) - log G(a) - h log(2 pi a), a = nu / 2, h = D / 2, by Stirling's series, which does not cancel.
-        a, h = 0.5 * params.degrees_of_freedom, 0.5 * columns_here
-        errors = special.stirling_error(a + h) - special.stirling_error(a)
-        gammas = (h - 0.5) * jnp.log1p(h / a) - a * special.log1p_gap(h / a) + errors
-        return gammas - h * math.log(2 * math.pi) - half_logdet, square
+        return normaliser(params.degrees_of_freedom, columns_here) - half_logdet, square
 
 
-def _log_gammas(nu: jax.Array, stats: StudentTStats) -> jax.Array:
+def normaliser(nu: jax.Array, columns_here: int) -> jax.Array:
+    """The constant (K,) of a log-density of unit scale in so many columns."""
+    # log G(a + h) - log G(a) - h log(2 pi a), a = nu / 2, h = D / 2, by Stirling's series, which does not cancel.
+    a, h = 0.5 * nu, 0.5 * columns_here
+    errors = special.stirling_error(a + h) - special.stirling_error(a)
+    gammas = (h - 0.5) * jnp.log1p(h / a) - a * special.log1p_gap(h / a) + errors
+    return gammas - h * math.log(2 * math.pi)
+
+
+def scale_moments(nu: jax.Array, square: jax.Array, columns_here: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """E[u], E[log u] - E[u], and the part of `base`, of latent scales given squared distances (K, N); nu (K, 1)."""
+    shape, rate = 0.5 * (nu + columns_here), 0.5 * (nu + square)
+    mean = shape / rate
+    logs = jax.lax.digamma(shape) - jnp.log(rate)
+    # E[log p(x, u)] at these parameters falls short of log p(x) by the entropy of u given x.
+    entropy = shape - jnp.log(rate) + jax.lax.lgamma(shape) + (1 - shape) * jax.lax.digamma(shape)
+    return mean, logs - mean, entropy + (0.5 * columns_here - 1) * logs
+
+
+def log_gammas(nu: jax.Array, count: jax.Array, log_scales: jax.Array) -> jax.Array:
     """sum r E[log Gamma(u; nu/2, nu/2)], without the terms that hold no nu: (K,)."""
     half = 0.5 * nu
-    return stats.count * (half * jnp.log(half) - jax.lax.lgamma(half)) + half * stats.log_scales
+    return count * (half * jnp.log(half) - jax.lax.lgamma(half)) + half * log_scales
 
 
-def _solve(mean_log: jax.Array) -> jax.Array:
+def degrees_told(mean_log: jax.Array) -> jax.Array:
     """The nu, within its limits, with log(nu/2) - digamma(nu/2) = -1 - mean_log, where mean_log = E[log u] - E[u]."""
     # The left side is about 1 / nu for large nu: at the upper limit it is next to nothing.
     half = special.inverse_log_minus_digamma(jnp.maximum(-1 - mean_log, 0.5 / _MOST))
-    return jnp.clip(2 * half, _LEAST, _MOST)
+    return within_limits(2 * half)
+
+
+def within_limits(nu: jax.Array) -> jax.Array:
+    """Degrees of freedom as far as they are told apart."""
+    return jnp.clip(nu, _LEAST, _MOST)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters, tree
+from ..data import Gated, seen_by, split
 from ..protocols import Data, Params, Stats
 from ..record import record
 from .expect import Exact, Hard, Sample
@@ -28,6 +29,15 @@ class CategoricalPosterior:
 
     responsibilities: jax.Array
     evidence: jax.Array
+
+    @property
+    def shares(self) -> jax.Array:
+        """The responsibilities, labels last: (N, K)."""
+        return self.responsibilities.T
+
+    def relabelled(self, order: jax.Array) -> "CategoricalPosterior":
+        """The same with its component order[k] as component k."""
+        return dataclasses.replace(self, responsibilities=self.responsibilities[order])
 
     def entropy(self, weights: jax.Array | None = None) -> jax.Array:
         """Entropy in nats, summed over rows x weights (N,)."""
@@ -125,6 +135,22 @@ def log_prob(model: Any, params: Params, x: Data) -> jax.Array:
 
 @parameters.at_rows
 @jax.jit
+def predictive(model: Any, params: Params, x: Data) -> jax.Array:
+    """Log-density (N,) of every row, expected over the distributions of the parameters where these have some."""
+    weights, components = model.parts["weights"], model.parts["components"]
+
+    def of(x: Data) -> jax.Array:
+        rows = split(x)[0]
+        joint = weights.predictive(params.weights, rows) + components.predictive(
+            params.components, seen_by("components", rows)
+        )
+        return numerics.normalize(joint)[1]
+
+    return _by_rows(model, params, x, of)
+
+
+@parameters.at_rows
+@jax.jit
 def responsibilities(model: Any, params: Params, x: Data) -> jax.Array:
     """Responsibilities p(component k | x_n): (N, K)."""
     return _by_rows(model, params, x, lambda rows: numerics.normalize(model.log_joint(params, rows))[0].T)
@@ -142,18 +168,47 @@ def _by_rows(model: Any, params: Params, x: Data, function: Callable) -> jax.Arr
     return tree.map_over_blocks(function, x, size)
 
 
-def sample(model: Any, key: jax.Array, params: Params, n: int) -> Data:
-    """n rows from the mixture. `sample_with_labels` also tells their components."""
-    return model.sample_with_labels(key, params, n)[0]
+def sample(
+    model: Any,
+    key: jax.Array,
+    params: Params,
+    n: int,
+    *,
+    features: jax.Array | None = None,
+    gate_features: jax.Array | None = None,
+) -> Data:
+    """n rows from the mixture. `sample_with_labels` also tells their components, and explains the features."""
+    return model.sample_with_labels(key, params, n, features=features, gate_features=gate_features)[0]
 
 
-def sample_with_labels(model: Any, key: jax.Array, params: Params, n: int) -> tuple[Data, jax.Array]:
-    """n rows from the mixture, and the component (n,) that each came from."""
+def sample_with_labels(
+    model: Any,
+    key: jax.Array,
+    params: Params,
+    n: int,
+    *,
+    features: jax.Array | None = None,
+    gate_features: jax.Array | None = None,
+) -> tuple[Data, jax.Array]:
+    """n rows from the mixture, and the component (n,) that each came from.
+
+    features: (n, P), those that responses are drawn for, where components are regressions, and that a gate looks at;
+        gate_features: those of a gate with its own.
+    """
     checks.positive_integer("n", n)
-    if model.gate is not None:
-        raise TypeError("a mixture with a gate has components that depend on the row: it cannot be sampled from")
     model.check_count(params)
     params = tree.no_whole_numbers(params, params)
     key_labels, key_rows = jax.random.split(checks.random_key(key))
-    labels = jax.random.categorical(key_labels, numerics.safe_log(params.weights), shape=(n,))
-    return model.family.sample(key_rows, params.components, labels), labels
+    of_gate = features if gate_features is None else gate_features
+    if model.gate is None:
+        log_weights = numerics.safe_log(params.weights)
+    elif of_gate is None:
+        raise TypeError(
+            "a mixture with a gate has components that depend on the row: it cannot be sampled from without features; "
+            "call sample(key, params, n, features=...), or gate_features=... where the gate has its own"
+        )
+    else:
+        log_weights = model.gate.log_prob(params.weights, Gated(None, checks.columns("features", of_gate))).T
+    labels = jax.random.categorical(key_labels, log_weights, shape=(n,))
+    given = {} if features is None else {"features": features}
+    return model.family.sample(key_rows, params.components, labels, **given), labels

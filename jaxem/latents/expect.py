@@ -128,6 +128,18 @@ class Sample:
         return checks.random_key(self.key)
 
 
+def temperature(expect: Any) -> jax.Array | float:
+    """The temperature of the posterior that an `expect` takes, 0 for `Hard()`; TypeError where it has none."""
+    if isinstance(expect, Hard):
+        return 0.0
+    if not isinstance(expect, Exact):
+        raise TypeError(
+            "M-steps of this model go back to the rows, and make the posterior there again: expect must be Exact(), "
+            f"tempered or not, or Hard(); got {expect!r}"
+        )
+    return 1.0 if expect.temperature is None else expect.temperature
+
+
 def ask(expect: Expect, model: Any, params: Params, x: Data) -> Any:
     """The posterior that an `expect` gives; TypeError for what gives none."""
     try:

@@ -1,5 +1,11 @@
 """Models: latent structure x observation family."""
 
+from .amortised import Amortised as Amortised
+from .amortised import AmortisedParams as AmortisedParams
+from .bayesian_logistic import BayesianLogisticParams as BayesianLogisticParams
+from .bayesian_logistic import BayesianLogisticRegression as BayesianLogisticRegression
+from .bayesian_regression import BayesianLinearRegression as BayesianLinearRegression
+from .bayesian_regression import BayesianRegressionParams as BayesianRegressionParams
 from .factor_analysis import PPCA as PPCA
 from .factor_analysis import FactorAnalysis as FactorAnalysis
 from .factor_analysis import FactorAnalysisParams as FactorAnalysisParams
@@ -7,6 +13,8 @@ from .factor_analysis import FactorStats as FactorStats
 from .factor_analysis import FitTest as FitTest
 from .factor_analysis import PPCAParams as PPCAParams
 from .functions import from_functions as from_functions
+from .helmholtz import HelmholtzMachine as HelmholtzMachine
+from .helmholtz import HelmholtzParams as HelmholtzParams
 from .hmm import HMM as HMM
 from .hmm import HMMParams as HMMParams
 from .hmm import HMMStats as HMMStats
@@ -22,9 +30,14 @@ from .linear_gaussian_ssm import LinearGaussianSSMStats as LinearGaussianSSMStat
 from .linear_mixed_model import LinearMixedModel as LinearMixedModel
 from .linear_mixed_model import LinearMixedModelParams as LinearMixedModelParams
 from .linear_mixed_model import LinearMixedModelStats as LinearMixedModelStats
+from .log_joint import from_log_joint as from_log_joint
 from .mixture import Mixture as Mixture
+from .mixture import MixtureOfExperts as MixtureOfExperts
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
+from .mixture import VariationalMixture as VariationalMixture
 from .multivariate_normal import MultivariateNormal as MultivariateNormal
 from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
 from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats
+from .one_component import ProbitRegression as ProbitRegression
+from .one_component import StudentTRegression as StudentTRegression

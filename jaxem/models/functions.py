@@ -63,6 +63,7 @@ _OF_STATS: dict[str, Callable[[Callable], Callable]] = {
     "m_step": lambda function: lambda stats: function(stats.stats),
     "m_step_for": lambda function: lambda params, stats, names: function(params, stats.stats, names),
     "q_function": lambda function: lambda params, stats: function(params, stats.stats),
+    "draw": lambda function: lambda key, stats: function(key, stats.stats),
     "rebase": lambda function: (
         lambda stats, params: FunctionStats(stats=function(stats.stats, params), loglik=stats.loglik)
     ),

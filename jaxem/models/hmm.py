@@ -131,6 +131,7 @@ class HMM:
     part_params = assembly.part_params
     m_step, q_function, log_prior, rebase = assembly.surrogate
     expands, expanded = property(assembly.expands), assembly.expanded
+    expected = assembly.expected
     unconstrain, constrain = assembly.coordinates
     blocks, m_step_for, degenerate, degrees, num_parameters, check_held = assembly.pieces
 
@@ -252,6 +253,12 @@ class HMM:
         form = "scaled" if self.form == "auto" else self.form
         found = dataclasses.replace(self, family=family, form=form)
         return self if family is self.family and form == self.form else found
+
+    def without_missing(self) -> "HMM":
+        """The form for steps in which no entry is missing, where it is another: for families of correlated columns."""
+        emissions = self.parts["emissions"]
+        family = capabilities.original(emissions.without_missing()) if emissions.correlated else self.family
+        return self if family is self.family else dataclasses.replace(self, family=family)
 
     def start(self, params: HMMParams) -> jax.Array:
         """p(z_1 = k) (K,)."""

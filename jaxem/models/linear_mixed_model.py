@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from .. import capabilities, checks, latents, numerics, parameters, seeding, tree
 from ..data import GroupedRows
-from ..families import design
 from ..families.covariance import Spherical
 from ..families.linear_equation import EquationParams, LinearEquation
 from ..latents import Exact, lanewise
@@ -71,7 +70,7 @@ class LinearMixedModel:
         """Least squares, and half of the variance that it leaves to the random effects, alike; nothing is drawn."""
         x, weights = tree.present(x, weights)
         sums = jax.tree.map(lambda leaf: numerics.weighted_sum(jnp.moveaxis(leaf, 0, -1), weights), x)
-        line, move = x.line[0], design.solve(sums.xx, sums.xr)
+        line, move = x.line[0], numerics.least_squares(sums.xx, sums.xr)
         left = jnp.maximum(sums.rr - jnp.sum(move * sums.xr), jnp.finfo(line.dtype).eps ** 2 * sums.count)
         each = numerics.safe_divide(left, jnp.diagonal(sums.zz))
         half = jnp.where(each > 0, each, 1) / (2 * len(each))
@@ -100,7 +99,7 @@ class LinearMixedModel:
         gram = numerics.weighted_sum(x.xx - lanewise.cross(lean, x.zx), weights)
         left = mixed_effects.residuals(params.coefficients, x)
         cross = numerics.weighted_sum(left.xr - lanewise.times(lanewise.transposed(x.zx), found.means), weights)
-        at = params.coefficients + design.solve(gram, cross)
+        at = params.coefficients + numerics.least_squares(gram, cross)
         scale = jax.lax.rsqrt(jnp.diagonal(gram))
         floor = jnp.full_like(scale, 16 * len(at) * jnp.finfo(scale.dtype).eps)
         factor, _ = numerics.floored_cholesky(gram * scale[:, None] * scale[None], floor)

@@ -61,7 +61,7 @@ def _products(x: GroupedRows) -> GroupProducts:
     features, random, response = columns(x)
     p, q = features.shape[1], random.shape[1]
     gram = numerics.product(features, features, "ni,nj->ij")
-    line = design.solve(gram, numerics.product(features, response, "ni,n->i"))
+    line = numerics.least_squares(gram, numerics.product(features, response, "ni,n->i"))
     every = jnp.concatenate(
         [features, random, (response - numerics.product(features, line, "np,p->n"))[:, None]], axis=1
     )

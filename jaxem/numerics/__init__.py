@@ -2,6 +2,7 @@
 matrices, and the truncated normal distribution."""
 
 from .elementary import (
+    divergence,
     first_argmax,
     first_largest,
     in_any_lane,
@@ -25,17 +26,30 @@ from .factorisations import (
     singular_values,
     solve,
 )
+from .krylov import Krylov, explored, gmres, gmres_in_range, solved
+from .normal_equations import least_squares, least_squares_together
+from .spectrum import krylov_space, leading_direction, leading_eigenvalues, scattered, series, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [
+    "Krylov",
     "cholesky",
     "covariance_to_real",
     "damped_least_squares",
+    "divergence",
+    "explored",
     "first_argmax",
     "first_largest",
     "floored_cholesky",
+    "gmres",
+    "gmres_in_range",
     "in_any_lane",
     "inverse_lower",
+    "krylov_space",
+    "leading_direction",
+    "leading_eigenvalues",
+    "least_squares",
+    "least_squares_together",
     "normalize",
     "product",
     "real_to_covariance",
@@ -43,9 +57,13 @@ __all__ = [
     "repaired",
     "safe_divide",
     "safe_log",
+    "scattered",
+    "series",
     "simplex_to_real",
     "singular_values",
     "solve",
+    "solved",
+    "symmetric_eigen",
     "to_rank",
     "truncated_normal",
     "weighted_sum",

@@ -26,6 +26,13 @@ def safe_divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator))
 
 
+def divergence(p: jax.Array, q: jax.Array) -> jax.Array:
+    """sum p log(p / q) over the last axis; 0 log 0 = 0, and infinite where q alone is 0."""
+    used = p > 0
+    logs = safe_log(jnp.where(used, p, 1)) - safe_log(jnp.where(used, q, 1))
+    return jnp.sum(jnp.where(used, p * logs, 0), axis=-1)
+
+
 def to_rank(x: jax.Array, rank: int) -> jax.Array:
     """The array with axes of length 1 in front: what broadcasting does by itself, said where it is meant."""
     return jnp.expand_dims(x, tuple(range(rank - jnp.ndim(x))))

@@ -18,7 +18,7 @@ from . import tuning
 from .elementary import product, repaired, to_rank
 
 
-def _one_at_a_time(function: Callable) -> Callable:
+def one_at_a_time(function: Callable) -> Callable:
     """A function of one matrix that calls LAPACK; under `vmap`, which is how it takes stacks, a loop on CPUs.
 
     Elsewhere a stack stays one batched call: no pool of threads is waited for there, and a loop would be slow.
@@ -37,9 +37,9 @@ def _over_stack(function: Callable, *arrays: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(*stack, *leaf.shape[1:]), jax.vmap(function)(*flat))
 
 
-_lapack_cholesky = _one_at_a_time(jnp.linalg.cholesky)
-_lapack_solve = _one_at_a_time(jnp.linalg.solve)
-_lapack_svd = _one_at_a_time(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
+_lapack_cholesky = one_at_a_time(jnp.linalg.cholesky)
+_lapack_solve = one_at_a_time(jnp.linalg.solve)
+_lapack_svd = one_at_a_time(lambda matrix: tuple(jnp.linalg.svd(matrix, full_matrices=False)))
 
 
 @jax.custom_jvp

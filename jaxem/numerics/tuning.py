@@ -46,6 +46,10 @@ COARSE_WORK = 1 << 23
 # every sequence: a product is quick where the axis that it sums over is long. Benchmark: lds a, b.
 MANY_SEQUENCES = 32
 
+# Parameters up to which the spectrum of the EM map is that of the whole matrix; directions of the Krylov space beyond.
+# By hand: a mixture of 8 normals in 10 columns, 527 parameters.
+SPECTRUM = 40
+
 # --- What is written out. Straight-line code fuses with its neighbours, as products and loops do not, but it grows with
 # the square of its size, and so does the time that it takes to compile.
 
@@ -130,3 +134,9 @@ UNROLLED_COLUMNS = 16
 
 # Lanes that are worked on at a time, where there are more: their matrices then stay in fast memory. Benchmark: lds c.
 LANES_AT_A_TIME = 256
+
+# --- Derivatives of fits.
+
+# Directions in the basis of one cycle of GMRES: more of them need fewer products with the Jacobian of the EM map, each
+# of which is an E-step, and memory for so many copies of the parameters. Benchmark: derivatives a.
+KRYLOV = 50

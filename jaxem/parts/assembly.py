@@ -93,6 +93,12 @@ def log_prior(self: Assembled, params: Params) -> jax.Array:
     return _total(part.log_prior(values[name]) for name, part in self.parts.items())
 
 
+def expected(self: Assembled, params: Params) -> Params:
+    """Parameters at their means where parts have distributions of them (`Variational`), the others as they are."""
+    values = self.part_params(params)
+    return self.params_of({name: part.expected(values[name]) for name, part in self.parts.items()})
+
+
 def rebase(self: Assembled, stats: Stats, params: Params) -> Stats:
     """The same statistics about the reference of `params`, exactly, where parts have one."""
     of, values = self.part_statistics(stats), self.part_params(params)

@@ -10,6 +10,7 @@ from .. import capabilities, checks, numerics, parameters, tree
 from ..priors import Dirichlet
 from ..protocols import Data
 from ..record import record, static
+from .conjugacy import draw
 
 
 @capabilities.completed("part")
@@ -32,7 +33,8 @@ class Probabilities:
 
     def m_step(self, counts: jax.Array) -> jax.Array:
         """Shares of the counts; with a prior, concentration - 1 more of each: the posterior's mode."""
-        counts = self.with_prior(counts)
+        if self.prior is not None:
+            return self.prior.posterior_mode(counts, self.support)
         return numerics.safe_divide(counts, jnp.sum(counts, axis=-1, keepdims=True))
 
     def with_prior(self, counts: jax.Array) -> jax.Array:
@@ -52,13 +54,7 @@ class Probabilities:
 
     def log_prior(self, p: jax.Array) -> jax.Array:
         """Log-density of the prior, normalised on the support of each distribution; 0 without one."""
-        if self.prior is None:
-            return jnp.zeros((), p.dtype)
-        extra = self.prior.pseudo_counts(p)
-        inside = jnp.broadcast_to(True if self.support is None else jnp.asarray(self.support) != 0, p.shape)
-        total = jnp.sum(jnp.where(inside, extra + 1, 0), axis=-1)
-        normaliser = jax.lax.lgamma(total) - jnp.sum(jnp.where(inside, jax.lax.lgamma(extra + 1), 0), axis=-1)
-        return self.q_function(p, jnp.where(inside, extra, 0)) + jnp.sum(normaliser)
+        return jnp.zeros((), p.dtype) if self.prior is None else self.prior.log_prob(p, self.support)
 
     def check_support(self, name: str) -> None:
         """Raise ValueError for a support of another shape than the table's, or one that leaves a row nothing."""
@@ -111,3 +107,40 @@ class Probabilities:
 
     def floats_per_row(self, p: jax.Array) -> int:
         return 0
+
+    # What follows from the conjugate prior.
+
+    def conjugate_of(self) -> Dirichlet:
+        """The prior; without one, that whose density is flat."""
+        return Dirichlet(1.0) if self.prior is None else self.prior
+
+    def posterior(self, counts: jax.Array) -> Dirichlet:
+        """Concentrations (..., V), 0 outside of the support."""
+        return self.conjugate_of().posterior(counts, self.support)
+
+    def pooled_posterior(self, x: Data, weights: jax.Array | None, num_components: int) -> Dirichlet:
+        """All components alike."""
+        return self.posterior(tree.total_weight(x, weights) * self.pooled(x, None, num_components))
+
+    draw = draw
+
+    def given(self, p: jax.Array) -> jax.Array:
+        """Probabilities are the parameters."""
+        return p
+
+    def plugged(self, q: Dirichlet) -> jax.Array:
+        """The mean."""
+        return q.expected()
+
+    def expected_log_prob(self, q: Dirichlet, x: Data) -> jax.Array:
+        """E[log p(component k)]: (K, 1)."""
+        return q.expected_log()[:, None]
+
+    def expected_q(self, q: Dirichlet, counts: jax.Array) -> jax.Array:
+        """sum counts E[log p]."""
+        used = counts != 0
+        return jnp.sum(jnp.where(used, counts * jnp.where(used, q.expected_log(), 0), 0))
+
+    def log_expected_prob(self, q: Dirichlet, x: Data) -> jax.Array:
+        """log E[p(component k)]: (K, 1)."""
+        return self.log_prob(q.expected(), x)

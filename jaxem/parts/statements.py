@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from .. import capabilities, parameters, tree
 from ..protocols import Data, Family, Model, Params, Stats
 from ..record import fields, record, replace, static
+from . import conjugacy
 
 
 def _inner(statement: Any) -> Any:
@@ -160,6 +161,16 @@ class Fixed:
         given = {**own, **held}
         return self.apply(self.inner.m_step_given(stats, **given) if given else self.inner.m_step(stats))
 
+    def draw(self, key: jax.Array, stats: Stats) -> Params:
+        """All other parameters drawn given the statistics; TypeError unless what is held is independent of them."""
+        inner = capabilities.complete("model", self.inner)
+        if inner.parts is None or not set(self.values) <= set(inner.parts):
+            raise TypeError(
+                f"{', '.join(self.values)} of {type(self.inner).__name__} cannot be held where parameters are drawn: "
+                "whole parts of a model can, such as a mixture's weights"
+            )
+        return self.apply(conjugacy.drawn(inner, key, stats))
+
     def expanded(self, params: Params, stats: Stats, held: tuple[str, ...] = (), **shared: Any) -> Params:
         """What is made of an M-step's parameters, but for those that are held."""
         return _inner(self).expanded(params, stats, held=(*held, *self.values), **shared)
@@ -261,6 +272,10 @@ class Tied:
             return jnp.broadcast_to(found, value.shape)
 
         return _changed(params, self.names, shared)
+
+    def draw(self, key: jax.Array, stats: Stats) -> Params:
+        """TypeError: there is no draw of what components share."""
+        raise TypeError(f"{', '.join(self.names)} are shared by all components, and cannot be drawn")
 
     def expanded(self, params: Params, stats: Stats, shared: tuple[str, ...] = (), **held: Any) -> Params:
         """What is made of an M-step's parameters; those that are shared stay so."""

@@ -257,6 +257,15 @@ class Posterior:
         pairs = jnp.where(self.terms.follows()[..., None, None], pairs, 0)
         return pairs[0] if self.alone else pairs
 
+    @property
+    def shares(self) -> jax.Array:
+        """The states' probabilities, labels last."""
+        return self.states
+
+    def relabelled(self, order: jax.Array) -> "ChainPosterior":
+        """The same with its state order[k] as state k."""
+        return ChainPosterior(states=self.states[..., order], pairs=self.pairs[..., order, :][..., order])
+
     def entropy(self, weights: jax.Array | None = None) -> jax.Array:
         """Entropy in nats, summed over rows of sequences x weights (B,)."""
         return -self._expected_log(self, weights)

@@ -1,0 +1,229 @@
+"""A certificate for where a fit would stop: that no direction is left in which it has yet to move."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from .. import numerics, tree
+from ..capabilities import complete, completed
+from ..protocols import Algorithm, AnyModel, Data, Nature, Params, Problem, State
+from ..record import record
+from .gather import pose
+from .maps import coordinates
+from .step import EM, objective
+
+# Products with the Jacobian of the EM map that look for its slowest modes.
+_PRODUCTS = 8
+
+# Steps of EM that are looked ahead, as doublings: 16,384.
+_DOUBLINGS = 14
+
+# How far to step off along the slowest mode, on both sides, relative to the coordinate that moves most.
+_LENGTHS = (0.003, 0.03, 0.3)
+
+# Points that are tried.
+_POINTS = 1 + 2 * len(_LENGTHS)
+
+# E-steps of a verdict: two for a product, or for a point with the product that goes with it.
+PASSES = 2 * (_PRODUCTS + _POINTS)
+
+
+@completed("state")
+@record
+class CertifiedState:
+    """What certification remembers.
+
+    inner: the state of the algorithm that is certified.
+    spent: passes over the data of the verdicts so far, and of what was before a fit went on elsewhere.
+    certified: whether the last verdict found no direction in which more is left.
+    """
+
+    inner: Any
+    spent: jax.Array
+    certified: jax.Array
+
+    @property
+    def _told(self) -> State:
+        return complete("state", self.inner)
+
+    params = property(lambda self: self.inner.params)
+    stats = property(lambda self: self.inner.stats)
+    loglik = property(lambda self: self.inner.loglik)
+    num_passes = property(lambda self: self.inner.num_passes + self.spent)
+    waiting = property(lambda self: self._told.waiting)
+    left = property(lambda self: self._told.left)
+    missed = property(lambda self: self._told.missed)
+    settled = property(lambda self: self._told.settled)
+
+
+@completed("algorithm")
+@record
+class Certified:
+    """An algorithm whose CONVERGED is looked at before it is believed.
+
+    inner: the algorithm.
+
+    Gains and moves tell nothing of a direction in which a fit has not moved yet: off a saddle, or along the slowest
+    mode. Where the inner algorithm would stop, the slowest modes of the EM map are looked for by Arnoldi's method, in
+    products with its Jacobian from a random vector. Points are then tried where thousands of more steps would lead,
+    and on both sides along the slowest mode. Where the best of them is higher by more than `tol` per unit of weight the
+    fit goes on from there, and else it has converged. Every verdict costs 30 E-steps, counted in `num_passes`.
+    """
+
+    inner: Any
+
+    def nature(self, model: AnyModel) -> Nature:
+        return complete("algorithm", self.inner).nature(model)
+
+    def limit(self, *given: Any) -> tuple[Params, Any]:
+        """The EM map whose fixed points are its limits."""
+        return complete("algorithm", self.inner).limit(*given)
+
+    def init(
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> CertifiedState:
+        return self._around(model, self.inner.init(model, params, x, weights, key))
+
+    def begin(
+        self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
+    ) -> CertifiedState:
+        return self._around(model, complete("algorithm", self.inner).begin(model, params, x, weights, key))
+
+    def step(self, model: AnyModel, state: CertifiedState, x: Data, weights: jax.Array | None = None) -> CertifiedState:
+        return dataclasses.replace(state, inner=self.inner.step(model, state.inner, x, weights))
+
+    def evaluated(
+        self, model: AnyModel, state: CertifiedState, x: Data, weights: jax.Array | None = None
+    ) -> CertifiedState:
+        inner = complete("algorithm", self.inner).evaluated(model, state.inner, x, weights)
+        return state if inner is state.inner else dataclasses.replace(state, inner=inner)
+
+    def certify(
+        self,
+        model: AnyModel,
+        state: CertifiedState,
+        x: Data,
+        weights: jax.Array | None,
+        allowed: jax.Array,
+    ) -> tuple[CertifiedState, jax.Array]:
+        """The state at the highest point that was tried, and whether that is higher by more than `allowed` nats.
+
+        Where it is not, the state is the one that was given, certified.
+        """
+        problem = pose(model, x, weights)
+        found = verdict(problem, self, state.params, objective(problem.model, state), allowed)
+        fresh = complete("algorithm", self.inner).begin(model, found.params, x, weights)
+        # A state that was begun without its first E-step has another structure, of the same arrays.
+        fresh = jax.tree.unflatten(jax.tree.structure(state.inner), jax.tree.leaves(fresh))
+        inner = tree.where(found.better, fresh, state.inner)
+        spent = state.num_passes + PASSES - jnp.where(found.better, 0, state.inner.num_passes)
+        return CertifiedState(inner=inner, spent=spent, certified=found.certified), found.better
+
+    def _around(self, model: AnyModel, inner: Any) -> CertifiedState:
+        if not climbs(self.inner, model):
+            raise ValueError(
+                "certified needs an algorithm whose every step climbs the log-likelihood of all rows, without draws, "
+                f"batches or a schedule; got {self.inner!r}. Certify what follows it: em_fit(model, result.params, x, "
+                "algorithm=certified())"
+            )
+        if inner.loglik is None:
+            raise TypeError(
+                "certified looks at the log-likelihood around the end of a fit, and this model tells none: "
+                "let e_step return (stats, loglik)"
+            )
+        if complete("model", model).m_step is None:
+            raise TypeError("certified needs a model with an m_step of its own: gradient steps are no map")
+        return CertifiedState(inner=inner, spent=jnp.zeros_like(inner.num_passes), certified=jnp.array(False))
+
+
+def certified(algorithm: Algorithm | Any | None = None) -> Certified:
+    """An algorithm, `EM()` by default, that says CONVERGED only where no direction is left to gain in; see `Certified`.
+
+    Raises TypeError for one that is certified already; its fits raise TypeError or ValueError where steps are random or
+    do not climb the log-likelihood of all rows, and for a model without a log-likelihood or an M-step.
+    """
+    algorithm = EM() if algorithm is None else algorithm
+    if isinstance(algorithm, Certified):
+        raise TypeError("certified takes an algorithm that is not certified yet; got certified(...)")
+    return Certified(inner=algorithm)
+
+
+def climbs(algorithm: Any, model: AnyModel) -> bool:
+    """Whether every step of an algorithm climbs the log-likelihood of all rows, without draws."""
+    nature = complete("algorithm", algorithm).nature(model)
+    return nature.monotone and nature.complete and not nature.stochastic
+
+
+@record
+class Verdict:
+    """What a look around parameters found.
+
+    params: the highest point, where it is better.
+    better: whether it is higher than the parameters by more than was allowed.
+    certified: whether nothing is, and the Jacobian could be seen.
+    rate: of the slowest mode.
+    """
+
+    params: Params
+    better: jax.Array
+    certified: jax.Array
+    rate: jax.Array
+
+
+def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array, allowed: jax.Array) -> Verdict:
+    """Look around parameters, where the objective is `height`, for more than `allowed` nats.
+
+    One loop, so that a program holds the E-step once: first products with the Jacobian, whose basis grows, and then
+    the points that follow from it.
+    """
+    model = problem.model
+    theta, params_of = coordinates(model, params)
+    width = min(_PRODUCTS, len(theta))
+
+    def stepped(theta: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Params]]:
+        at = params_of(theta)
+        after, state = algorithm.limit(model, at, problem.x, problem.weights)
+        return ravel_pytree(model.unconstrain(after))[0], (objective(model, state), at)
+
+    def look(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        space, points, rate, highest, top = carry
+        looking = number < width
+        point = jnp.where(looking, theta, points[jnp.maximum(number - width, 0)])
+        after, moved, (here, at) = jax.jvp(stepped, (point,), (space.vector,), has_aux=True)
+        space = tree.where(looking, space.grown(number, moved), space)
+        points, rate = jax.lax.cond(
+            number == width - 1,
+            lambda: _points(theta, after - theta, space.basis, space.image),
+            lambda: (points, rate),
+        )
+        higher = ~looking & (here > highest)
+        return space, points, rate, jnp.where(higher, here, highest), tree.where(higher, at, top)
+
+    start = numerics.krylov_space(numerics.scattered(theta), width)
+    nowhere = jnp.broadcast_to(theta, (_POINTS, len(theta)))
+    begin = start, nowhere, jnp.zeros((), theta.dtype), jnp.asarray(height), params
+    _, _, rate, highest, top = jax.lax.fori_loop(0, width + _POINTS, look, begin)
+    better = highest - height > allowed
+    sure = ~better & jnp.isfinite(rate) & jnp.isfinite(height)
+    return Verdict(params=top, better=better, certified=sure, rate=rate)
+
+
+def _points(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Points (T, P) where the objective may be higher than at theta (P,), and the rate of the slowest mode.
+
+    move: (P,), of an EM step; basis (M, P) and image (M, M): the Jacobian as far as it is known.
+    """
+    inside = numerics.leading_direction(image)
+    square = jnp.sum(jnp.square(inside))
+    rate = inside @ image @ inside / jnp.where(square > 0, square, 1)
+    # Where so many more steps lead, if the map is linear: nearly Newton's step, and bounded where nothing pulls back.
+    onward = numerics.series(image, basis @ move, _DOUBLINGS) @ basis
+    mode = inside @ basis
+    size = jnp.max(jnp.abs(mode) / (1 + jnp.abs(theta)))
+    lengths = np.array([sign * length for length in _LENGTHS for sign in (1, -1)])
+    away = jnp.asarray(lengths, theta.dtype)[:, None] * mode[None] / jnp.where(size > 0, size, 1)
+    return theta[None] + jnp.concatenate([onward[None], away]), rate

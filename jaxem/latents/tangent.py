@@ -1,0 +1,117 @@
+"""Statistics of a model of which nothing is known but log p(x_n, z_n = k), a function of any parameters.
+
+No finite sums over rows tell Q of such a model at all parameters. What adds over rows is its tangent: Q and its slope
+at the parameters of the E-step, under any posterior. It is all that Fisher's identity, the lower bound and the
+log-likelihood ask for. M-steps, which move away from there, go back to the rows (`q_on_rows`) and make the posterior
+again. So they need statistics of all rows at one place, which `Full()` and `Blocks(size)` give, and a posterior that
+follows from parameters alone.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import numerics, tree
+from ..protocols import Data, Params, Stats
+from ..record import record
+from .categorical import CategoricalPosterior
+from .expect import Exact, temperature
+from .expect import e_step as e_step_of
+
+
+@record
+class TangentStats:
+    """The tangent of Q at the parameters of an E-step.
+
+    level: Q there, less slope · params: Q(params) = level + slope · params is linear in the statistics.
+    slope: dQ/dparams there, arrays like the parameters; the score, where the posterior is exact.
+    temperature: of the posterior, times the weight of the rows; 0 where every row goes to its likeliest latent.
+    loglik: sum_n w_n log p(x_n), there.
+    """
+
+    level: jax.Array
+    slope: Params
+    temperature: jax.Array
+    loglik: jax.Array
+
+
+def e_step(model: Any, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> Stats:
+    """The tangent of Q under a posterior that M-steps can make again; TypeError for any other `expect`."""
+    degrees = temperature(expect)
+    stats = e_step_of(model, params, x, weights, expect)
+    return dataclasses.replace(stats, temperature=jnp.asarray(degrees, stats.temperature.dtype) * stats.temperature)
+
+
+def statistics(
+    model: Any, params: Params, x: Data, posterior: CategoricalPosterior, weights: jax.Array | None = None
+) -> TangentStats:
+    """The tangent of Q at `params` under any posterior; loglik is the sum of its evidence."""
+    params = tree.no_whole_numbers(params, x)
+    value, slope = jax.value_and_grad(
+        lambda params: _expected(posterior.responsibilities, model.log_joint(params, x), weights)
+    )(params)
+    return TangentStats(
+        level=value - _dot(slope, params),
+        slope=slope,
+        temperature=tree.total_weight(x, weights),
+        loglik=numerics.weighted_sum(posterior.evidence, weights),
+    )
+
+
+def q_function(model: Any, params: Params, stats: TangentStats) -> jax.Array:
+    """The tangent at these parameters: Q itself where the statistics were taken."""
+    return stats.level + _dot(stats.slope, params)
+
+
+def q_on_rows(
+    model: Any, params: Params, stats: TangentStats, x: Data, weights: jax.Array | None
+) -> Callable[[Params], jax.Array]:
+    """Q as a function of parameters, under the posterior at `params`: a pass over the rows for each value of it.
+
+    Directions that no density depends on, as that of all logits of a softmax together, are nothing but rounding to an
+    optimiser, which can be carried off along them. A square of the distance from `params`, far below the curvature of
+    what is known, keeps it: value and slope there stay those of Q, so that no step lowers the likelihood.
+    """
+    degrees = stats.temperature / tree.total_weight(x, weights)
+    size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
+
+    def of(new: Params) -> jax.Array:
+        def of_block(rows: Data, inside: jax.Array | None) -> jax.Array:
+            return _expected(_tempered(model.log_joint(params, rows), degrees), model.log_joint(new, rows), inside)
+
+        # Derivatives go through the rows again, in place of holding what every block of them had.
+        value = tree.sum_over_blocks(jax.checkpoint(of_block), x, weights, size)
+        return value - tree.total_weight(x, weights) * _distance(params, new)
+
+    return of
+
+
+def _tempered(log_joint: jax.Array, degrees: jax.Array) -> jax.Array:
+    """Responsibilities (K, N) at a temperature, or, at 0, of the likeliest latents."""
+    warm = degrees > 0
+    soft, _ = numerics.normalize(log_joint / jnp.where(warm, degrees, 1).astype(log_joint.dtype))
+    return jnp.where(warm, soft, numerics.first_largest(log_joint)[0])
+
+
+def _expected(responsibilities: jax.Array, log_joint: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """sum_n w_n sum_k r_kn log p(x_n, k), where a latent without responsibility may be impossible."""
+    used = responsibilities > 0
+    each = jnp.sum(jnp.where(used, responsibilities * jnp.where(used, log_joint, 0), 0), axis=0)
+    return numerics.weighted_sum(each, weights)
+
+
+def _distance(params: Params, new: Params) -> jax.Array:
+    """Squared, relative to the size of the parameters, and next to nothing."""
+
+    def each(old: jax.Array, new: jax.Array) -> jax.Array:
+        return 0.5 * jnp.finfo(new.dtype).eps ** 0.5 * jnp.sum(jnp.square(new - old) / (1 + jnp.square(old)))
+
+    return jax.tree.reduce(operator.add, jax.tree.map(each, params, new))
+
+
+def _dot(a: Params, b: Params) -> jax.Array:
+    return jax.tree.reduce(operator.add, jax.tree.map(lambda a, b: jnp.sum(a * b), a, b))

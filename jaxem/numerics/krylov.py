@@ -1,0 +1,176 @@
+"""Linear systems of which only products with vectors are known."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import tuning
+
+Product = Callable[[jax.Array], jax.Array]
+
+
+class Krylov(NamedTuple):
+    """A space that `times` has led to from one vector, the residual of a linear system (m directions at most).
+
+    number: of directions so far, -1 before the residual is known.
+    basis: V (m + 1, P), orthonormal rows.
+    hessenberg: H (m, m + 1), times(V_j) = sum_i H_ji V_i.
+    triangle: R (m, m), H transposed, after the rotations that make it triangular.
+    turns: (m, 2), a cosine and a sine of each.
+    target: (m + 1,), the length of the residual after these; its entry `number` is what is left of it.
+    size: the length of the residual.
+    """
+
+    number: jax.Array
+    basis: jax.Array
+    hessenberg: jax.Array
+    triangle: jax.Array
+    turns: jax.Array
+    target: jax.Array
+    size: jax.Array
+
+    @property
+    def open(self) -> jax.Array:
+        """Whether there is room for one more direction."""
+        return self.number < len(self.turns)
+
+    @property
+    def left(self) -> jax.Array:
+        """The smallest residual that a combination of the directions so far has."""
+        return jnp.abs(self.target[self.number])
+
+    def nearest(self) -> jax.Array:
+        """That combination (P,)."""
+        width = len(self.turns)
+
+        def substitute(number: jax.Array, found: jax.Array) -> jax.Array:
+            row = width - 1 - number
+            pivot = self.triangle[row, row]
+            value = (self.target[row] - self.triangle[row] @ found) / jnp.where(pivot != 0, pivot, 1)
+            return found.at[row].set(jnp.where((row < self.number) & (pivot != 0), value, 0))
+
+        return jax.lax.fori_loop(0, width, substitute, jnp.zeros_like(self.target[1:])) @ self.basis[:width]
+
+
+def krylov(rest: jax.Array) -> Krylov:
+    """The space of one residual (P,), without a direction yet."""
+    width, dtype = min(tuning.KRYLOV, len(rest)), rest.dtype
+    size = jnp.linalg.norm(rest)
+    return Krylov(
+        number=jnp.zeros((), jnp.int32),
+        basis=jnp.zeros((width + 1, len(rest)), dtype).at[0].set(rest / jnp.where(size > 0, size, 1)),
+        hessenberg=jnp.zeros((width, width + 1), dtype),
+        triangle=jnp.zeros((width, width), dtype),
+        turns=jnp.zeros((width, 2), dtype),
+        target=jnp.zeros(width + 1, dtype).at[0].set(size),
+        size=size,
+    )
+
+
+def grown(space: Krylov, image: jax.Array) -> Krylov:
+    """The space with one more direction: the image (P,) of the last one."""
+    count, basis = space.number, space.basis
+    column = jnp.zeros_like(space.target)
+    for _ in range(2):  # once loses orthogonality, twice is enough
+        along = basis @ image
+        image, column = image - along @ basis, column + along
+    left = jnp.linalg.norm(image)
+    column = column.at[count + 1].set(left)
+    turned = jax.lax.fori_loop(0, count, lambda row, column: _turned(space.turns[row], row, column), column)
+    both = jnp.hypot(turned[count], turned[count + 1])
+    turn = jnp.stack([turned[count], turned[count + 1]]) / jnp.where(both > 0, both, 1)
+    return Krylov(
+        number=count + 1,
+        basis=basis.at[count + 1].set(image / jnp.where(left > 0, left, 1)),
+        hessenberg=space.hessenberg.at[count].set(column),
+        triangle=space.triangle.at[:, count].set(_turned(turn, count, turned)[:-1]),
+        turns=space.turns.at[count].set(turn),
+        target=_turned(turn, count, space.target),
+        size=space.size,
+    )
+
+
+def _turned(turn: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+    """A column with its entries `row` and the next one rotated."""
+    cosine, sine = turn
+    upper, lower = column[row], column[row + 1]
+    return column.at[row].set(cosine * upper + sine * lower).at[row + 1].set(cosine * lower - sine * upper)
+
+
+def explored(times: Product, right: jax.Array) -> Krylov:
+    """All of the space that `times` leads to from `right` (P,), or as much of it as there is room for.
+
+    The eigenvalues of its H are those of `times` within it, or near the outermost of these.
+    """
+    enough = jnp.finfo(right.dtype).eps ** 0.75 * jnp.linalg.norm(right)
+    return jax.lax.while_loop(
+        lambda space: space.open & (space.left > enough),
+        lambda space: grown(space, times(space.basis[space.number])),
+        krylov(right),
+    )
+
+
+def gmres(times: Product, right: jax.Array) -> jax.Array:
+    """The solution x (P,) of `times(x) = right`; NaN where none is found, with a residual below sqrt(eps) of it."""
+    found, residual = solved(times, right)
+    return jnp.where(residual <= jnp.sqrt(jnp.finfo(right.dtype).eps), found, jnp.nan)
+
+
+def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What comes nearest to x (P,) in `times(x) = right` by restarted GMRES, and its residual relative to `right`.
+
+    From nothing, so that what a singular but consistent system leaves open stays 0. Each cycle builds an orthonormal
+    basis of at most `tuning.KRYLOV` directions and takes the combination with the smallest residual; cycles go on while
+    that at least halves. As exact as elimination where P is no larger than the basis. A program holds `times`, which
+    may be large, once.
+    Saad & Schultz (1986), GMRES, SIAM J. Scientific and Statistical Computing 7.
+    """
+    eps = jnp.finfo(right.dtype).eps
+    fresh = krylov(right)
+    enough = 10 * eps * fresh.size
+
+    def cycle(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        found, before, first, _ = carry
+
+        def useful(space: Krylov) -> jax.Array:
+            return (space.number < 0) | ((space.size < 0.5 * before) & (space.left > enough))
+
+        def grow(space: Krylov) -> Krylov:
+            known = space.number < 0
+            image = times(jnp.where(known, found, space.basis[space.number]))
+            return jax.lax.cond(known, lambda: krylov(right - image), lambda: grown(space, image))
+
+        start = fresh._replace(number=-jnp.logical_not(first).astype(jnp.int32))  # the residual of nothing is known
+        space = jax.lax.while_loop(lambda space: space.open & useful(space), grow, start)
+        better = (space.size < 0.5 * before) & (space.size > enough)
+        return found + jnp.where(better, space.nearest(), 0), space.size, jnp.array(False), better
+
+    unknown = jnp.full_like(fresh.size, jnp.inf)
+    start: tuple[jax.Array, ...] = (jnp.zeros_like(right), unknown, jnp.array(True), jnp.array(True))
+    found, size, _, _ = jax.lax.while_loop(lambda carry: carry[3], cycle, start)
+    return found, size / jnp.where(fresh.size > 0, fresh.size, 1)
+
+
+def gmres_in_range(times: Product, right: jax.Array) -> jax.Array:
+    """The same where only a part of `right` can be reached: the solution for that part, which is an image itself.
+
+    It is what the transpose of `gmres` has to be: a matrix A that is singular, but none of whose powers lose more, has
+    one inverse within its range, whose transpose is that of Aᵀ. It solves A² x = A right, the rest of which is 0, and
+    is asked for only where A x = right has no solution: the square of a matrix costs digits.
+    (The group inverse; Ben-Israel & Greville, Generalized Inverses, section 4.4.)
+    """
+
+    def power(number: jax.Array, vector: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, number, lambda _, vector: times(vector), vector)
+
+    def attempt(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, _ = carry
+        return number + 1, gmres(lambda vector: power(number, vector), power(number - 1, right))
+
+    def unsolved(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        number, found = carry
+        return (number <= 2) & ~jnp.all(jnp.isfinite(found))
+
+    return jax.lax.while_loop(unsolved, attempt, (jnp.ones((), jnp.int32), jnp.full_like(right, jnp.nan)))[1]

@@ -1,0 +1,153 @@
+"""Leading eigenvalues of a matrix of which only products with vectors are known."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import tuning
+from .elementary import product
+from .factorisations import one_at_a_time
+
+# Squarings of a small matrix: eigenvalues that differ by 1e-8 of their size are told apart.
+_SQUARINGS = 34
+
+# Cycles at most: each of them brings the residual down by some orders of magnitude.
+_CYCLES = 30
+
+symmetric_eigen: Callable[[jax.Array], Any] = one_at_a_time(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
+symmetric_eigen.__doc__ = "Eigenvalues (P,), ascending, and eigenvectors (P, P), in columns, of a symmetric matrix."
+
+
+class Krylov(NamedTuple):
+    """An orthonormal basis of a Krylov space as it grows, of M directions in the end.
+
+    basis: V (M, P), rows of 0 where there is none yet.
+    image: H (M, M) = V A Vᵀ.
+    vector: (P,), the direction that A is asked about next.
+    left: how far the image of the last direction reaches out of the basis.
+    """
+
+    basis: jax.Array
+    image: jax.Array
+    vector: jax.Array
+    left: jax.Array
+
+    def grown(self, number: jax.Array, moved: jax.Array) -> "Krylov":
+        """With direction `number`, whose image under A is `moved` (P,).
+
+        Where the space is exhausted it is gone on with anywhere, so that a basis of all P directions is complete,
+        eigenvalues that occur several times included.
+        Saad, Numerical Methods for Large Eigenvalue Problems, section 6.2.
+        """
+        basis = self.basis.at[number].set(self.vector)
+        width, size = basis.shape
+        tiny = jnp.finfo(basis.dtype).eps ** 0.75
+        anywhere = jnp.asarray(np.random.default_rng(0).normal(size=(width, size)), basis.dtype)[number]
+        rest = moved + tiny * jnp.linalg.norm(moved) * anywhere + jnp.finfo(basis.dtype).tiny * anywhere
+
+        def clear(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            rest, length, along = carry
+            inside = product(basis, rest, "mp,p->m")
+            rest = rest - product(inside, basis, "m,mp->p")
+            size = jnp.linalg.norm(rest)
+            return rest / jnp.where(size > 0, size, 1), length * size, along + length * inside
+
+        # Once loses orthogonality, and what is left of an exhausted space is small.
+        start = rest, jnp.ones((), basis.dtype), jnp.zeros(width, basis.dtype)
+        vector, left, along = jax.lax.fori_loop(0, 3, clear, start)
+        image = self.image.at[:, number].set(along).at[number + 1, number].set(left, mode="drop")
+        return Krylov(basis=basis, image=image, vector=vector, left=left)
+
+
+def krylov_space(start: jax.Array, width: int) -> Krylov:
+    """The space of `start` (P,), not yet grown, up to `width` directions, or P where that is less."""
+    width, size = min(width, len(start)), jnp.linalg.norm(start)
+    return Krylov(
+        basis=jnp.zeros((width, len(start)), start.dtype),
+        image=jnp.zeros((width, width), start.dtype),
+        vector=start / jnp.where(size > 0, size, 1),
+        left=size,
+    )
+
+
+def scattered(theta: jax.Array) -> jax.Array:
+    """A vector (P,) without any pattern, always the same, every entry of about the size of 1 + |theta|."""
+    return jnp.asarray(np.random.default_rng(1).normal(size=theta.shape), theta.dtype) * (1 + jnp.abs(theta))
+
+
+def leading_pairs(matrix: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    """The `count` eigenvalues largest in size of a small matrix (M, M), if real, and unit eigenvectors (count, M).
+
+    By squaring the matrix until one direction is left, and taking that one out (Hotelling's deflation): products alone,
+    which stand still under no `vmap`.
+    """
+
+    def one(matrix: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        power = _squared(matrix)
+        place = jnp.argmax(jnp.abs(jnp.diagonal(power)))
+        right, left = power[:, place], power[place]
+        size = jnp.linalg.norm(right)
+        right = right / jnp.where(size > 0, size, 1)
+        both = product(left, right, "i,i->")
+        left = left / jnp.where(both != 0, both, 1)
+        value = product(left, product(matrix, right, "ij,j->i"), "i,i->")
+        return matrix - value * right[:, None] * left[None], (value, right)
+
+    return jax.lax.scan(one, matrix, length=count)[1]
+
+
+def _squared(matrix: jax.Array) -> jax.Array:
+    """A power of the matrix so high that one direction is left, up to its size."""
+
+    def square(_: int, power: jax.Array) -> jax.Array:
+        power = power / jnp.maximum(jnp.max(jnp.abs(power)), jnp.finfo(matrix.dtype).tiny)
+        return product(power, power, "ij,jk->ik")
+
+    return jax.lax.fori_loop(0, _SQUARINGS, square, matrix)
+
+
+def leading_direction(matrix: jax.Array) -> jax.Array:
+    """The eigenvector (M,) of the eigenvalue largest in size of a small matrix (M, M), if that is real."""
+    power = _squared(matrix)
+    return power[:, jnp.argmax(jnp.abs(jnp.diagonal(power)))]
+
+
+def series(matrix: jax.Array, vector: jax.Array, doublings: int) -> jax.Array:
+    """(I + A + A² + ...) v, 2 ** doublings terms, for a small matrix A (M, M) and v (M,)."""
+
+    def double(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        power, total = carry
+        return product(power, power, "ij,jk->ik"), total + product(power, total, "ij,j->i")
+
+    return jax.lax.fori_loop(0, doublings, double, (matrix, vector))[1]
+
+
+def leading_eigenvalues(
+    times: Callable[[jax.Array], jax.Array], start: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """The `count` eigenvalues largest in size of a matrix with real ones, descending, and eigenvectors (count, P).
+
+    By Arnoldi's method, restarted from the sum of what it found until its residual is at most sqrt(eps); up to
+    `tuning.SPECTRUM` parameters its basis is complete, and the first cycle exact.
+    """
+    width, tolerance = max(tuning.SPECTRUM, 2 * count), jnp.sqrt(jnp.finfo(start.dtype).eps)
+
+    def cycle(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        number, start, *_ = carry
+        space = krylov_space(start, width)
+        space = jax.lax.fori_loop(
+            0, len(space.basis), lambda number, space: space.grown(number, times(space.vector)), space
+        )
+        values, inside = leading_pairs(space.image, count)
+        vectors = product(inside, space.basis, "km,mp->kp")
+        return number + 1, jnp.sum(vectors, axis=0), values, vectors, space.left * jnp.max(jnp.abs(inside[:, -1]))
+
+    unknown = jnp.zeros(count, start.dtype), jnp.zeros((count, len(start)), start.dtype)
+    begin: tuple[jax.Array, ...] = (jnp.zeros((), jnp.int32), start, *unknown, jnp.full((), jnp.inf, start.dtype))
+    found = jax.lax.while_loop(lambda carry: (carry[0] < _CYCLES) & (carry[-1] > tolerance), cycle, begin)
+    values, vectors = found[2:4]
+    order = jnp.argsort(-values)
+    return values[order], vectors[order]

@@ -1,0 +1,94 @@
+"""Certified fits: CONVERGED where nothing is left, on saddles and plateaus too. In float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxem import (
+    EM,
+    Bernoulli,
+    Fixed,
+    Mixture,
+    MixtureParams,
+    Normal,
+    NormalParams,
+    Status,
+    annealed_em,
+    certified,
+    em_fit,
+    from_functions,
+    squarem,
+    stochastic_em,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+# Murray's rows (1977, discussion of Dempster, Laird & Rubin): maxima at correlation 1/2 and -1/2, a saddle at 0.
+OPEN = [[2, np.nan]] * 2 + [[-2, np.nan]] * 2 + [[np.nan, 2]] * 2 + [[np.nan, -2]] * 2
+MURRAY = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1], *OPEN])
+
+
+@pytest.mark.parametrize("algorithm", [EM(), squarem(EM())], ids=["em", "squarem"])
+def test_a_saddle_is_left(algorithm):
+    model = Mixture(Fixed(Normal(), {"mean": jnp.zeros(2)}), 1)
+    components = NormalParams(mean=jnp.zeros((1, 2)), covariance=2.0 * jnp.eye(2)[None])
+    start = MixtureParams(weights=jnp.ones(1), components=components)
+    fit = em_fit(model, start, MURRAY, algorithm=certified(algorithm), tol=1e-10).check()
+    assert fit.certified
+    np.testing.assert_allclose(fit.loglik, -29.9742864, atol=5e-8)
+    found = np.asarray(fit.params.components.covariance[0])
+    np.testing.assert_allclose(np.abs(found), 8 / 3 * np.array([[1, 0.5], [0.5, 1]]), rtol=1e-3)
+    # A step limit that comes first is told, with the place that was reached.
+    short = em_fit(model, start, MURRAY, algorithm=certified(algorithm), tol=1e-10, max_steps=int(fit.num_steps) // 2)
+    assert short.status == Status.MAX_STEPS
+    assert not short.certified
+
+
+@pytest.fixture(scope="module")
+def yes_and_no():
+    """Data sets of two Bernoulli classes, fits from random responsibilities, and what is left by much longer ones."""
+    rng, rows, count = np.random.default_rng(0), 80, 24
+    chances = rng.uniform(0.1, 0.9, (count, 2, 6))
+    labels = rng.integers(0, 2, (count, rows))
+    x = (rng.random((count, rows, 6)) < np.take_along_axis(chances, labels[..., None], axis=1)).astype(float)
+    model = Mixture(Bernoulli(), 2)
+
+    def both(key, x):
+        start = model.init(key, x, method="random_responsibilities")
+        fit = em_fit(model, start, x, algorithm=certified(), max_steps=1000)
+        more = em_fit(model, fit.params, x, algorithm=squarem(EM()), tol=1e-9, max_steps=100)
+        return fit, more.objective
+
+    with jax.enable_x64(True):
+        fits, best = jax.jit(jax.vmap(both))(jax.random.split(jax.random.key(0), count), x)
+        return fits, (np.asarray(best) - np.asarray(fits.objective)) / rows
+
+
+def test_certified_verdicts_leave_little(yes_and_no):
+    fits, left = yes_and_no
+    sure = np.asarray(fits.certified)
+    np.testing.assert_array_equal(sure, np.asarray(fits.status) == Status.CONVERGED)
+    assert np.mean(sure) > 0.9
+    assert np.all(left[sure] <= 1e-5)
+
+
+def test_verdicts_are_counted(yes_and_no):
+    """Thirty E-steps each, and one where a fit goes on elsewhere; the E-step at the start, and one a step."""
+    fits, _ = yes_and_no
+    extra = np.asarray(fits.num_passes - fits.num_steps - 1)[np.asarray(fits.certified)]
+    verdicts = np.round(extra / 31)
+    np.testing.assert_array_equal(extra, 30 * verdicts + verdicts - 1)
+    assert verdicts.min() == 1
+
+
+def test_what_cannot_be_certified_is_refused():
+    with pytest.raises(TypeError, match="certified yet"):
+        certified(certified())
+    x, model = np.arange(10.0)[:, None], Mixture(Normal(), 2)
+    for algorithm in (stochastic_em(), annealed_em((2.0, 1.5))):
+        with pytest.raises(ValueError, match="certified needs"):
+            em_fit(model, model.init(jax.random.key(0), x), x, key=jax.random.key(0), algorithm=certified(algorithm))
+    silent = from_functions(lambda theta, x: jnp.sum(x), lambda stats: stats)
+    with pytest.raises(TypeError, match="log-likelihood"):
+        em_fit(silent, jnp.asarray(1.0), np.ones(3), algorithm=certified())
