@@ -189,7 +189,8 @@ def as_moments(x: Any, weights: jax.Array | None, missing: bool) -> tuple[Any, j
         if rows <= columns or (missing and not checks.is_concrete(x)):
             return x, weights
         found = moments_of(x, weights)
-        if checks.is_concrete(x) and checks.has_nan(found.mean):
+        # While something else is traced, the moments of rows that are at hand may not be: then the rows are looked at.
+        if checks.is_concrete(x) and checks.has_nan(found.mean if checks.is_concrete(found) else x):
             return x, weights
     return Moments(found.mean, found.covariance, jnp.ones_like(found.count)), found.count
 
