@@ -44,5 +44,5 @@ def limits(tol: Any, max_steps: Any) -> None:
     if checks.is_concrete(tol) and not np.isfinite(tol):
         raise ValueError(f"tol must be a finite number, nats per unit of weight; got {tol}")
     checks.number("max_steps", max_steps, "a whole number", whole=True)
-    if checks.is_concrete(max_steps) and not 0 <= max_steps < 2**31:
+    if checks.is_concrete(max_steps) and not 0 <= int(max_steps) < 2**31:
         raise ValueError(f"max_steps must be at least 0 and below 2**31, as int32 counts steps; got {max_steps}")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import parameters, scheduler, stopping, tree
-from .fit import advance, begin, ended
+from .progress import advance, begin, ended
 from .protocols import Data, Params
 from .record import record
 from .status import Status

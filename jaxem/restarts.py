@@ -14,8 +14,9 @@ from .arguments import chosen, data_of, limits, sees_all_rows
 from .capabilities import complete, fitted_model, informed
 from .em import certified, pose
 from .em.certified import PASSES, Verdict, climbs, verdict
-from .fit import Result, allowance, em_fit, history_capacity
+from .fit import Result, em_fit, history_capacity
 from .numerics import tuning
+from .progress import allowance
 from .protocols import Data, Params
 from .record import fields, record, static
 from .restart_jobs import Fitting, Jobs, Leader, best_of, draw, drive, eligible, prepare

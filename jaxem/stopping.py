@@ -3,8 +3,7 @@
 What is left to gain is a geometric series: the last gain, and the rate at which gains shrink. Both are read from the
 objective for as long as its gains stand out of its rounding. An objective is a long sum, so that its rounding hides
 gains long before a slow fit is done, above all in float32. Parameters are resolved far better: near a maximum a
-gain is proportional to the square of the move that made it, so that a move of 1e-7 is still seen where a gain of
-1e-14 is not. From there on moves stand for gains.
+gain goes as the square of its move, and a move of 1e-7 is seen where a gain of 1e-14 is not: moves then stand for it.
 """
 
 import dataclasses

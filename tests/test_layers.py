@@ -25,7 +25,7 @@ FLOORS = [
     {"latents"},
     {"families"},
     {"models", "em"},
-    {"implicit", "arguments"},
+    {"implicit", "arguments", "progress"},
     {"fit"},
     {"diagnostics", "restart_jobs", "trajectories"},
     {"restarts"},
