@@ -25,7 +25,7 @@ from .mixed_effects import LinearMixedModelStats as LinearMixedModelStats
 METHODS = ("ML", "REML")
 
 # A direction of the random effects has vanished once its variance is this small beside what noise leaves of a group's
-# effects, and steps still take this part of it at least.
+# effects, and a step leaves no more than this part of it.
 _UNSEEN, _SHRUNK = 1e-3, 0.95
 
 
@@ -185,7 +185,8 @@ class LinearMixedModel:
             return jnp.min(jnp.square(jnp.diagonal(numerics.floored_cholesky(whole, floor)[0])))
 
         now, after = least(stats.random / stats.groups), least(self._expanded(stats).random_covariance)
-        return jnp.stack([collapsed, (now < _UNSEEN) & (after <= _SHRUNK * now)])
+        gone = now <= jnp.finfo(scale.dtype).eps
+        return jnp.stack([collapsed, gone | ((now < _UNSEEN) & (after <= _SHRUNK * now))])
 
     def unconstrain(self, params: LinearMixedModelParams) -> LinearMixedModelParams:
         """Coefficients as they are, the covariance in log-Cholesky coordinates, the variance in logarithms."""
