@@ -134,12 +134,14 @@ from .models import MultivariateNormalParams as MultivariateNormalParams
 from .models import PPCAParams as PPCAParams
 from .models import ProbitRegression as ProbitRegression
 from .models import StudentTRegression as StudentTRegression
+from .models import TopicMixture as TopicMixture
 from .models import VariationalMixture as VariationalMixture
 from .models import from_functions as from_functions
 from .models import from_log_joint as from_log_joint
 from .parts import Fixed as Fixed
 from .parts import GateParams as GateParams
 from .parts import SoftmaxGate as SoftmaxGate
+from .parts import TableGate as TableGate
 from .parts import Tied as Tied
 from .parts import TwoLevelGate as TwoLevelGate
 from .parts import Variational as Variational

@@ -25,6 +25,7 @@ from jaxem import (
     PoissonRegression,
     SoftmaxGate,
     Status,
+    TopicMixture,
     TwoLevelGate,
     anderson,
     em_fit,
@@ -186,3 +187,28 @@ def test_what_a_gate_cannot_look_at_is_refused_by_name():
         model.sample(jax.random.key(0), model.init(jax.random.key(0), counts), 3)
     with pytest.raises(TypeError, match="a mean given features is one of regressions"):
         Mixture(Normal(), 2).mean(Mixture(Normal(), 2).init(jax.random.key(0), RESPONSE), FEATURE)
+
+
+def test_topics_of_sparse_counts_go_as_by_hand():
+    """Hofmann's EM in NumPy, on the dense table of documents and words."""
+    rng = np.random.default_rng(5)
+    counts = rng.poisson(2.0 * rng.dirichlet(np.ones(9) / 2, 2)[rng.integers(0, 2, 12)] * 9 / 2)
+    counts[np.arange(12), np.arange(12) % 9] += 1  # no document or word is without counts
+    documents, words = np.nonzero(counts)
+    each = counts[documents, words]
+    model = TopicMixture(2, num_documents=12, num_words=9)
+    start = model.init(jax.random.key(0), Gated(words, documents), each)
+    fit = em_fit(model, start, Gated(words, documents), each, tol=-1.0, max_steps=15)
+    topics, chance = np.asarray(start.weights), np.asarray(start.components.probability)[:, 0]
+    for _ in range(15):
+        joint = topics[:, :, None] * chance[None]
+        expected = counts[:, None] * joint / joint.sum(axis=1, keepdims=True)
+        topics = expected.sum(axis=2) / expected.sum(axis=(1, 2))[:, None]
+        chance = expected.sum(axis=0) / expected.sum(axis=(0, 2))[:, None]
+    np.testing.assert_allclose(fit.params.weights, topics, atol=1e-9)
+    np.testing.assert_allclose(fit.params.components.probability[:, 0], chance, atol=1e-9)
+    used = counts > 0
+    assert float(fit.loglik) == pytest.approx(np.sum(counts[used] * np.log((topics @ chance)[used])), rel=1e-12)
+    assert model.num_parameters(fit.params) == 12 + 2 * 8
+    with pytest.raises(ValueError, match=r"x\.features must be in 0\.\.11"):
+        em_fit(model, start, Gated(words, documents + 1), each)

@@ -35,6 +35,7 @@ from .mixture import Mixture as Mixture
 from .mixture import MixtureOfExperts as MixtureOfExperts
 from .mixture import MixtureParams as MixtureParams
 from .mixture import MixtureStats as MixtureStats
+from .mixture import TopicMixture as TopicMixture
 from .multivariate_normal import MultivariateNormal as MultivariateNormal
 from .multivariate_normal import MultivariateNormalParams as MultivariateNormalParams
 from .multivariate_normal import MultivariateNormalStats as MultivariateNormalStats

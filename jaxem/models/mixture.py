@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any
 
 from .. import capabilities, checks, parameters
+from ..families import Categorical
 from ..latents import categorical
-from ..parts import Probabilities, SoftmaxGate, assembly
+from ..parts import Probabilities, SoftmaxGate, TableGate, assembly
 from ..priors import Dirichlet
 from ..protocols import Family, Gate
 from ..record import fields, record, static
@@ -109,3 +110,17 @@ def MixtureOfExperts(expert: Family, num_components: int, *, gate: Gate = Softma
     if not capabilities.states(expert, "mean"):
         raise TypeError(f"expert must be a regression family, as LinearRegression(); got {expert!r}")
     return model
+
+
+def TopicMixture(num_topics: int, num_documents: int, num_words: int, *, prior: Dirichlet | None = None) -> Mixture:
+    """p(word | document) = sum_k p(topic k | document) p(word | topic k): probabilistic latent semantic analysis.
+
+    It is `Mixture(Categorical(num_words), num_topics, gate=TableGate(num_documents))`. Data are sparse counts, a row for
+    each that is not 0: `Gated(words, documents)`, numbers (N,) of both, with the counts (N,) as row weights. Params:
+    `.weights` (documents, topics), `.components.probability` (topics, 1, words). No array is documents times words.
+    prior: a Dirichlet on the topics of every document, and on the words of every topic.
+    Source: Hofmann (2001), Unsupervised learning by probabilistic latent semantic analysis, Machine Learning 42.
+    """
+    for name, value in (("num_documents", num_documents), ("num_words", num_words)):
+        checks.positive_integer(name, value)
+    return Mixture(Categorical(num_words, prior=prior), num_topics, gate=TableGate(num_documents, prior=prior))

@@ -2,6 +2,7 @@
 
 from .gates import GateParams as GateParams
 from .gates import SoftmaxGate as SoftmaxGate
+from .gates import TableGate as TableGate
 from .gates import TwoLevelGate as TwoLevelGate
 from .gates import TwoLevelParams as TwoLevelParams
 from .probabilities import Probabilities as Probabilities

@@ -1,4 +1,4 @@
-"""Gates: the components that a row comes from depend on its features, by a softmax of linear predictors.
+"""Gates: the components that a row comes from depend on its features, by a softmax of linear predictors, or a table.
 
 Data are pairs (features (N, P) or (N,), ...), as regressions take them, or `Gated(x, features)`. Letters: z = (1,
 features); a line is (intercept, coefficients); eta_kn = line_k · z_n.
@@ -9,11 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .. import capabilities, checks, numerics, tree
+from .. import capabilities, checks, numerics, parameters, tree
 from ..data import Gated
+from ..priors import Dirichlet
 from ..protocols import Data
 from ..record import record, static
+from .probabilities import Probabilities
 
 # Stands beside any real count, and multiplies parameters without underflow.
 _PSEUDO = 1e-18
@@ -279,6 +282,79 @@ class TwoLevelGate:
 
     def check(self, x: Data) -> None:
         self.gate.check(x)
+
+
+@capabilities.completed("part")
+@record(kw_only=False)
+class TableGate:
+    """p(component k | group of the row): mixing weights for every group, a table (G, K).
+
+    num_groups: G; the feature that the gate looks at is the group's number, 0..G-1: `Gated(x, groups)`.
+    prior: a Dirichlet on the weights of every group.
+    """
+
+    num_groups: int = static()
+    prior: Dirichlet | None = dataclasses.field(default=None, kw_only=True)
+
+    supports = staticmethod(parameters.simplex)
+
+    @property
+    def _table(self) -> Probabilities:
+        return Probabilities(prior=self.prior)
+
+    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> jax.Array:
+        """All components alike in every group."""
+        return jnp.full((self.num_groups, num_components), 1 / num_components, jnp.result_type(float))
+
+    def log_prob(self, p: jax.Array, x: Data) -> jax.Array:
+        """log p(component k | group): (K, N)."""
+        return numerics.safe_log(p)[_groups(x)].T
+
+    def stats(self, p: jax.Array, x: Data, responsibilities: jax.Array) -> jax.Array:
+        """Expected rows of every group and component: responsibilities (K, N) -> (G, K)."""
+        return jax.ops.segment_sum(responsibilities.T, _groups(x), self.num_groups)
+
+    def m_step(self, counts: jax.Array) -> jax.Array:
+        """Shares of the counts in every group; a group without rows has all components alike."""
+        counts = self._table.with_prior(counts)
+        total = jnp.sum(counts, axis=1, keepdims=True)
+        return jnp.where(total > 0, numerics.safe_divide(counts, total), 1 / counts.shape[1])
+
+    def q_function(self, p: jax.Array, counts: jax.Array) -> jax.Array:
+        """sum counts log p."""
+        return self._table.q_function(p, counts)
+
+    def log_prior(self, p: jax.Array) -> jax.Array:
+        return self._table.log_prior(p)
+
+    def degenerate(self, counts: jax.Array) -> jax.Array:
+        """Nothing (0,) here collapses."""
+        return self._table.degenerate(counts)
+
+    def num_parameters(self, p: jax.Array) -> int:
+        """G (K - 1)."""
+        return self._table.num_parameters(p)
+
+    def floats_per_row(self, p: jax.Array) -> int:
+        return 2 * p.shape[1]
+
+    def unconstrain(self, p: jax.Array) -> jax.Array:
+        return self._table.unconstrain(p)
+
+    def constrain(self, theta: jax.Array) -> jax.Array:
+        return self._table.constrain(theta)
+
+    def check(self, x: Data) -> None:
+        """Refuse eagerly what has no number of a group in every row."""
+        if not isinstance(x, Gated):
+            raise TypeError(f"x must be Gated(x, groups), for a gate by groups to look at; got {type(x).__name__}")
+        checks.labels("x.features", x.features, tree.num_rows(x), self.num_groups)
+        if checks.is_concrete(x.features) and np.any(np.asarray(x.features) < 0):
+            raise ValueError(f"x.features must be in 0..{self.num_groups - 1}: every row has a group")
+
+
+def _groups(x: Gated) -> jax.Array:
+    return jnp.asarray(x.features).reshape(-1)
 
 
 def _features(x: Data) -> Any:
