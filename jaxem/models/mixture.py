@@ -116,7 +116,7 @@ def TopicMixture(num_topics: int, num_documents: int, num_words: int, *, prior: 
     """p(word | document) = sum_k p(topic k | document) p(word | topic k): probabilistic latent semantic analysis.
 
     It is `Mixture(Categorical(num_words), num_topics, gate=TableGate(num_documents))`. Data are sparse counts, a row
-    for each that is not 0: `Gated(words, documents)`, numbers (N,) of both, with the counts (N,) as row weights. Params:
+    for each that is not 0: `Gated(words, documents)`, numbers (N,) of both, their counts (N,) as row weights. Params:
     `.weights` (documents, topics), `.components.probability` (topics, 1, words). No array is documents times words.
     prior: a Dirichlet on the topics of every document, and on the words of every topic.
     Source: Hofmann (2001), Unsupervised learning by probabilistic latent semantic analysis, Machine Learning 42.
