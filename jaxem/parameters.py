@@ -64,6 +64,11 @@ def covariances(name: str, values: np.ndarray) -> None:
     _inside(name, lowest, lowest >= -allowed, "must be positive semi-definite", what="an eigenvalue of ")
 
 
+def spreads(name: str, values: np.ndarray) -> None:
+    """Covariance matrices (K, D, D), or variances (K, D) or (K,)."""
+    (covariances if values.ndim > 2 else at_least_zero)(name, values)
+
+
 def _inside(name: str, values: np.ndarray, inside: np.ndarray, must: str, remedy: str = "", what: str = "") -> None:
     """Raise ValueError with the first of the values that are not inside; what: what these are of the parameter."""
     if np.all(inside):

@@ -26,8 +26,16 @@ def _times_log(exponent: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def like(value: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A number, or an array, in this shape."""
-    return jnp.broadcast_to(jnp.asarray(value, dtype), shape)
+    """A number, or an array, in this shape; ValueError for an array of another."""
+    given = jnp.asarray(value, dtype)
+    if given.shape != shape[len(shape) - given.ndim :] and any(
+        size not in (1, wanted) for size, wanted in zip(given.shape[::-1], shape[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"a prior has a field of shape {given.shape} where data and components ask for {shape}: it was made for "
+            "another number of columns or components"
+        )
+    return jnp.broadcast_to(given, shape)
 
 
 def _together(*values: Any) -> list[jax.Array]:
@@ -60,6 +68,7 @@ class Dirichlet:
     concentration: jax.Array | float
 
     positive = ("concentration",)
+    spreads = ()
 
     def pseudo_counts(self, counts: jax.Array) -> jax.Array:
         """concentration - 1, in the shape of the counts."""
@@ -141,6 +150,7 @@ class Beta:
     b: jax.Array | float
 
     positive = ("a", "b")
+    spreads = ()
 
     def pseudo_counts(self, probability: jax.Array) -> tuple[jax.Array, jax.Array]:
         """a - 1 and b - 1, in the shape of the probabilities."""
@@ -211,6 +221,7 @@ class GammaPrior:
     rate: jax.Array | float
 
     positive = ("shape", "rate")
+    spreads = ()
 
     def pseudo_counts(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         """shape - 1 events and an exposure of rate, in the shape of the rates."""

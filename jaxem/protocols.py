@@ -224,7 +224,7 @@ class Conjugate(Part, Protocol):
 
     q is a record of `priors`, component axis first, or a dict of such: what `Variational` has for parameters. Its
     records have `expected()`, `sample(key)`, `kl(other)`, `unconstrain()` and `constrain()`, and name in `positive` the
-    fields that are not below 0.
+    fields that are not below 0, and in `spreads` those that are matrices without negative eigenvalues (or variances).
     """
 
     def conjugate_of(self) -> Any:

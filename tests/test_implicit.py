@@ -87,7 +87,10 @@ RIDGES = {
     "factor analysers": "ppca, shared noise",
     "factor analysis": "ppca, missing",
     "noisy normal": "noisy normal, diag, correlated noise",
+    "item response, missing": "item response, rasch",
     "logistic regression": None,
+    "experts, two levels, own features": None,
+    "helmholtz machine": None,
 }
 KINDS = sorted(set(firsts_of_classes()) - set(RIDGES)) + sorted(filter(None, RIDGES.values()))
 # Factors may be turned, and components that are one may share their weight as they like: parameters end where their

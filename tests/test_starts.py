@@ -63,6 +63,10 @@ INSIDE_AND_OUTSIDE = {
         lambda shape: np.broadcast_to(np.eye(shape[-1]), shape),
         lambda shape: np.broadcast_to(np.eye(shape[-1]) - 1.5, shape),
     ),
+    parameters.spreads: (
+        lambda shape: np.broadcast_to(np.eye(shape[-1]) if len(shape) > 2 else 1.0, shape),
+        lambda shape: np.full(shape, -0.5),
+    ),
 }
 
 
@@ -184,7 +188,7 @@ def test_other_records_and_data_of_other_columns_are_refused(name):
         for door in ("em_fit", "posterior", "predict", "log_prob"):
             call = dict(doors(model, wide)).get(door)
             if call is not None:
-                assert refusal(lambda call=call: call(good)).startswith(("params.", "mean is held at")), door
+                assert refusal(lambda call=call: call(good)).startswith(("params.", "mean is held at", "a prior")), door
 
 
 # By hand, beside the table: what came must be in the sentence. name -> (model, data, field, value, parts)

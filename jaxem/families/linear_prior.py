@@ -31,6 +31,7 @@ class NormalInverseGamma:
     rate: jax.Array | float
 
     positive = ("shape", "rate")
+    spreads = ("precision",)
 
     def over(self, lead: tuple[int, ...], size: int, dtype: Any) -> "NormalInverseGamma":
         """The same for many components (lead), lines of `size` numbers, every field in its full shape."""

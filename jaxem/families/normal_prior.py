@@ -42,6 +42,7 @@ class NormalInverseWishart:
     scale: jax.Array
 
     positive = ("shrinkage", "degrees_of_freedom")
+    spreads = ("scale",)
 
     @property
     def shape(self) -> shapes.Shape:

@@ -25,6 +25,9 @@ MODELS = {"rasch": "one", "1PL": "common", "2PL": "own", "3PL": "own"}
 # Nodes of the quadrature reach so many standard deviations of the ability.
 _REACH = 6.0
 
+# Nodes from which on a quadrature does not tell where its nodes lie.
+_FINE = 41
+
 # Logits between neighbouring nodes from which on a curve is a step, whose slope the likelihood sends to infinity.
 _STEP = 5.0
 
@@ -75,7 +78,11 @@ class ItemResponse:
     num_nodes: int = static(default=61, kw_only=True)
     missing: bool = static(default=True, kw_only=True)
 
-    expands = True
+    @property
+    def expands(self) -> bool:
+        """Whether nodes are so near to each other that where abilities lie between them makes no difference: only then
+        have all members of the larger model the same likelihoods."""
+        return self.num_nodes >= _FINE
 
     def __post_init__(self) -> None:
         checks.choice("model", self.model, MODELS)

@@ -55,10 +55,11 @@ class Variational:
 
     @property
     def supports(self) -> parameters.Supports:
-        """Hyperparameters that are not below 0."""
+        """Hyperparameters that are not below 0, and matrices without negative eigenvalues."""
 
         def of(prior: Any) -> parameters.Supports:
-            return dict.fromkeys(prior.positive, parameters.at_least_zero)
+            positive = dict.fromkeys(prior.positive, parameters.at_least_zero)
+            return {**positive, **dict.fromkeys(prior.spreads, parameters.spreads)}
 
         return conjugacy.each(of, self._part.conjugate_of())
 
