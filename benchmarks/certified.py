@@ -8,14 +8,10 @@ the fits start from k-means++, half from random responsibilities; each stops by 
 row. Where it says CONVERGED, accelerated EM goes on in float64, from its parameters and from a point near by, which a
 saddle lets go: what that gains is what was left. Printed are the verdicts with more than 10 tol left, and with more
 than a thousandth of a nat a row, as a saddle has it.
-
-Last, the same machinery at another scale: 10,000 data sets of 20 to 60 rows, padded by rows of weight 0, each fitted
-by itself in one call of `vmap(em_fit)`.
 """
 
 import argparse
 import functools
-import time
 
 import jax
 import jax.numpy as jnp
@@ -141,33 +137,9 @@ def judged(name, count):
     return found
 
 
-def many(count):
-    """`vmap(em_fit)` over data sets of different length, padded by rows of weight 0."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(20, 61, count)
-    inside = np.arange(60)[None] < lengths[:, None]
-    labels = rng.random((count, 60)) < 0.4
-    x = np.where(inside, rng.normal(size=(count, 60)) + 4 * labels, 0.0)[..., None].astype(np.float32)
-    weights = inside.astype(np.float32)
-    model = Mixture(Normal("tied", missing=False), 2)
-
-    def one(key, x, weights):
-        return em_fit(model, model.init(key, x, weights), x, weights, max_steps=200)
-
-    run = jax.jit(jax.vmap(one))
-    keys, seconds = jax.random.split(jax.random.key(0), count), []
-    for _ in range(4):
-        begin = time.perf_counter()
-        fit = jax.block_until_ready(run(keys, x, weights))
-        seconds.append(time.perf_counter() - begin)
-    each = np.median(seconds[1:])
-    print(f"{count:,} data sets of 20 to 60 rows: {each:.3f} s, {1e6 * each / count:.0f} µs each", end=", ")
-    print(f"first call {seconds[0] - each:.1f} s more; {np.mean(fit.converged):.1%} CONVERGED")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join([*KINDS, "many"]), help="kinds, or `many`")
+    parser.add_argument("--only", default=",".join(KINDS), help="kinds")
     parser.add_argument("--quick", action="store_true", help="few problems: does the script run?")
     parser.add_argument("--problems", type=int, default=112, help="data sets of every kind")
     options = parser.parse_args()
@@ -182,8 +154,6 @@ def main():
             end=" ",
         )
         print(f"more than 1e-3 nats a row in {saddles}")
-    if "many" in chosen:
-        many(200 if options.quick else 10_000)
 
 
 if __name__ == "__main__":
