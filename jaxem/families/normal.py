@@ -380,7 +380,9 @@ class Normal:
         if not self.missing:
             return rows, None
         observed = ~jnp.isnan(rows)
-        return jnp.where(observed, rows, jnp.mean(params.mean, axis=0)), observed.T.astype(rows.dtype)
+        # Nothing depends on what stands there, and derivatives should not have to find that out.
+        finite = jax.lax.stop_gradient(jnp.mean(params.mean, axis=0))
+        return jnp.where(observed, rows, finite), observed.T.astype(rows.dtype)
 
 
 def _at_reference(stats: NormalStats) -> NormalStats:

@@ -238,7 +238,8 @@ def _choose(form: str, far: jax.Array, expanded: Callable, whitened: Callable, *
     if form == "auto":
         # A branch, and not `repaired`: outside of one XLA keeps densities and moments to one layout of the
         # features, and one large fit takes nearly twice as long.
-        return jax.lax.cond(far, whitened, expanded, *arguments)
+        # Derivatives would set room aside for all that either form keeps.
+        return jax.lax.cond(far, jax.checkpoint(whitened), jax.checkpoint(expanded), *arguments)
     return (whitened if form == "whitened" else expanded)(*arguments)
 
 
