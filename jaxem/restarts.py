@@ -9,14 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks, implicit, parameters, stopping, tree
+from . import certificate, checks, implicit, parameters, stopping, tree
 from .arguments import chosen, data_of, limits, sees_all_rows
-from .capabilities import complete, fitted_model, informed
-from .em import certified, pose
-from .em.certified import PASSES, Verdict, climbs, verdict
-from .fit import Result, em_fit, history_capacity
+from .capabilities import fitted_model, informed
+from .em.certified import Verdict
+from .fit import Result, history_capacity
 from .numerics import tuning
-from .progress import allowance
 from .protocols import Data, Params
 from .record import fields, record, static
 from .restart_jobs import Fitting, Jobs, Leader, best_of, draw, drive, eligible, prepare
@@ -178,8 +176,8 @@ def fit_restarts(
     screen: short runs first, and only the best of them to convergence.
     block_size: how many restarts run side by side; chosen from shapes and backend when None.
     certify: whether the best, if it converged, is looked at once more, in 30 E-steps (see `certified`). Where more is
-        found it goes on from there, until it is certified; in traced calls it stays as it is, and `best.certified` is
-        False. Algorithms that are random, and models that are no likelihoods, are not certified.
+        found it goes on until it is certified; a traced call only reports, `best.certified` is False then. Algorithms
+        that are random, and models that are no likelihoods, are not certified.
 
     Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart that fails ends
     with its own status, never wins, and does not touch its neighbours. Where the model has a `coarse()` form, a large
@@ -193,10 +191,7 @@ def fit_restarts(
     model = fitted_model(model)
     algorithm = chosen(model, algorithm)
     limits(tol, max_steps)
-    if block_size is not None:
-        checks.positive_integer("block_size", block_size)
-    if screen is not None and not isinstance(screen, Screen):
-        raise TypeError(f"screen must be a Screen, as in Screen(steps=20, keep=0.25), or None; got {screen!r}")
+    _options(block_size, screen)
     # A start of the user's own is drawn from the rows as they are.
     sees_all = sees_all_rows(model, algorithm) and not callable(init)
     x, weights = tree.present(*data_of(model, x, weights, sees_all))
@@ -207,63 +202,53 @@ def fit_restarts(
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 
     given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
-    model, algorithm, x, weights, starts, tol, max_steps = tree.constants(
-        (model, algorithm, x, weights, starts, tol, max_steps)
-    )
-    work = _work(model, starts, function, key, x, weights)
-    lanes = min(num_restarts, lanes_for(work) if block_size is None else block_size)
-    capacity = history_capacity(max_steps, lanes)
-    kept_steps = 0 if screen is None else min(screen.steps, capacity)
     fitting = Fitting(model=model, algorithm=algorithm, x=x, weights=weights)
-    jobs = prepare(fitting, key, starts, num_restarts, function, lanes, kept_steps)
+    fitting, starts, tol, max_steps = tree.constants((fitting, starts, tol, max_steps))
+    work = _work(fitting, starts, function, key)
+    lanes = min(num_restarts, block_size or lanes_for(work))
+    capacity = history_capacity(max_steps, lanes)
+    jobs = prepare(fitting, key, starts, num_restarts, function, lanes, _steps_kept(screen, capacity))
     runs = _all_phases(fitting, jobs, screen, num_restarts * work, tol, max_steps, lanes, capacity)
     if certify:
-        runs = _certified(fitting, runs, tol, max_steps, capacity)
-    if isinstance(max_steps, (int, np.integer)):
-        best = dataclasses.replace(runs.best, history=runs.best.history[: max_steps + 1])
-        runs = dataclasses.replace(runs, best=best)
-    return dataclasses.replace(implicit.unknown(given, runs), best=implicit.differentiable(runs.best, given, None))
+        runs = _certified(fitting, runs, tol, max_steps)
+    best = implicit.differentiable(_shown(runs.best, max_steps), given, None)
+    return dataclasses.replace(implicit.unknown(given, runs), best=best)
 
 
-def _certified(
-    fitting: Fitting, runs: Restarts, tol: jax.Array | float, max_steps: jax.Array | int, capacity: int
-) -> Restarts:
+def _options(block_size: Any, screen: Any) -> None:
+    """Raise ValueError or TypeError for what cannot be one of these."""
+    if block_size is not None:
+        checks.positive_integer("block_size", block_size)
+    if screen is not None and not isinstance(screen, Screen):
+        raise TypeError(f"screen must be a Screen, as in Screen(steps=20, keep=0.25), or None; got {screen!r}")
+
+
+def _steps_kept(screen: Screen | None, capacity: int) -> int:
+    """Steps of a screen that all restarts have a history of."""
+    return 0 if screen is None else min(screen.steps, capacity)
+
+
+def _shown(best: Result, max_steps: Any) -> Result:
+    """A fit with a history of just the steps that it might have taken, where their number is known."""
+    known = isinstance(max_steps, (int, np.integer))
+    return dataclasses.replace(best, history=best.history[: max_steps + 1]) if known else best
+
+
+def _certified(fitting: Fitting, runs: Restarts, tol: jax.Array | float, max_steps: jax.Array | int) -> Restarts:
     """The restarts, with what a verdict says of the best; it goes on where that can be seen to be worth it."""
-    model, algorithm, best = fitting.model, fitting.algorithm, runs.best
-    known = checks.is_concrete(best.status)
-    if not (model.likelihood and model.m_step is not None and climbs(algorithm, model)):
+    known = checks.is_concrete(runs.best.status)
+    if not certificate.possible(fitting) or (known and int(runs.best.status) != Status.CONVERGED):
         return runs
-    if known and best.status != Status.CONVERGED:
-        return runs
-    found = _look(fitting, best.params, best.objective, tol)
-    sure = (best.status == Status.CONVERGED) & found.certified
-    best = dataclasses.replace(best, certified=sure, num_passes=best.num_passes + PASSES)
+    runs, found = _looked_at(fitting, runs, tol)
     if known and found.better:
-        more = em_fit(
-            model,
-            found.params,
-            fitting.x,
-            fitting.weights,
-            algorithm=certified(algorithm),
-            tol=tol,
-            max_steps=max(int(max_steps) - int(best.num_steps), 0),
-        )
-        steps = best.num_steps + jnp.arange(len(more.history))
-        best = dataclasses.replace(
-            more,
-            num_steps=best.num_steps + more.num_steps,
-            num_passes=best.num_passes + more.num_passes,
-            history=best.history.at[steps].set(more.history, mode="drop"),
-            largest_decrease=jnp.maximum(best.largest_decrease, more.largest_decrease),
-        )
-    return _with_best(runs, best)
+        return _with_best(runs, certificate.gone_on(fitting, runs.best, found.params, tol, max_steps))
+    return runs
 
 
 @functools.partial(jax.jit, inline=True)
-def _look(fitting: Fitting, params: Params, height: jax.Array, tol: jax.Array | float) -> Verdict:
-    problem = pose(fitting.model, fitting.x, fitting.weights)
-    allowed = allowance(height, fitting.model, problem.total.astype(height.dtype), tol)
-    return verdict(problem, complete("algorithm", fitting.algorithm), params, height, allowed)
+def _looked_at(fitting: Fitting, runs: Restarts, tol: jax.Array | float) -> tuple[Restarts, Verdict]:
+    best, found = certificate.looked_at(fitting, runs.best, tol)
+    return _with_best(runs, best), found
 
 
 @jax.jit
@@ -336,10 +321,9 @@ def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | N
     return jax.tree.map(jnp.asarray, checks.native(init)), None, stacked
 
 
-def _work(
-    model: Any, starts: Params | None, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None
-) -> int:
+def _work(fitting: Fitting, starts: Params | None, function: Callable | None, key: jax.Array) -> int:
     """Temporaries of one E-step of one restart, in numbers."""
+    model, x, weights = fitting.model, fitting.x, fitting.weights
     rows = tree.num_rows(x)
     if starts is None:
         params = draw.eval_shape(model, function, key, x, weights)

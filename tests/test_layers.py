@@ -28,6 +28,7 @@ FLOORS = [
     {"implicit", "arguments", "progress"},
     {"fit"},
     {"diagnostics", "restart_jobs", "trajectories"},
+    {"certificate"},
     {"restarts"},
     {"testing"},
     {"__init__"},

@@ -1,7 +1,7 @@
 """A certificate for where a fit would stop: that no direction is left in which it has yet to move."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,19 @@ _PRODUCTS = 8
 # Steps of EM that are looked ahead, as doublings: 16,384.
 _DOUBLINGS = 14
 
-# How far to step off along the slowest mode, on both sides, relative to the coordinate that moves most.
-_LENGTHS = (0.003, 0.03, 0.3)
+# Points lie where thousands of EM steps would lead, or at a part of that way, and so far along the slowest mode.
+# Lengths are relative to the coordinate that moves most, and none is above 1.
+_AHEAD = (1.0, 0.5, 0.125)
+_LENGTHS = (0.1, -0.1, 0.02, -0.02)
 
 # Points that are tried.
-_POINTS = 1 + 2 * len(_LENGTHS)
+_POINTS = len(_AHEAD) + len(_LENGTHS)
 
 # E-steps of a verdict: two for a product, or for a point with the product that goes with it.
 PASSES = 2 * (_PRODUCTS + _POINTS)
+
+# Along a mode that grows, a gain of this part of what is allowed is followed: it is the beginning of more.
+_BEGINNING = 1 / 16
 
 
 @completed("state")
@@ -71,8 +76,9 @@ class Certified:
     Gains and moves tell nothing of a direction in which a fit has not moved yet: off a saddle, or along the slowest
     mode. Where the inner algorithm would stop, the slowest modes of the EM map are looked for by Arnoldi's method, in
     products with its Jacobian from a random vector. Points are then tried where thousands of more steps would lead,
-    and on both sides along the slowest mode. Where the best of them is higher by more than `tol` per unit of weight the
-    fit goes on from there, and else it has converged. Every verdict costs 30 E-steps, counted in `num_passes`.
+    and on both sides along the slowest mode; a way up is followed. Where the best of them is higher by more than `tol`
+    per unit of weight, or by a part of that along a mode that grows, the fit goes on from there, and else it has
+    converged. Every verdict costs 30 E-steps, counted in `num_passes`.
     """
 
     inner: Any
@@ -175,46 +181,84 @@ class Verdict:
     rate: jax.Array
 
 
+class _Walk(NamedTuple):
+    """A way up from parameters, as far as it is known.
+
+    base: (P,), where an EM step led from the last point of the way; the parameters, before there is one.
+    step: (P,), from there to the point that is tried next.
+    found: whether there is a way.
+    highest: the objective of the highest point that was tried.
+    top: that point.
+    """
+
+    base: jax.Array
+    step: jax.Array
+    found: jax.Array
+    highest: jax.Array
+    top: Params
+
+
 def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array, allowed: jax.Array) -> Verdict:
     """Look around parameters, where the objective is `height`, for more than `allowed` nats.
 
     One loop, so that a program holds the E-step once: first products with the Jacobian, whose basis grows, and then
-    the points that follow from it.
+    the points that follow from it. Where a point is higher the next one is further on: from where an EM step leads from
+    there, which is back on the curve that slow modes follow, along the step as the Jacobian there turns it.
     """
-    model = problem.model
+    model, height = problem.model, jnp.asarray(height)
     theta, params_of = coordinates(model, params)
-    width = min(_PRODUCTS, len(theta))
+    width, visible = min(_PRODUCTS, len(theta)), 4 * jnp.finfo(height.dtype).eps * jnp.abs(height)
 
     def stepped(theta: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         at = params_of(theta)
         after, state = algorithm.limit(model, at, problem.x, problem.weights)
         return ravel_pytree(model.unconstrain(after))[0], (objective(model, state), at)
 
+    def grows(rate: jax.Array) -> jax.Array:
+        return rate > 1 + jnp.sqrt(jnp.finfo(rate.dtype).eps)
+
     def look(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        space, points, rate, highest, top = carry
+        space, steps, rate, walk = carry
         looking = number < width
-        point = jnp.where(looking, theta, points[jnp.maximum(number - width, 0)])
-        after, moved, (here, at) = jax.jvp(stepped, (point,), (space.vector,), has_aux=True)
+        point = jnp.where(looking, theta, walk.base + walk.step)
+        along = jnp.where(looking, space.vector, walk.step)
+        after, moved, (here, at) = jax.jvp(stepped, (point,), (along,), has_aux=True)
         space = tree.where(looking, space.grown(number, moved), space)
-        points, rate = jax.lax.cond(
+        steps, rate = jax.lax.cond(
             number == width - 1,
-            lambda: _points(theta, after - theta, space.basis, space.image),
-            lambda: (points, rate),
+            lambda: _steps(theta, after - theta, space.basis, space.image),
+            lambda: (steps, rate),
         )
-        higher = ~looking & (here > highest)
-        return space, points, rate, jnp.where(higher, here, highest), tree.where(higher, at, top)
+        higher = here > walk.highest
+        # A little is gained ahead of most fits, and says nothing of a mode that grows; where none does and the way is
+        # long, as from a boundary that repels, it is the beginning of more.
+        ahead = (number < width + len(_AHEAD)) & (grows(rate) | (_size(theta, steps[0]) < 0.99))
+        on = jnp.where(ahead, here - height > allowed, here - walk.highest > visible)
+        elsewhere = jnp.where(walk.found, walk.step / 4, steps[jnp.maximum(number - width + 1, 0)])
+        step = jnp.where(~looking & on, _shortened(theta, 2 * moved), elsewhere)
+        walked = _Walk(
+            base=jnp.where(on, after, walk.base),
+            step=step,
+            found=walk.found | on,
+            highest=jnp.where(higher, here, walk.highest),
+            top=tree.where(higher, at, walk.top),
+        )
+        return space, steps, rate, tree.where(looking, walk._replace(step=step), walked)
 
-    start = numerics.krylov_space(numerics.scattered(theta), width)
-    nowhere = jnp.broadcast_to(theta, (_POINTS, len(theta)))
-    begin = start, nowhere, jnp.zeros((), theta.dtype), jnp.asarray(height), params
-    _, _, rate, highest, top = jax.lax.fori_loop(0, width + _POINTS, look, begin)
-    better = highest - height > allowed
+    nothing = jnp.zeros_like(theta)
+    start = _Walk(base=theta, step=nothing, found=jnp.array(False), highest=height, top=params)
+    space = numerics.krylov_space(numerics.scattered(theta), width)
+    begin = space, jnp.zeros((_POINTS, len(theta)), theta.dtype), jnp.zeros((), theta.dtype), start
+    _, _, rate, walk = jax.lax.fori_loop(0, width + _POINTS, look, begin)
+    beginning = jnp.minimum(jnp.maximum(_BEGINNING * allowed, visible), allowed)
+    enough = jnp.where(grows(rate), beginning, allowed)
+    better = walk.highest - height > enough
     sure = ~better & jnp.isfinite(rate) & jnp.isfinite(height)
-    return Verdict(params=top, better=better, certified=sure, rate=rate)
+    return Verdict(params=walk.top, better=better, certified=sure, rate=rate)
 
 
-def _points(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Points (T, P) where the objective may be higher than at theta (P,), and the rate of the slowest mode.
+def _steps(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Steps (T, P) from theta (P,) to where the objective may be higher, and the rate of the slowest mode.
 
     move: (P,), of an EM step; basis (M, P) and image (M, M): the Jacobian as far as it is known.
     """
@@ -224,7 +268,18 @@ def _points(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Arra
     # Where so many more steps lead, if the map is linear: nearly Newton's step, and bounded where nothing pulls back.
     onward = numerics.series(image, basis @ move, _DOUBLINGS) @ basis
     mode = inside @ basis
-    size = jnp.max(jnp.abs(mode) / (1 + jnp.abs(theta)))
-    lengths = np.array([sign * length for length in _LENGTHS for sign in (1, -1)])
-    away = jnp.asarray(lengths, theta.dtype)[:, None] * mode[None] / jnp.where(size > 0, size, 1)
-    return theta[None] + jnp.concatenate([onward[None], away]), rate
+    size = _size(theta, mode)
+    mode = mode * jnp.where(onward @ mode < 0, -1, 1) / jnp.where(size > 0, size, 1)
+    # A series of a mode that grows may have no end.
+    onward = jnp.where(jnp.all(jnp.isfinite(onward)), _shortened(theta, onward), mode)
+    ahead, lengths = np.array(_AHEAD, theta.dtype), np.array(_LENGTHS, theta.dtype)
+    return jnp.concatenate([ahead[:, None] * onward[None], lengths[:, None] * mode[None]]), rate
+
+
+def _size(theta: jax.Array, step: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(step) / (1 + jnp.abs(theta)))
+
+
+def _shortened(theta: jax.Array, step: jax.Array) -> jax.Array:
+    """A step (P,) from theta (P,), no longer than what steps may be."""
+    return step / jnp.maximum(_size(theta, step), 1)
