@@ -149,6 +149,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
         "correlated": lambda part: False,
         # Its parameters are values and no distributions: they are as expected, and predictive densities their own.
+        "distributed": lambda part: False,
         "expected": lambda part: lambda params: params,
         "predictive": lambda part: part.log_prob,
         # It has no conjugate prior, and nothing to draw its parameters from.

@@ -103,6 +103,10 @@ class Dirichlet:
         total = special.digamma(jnp.sum(concentration, axis=-1, keepdims=True))
         return jnp.where(inside, special.digamma(jnp.where(inside, concentration, 1)) - total, -jnp.inf)
 
+    def weighed(self) -> jax.Array:
+        """exp(E[log p]), what p counts for where densities are taken in expectation: its sum is below 1."""
+        return jnp.exp(self.expected_log())
+
     def kl(self, other: "Dirichlet") -> jax.Array:
         """KL(this ‖ other). Written so that no two large terms cancel."""
         one, two = _together(self.concentration, other.concentration)
