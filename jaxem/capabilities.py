@@ -27,6 +27,7 @@ def _nature(slot: Any) -> Nature:
         monotone=getattr(slot, "monotone", True),
         complete=getattr(slot, "complete", True),
         inexact=getattr(slot, "inexact", False),
+        by_row=getattr(slot, "by_row", False),
     )
 
 
