@@ -122,7 +122,7 @@ class Dirichlet:
         """Probabilities in the shape of the concentration, drawn by their logarithms: none is lost to underflow."""
         concentration = jnp.asarray(self.concentration)
         inside = concentration > 0
-        logs = jax.random.loggamma(key, jnp.where(inside, concentration, 1))
+        logs = special.draw_log_gamma(key, jnp.where(inside, concentration, 1))
         return jax.nn.softmax(jnp.where(inside, logs, -jnp.inf), axis=-1)
 
     @jax.jit
@@ -267,7 +267,7 @@ class GammaPrior:
     def sample(self, key: jax.Array) -> jax.Array:
         """Rates in the shape of the fields."""
         shape, rate = _together(self.shape, self.rate)
-        return jnp.exp(jax.random.loggamma(key, shape)) / rate
+        return jnp.exp(special.draw_log_gamma(key, shape)) / rate
 
     def log_prob(self, values: jax.Array) -> jax.Array:
         """Log-density, summed over all rates."""

@@ -421,6 +421,27 @@ def test_surplus_components_empty_themselves():
         )
 
 
+def test_weights_that_are_values_empty_surplus_components():
+    """Corduneanu & Bishop (2001): weights that maximise the bound, beside components under distributions."""
+    rng = np.random.default_rng(6)
+    x = rng.poisson(np.array([[1.0, 8.0], [9.0, 2.0]])[np.arange(60) % 2])
+    model = Mixture(Variational(Poisson(prior=GammaPrior(1.0, 0.1))), 3)
+    wide = GammaPrior(np.full((3, 2), 20.0), np.array([[9.0, 4.0], [3.0, 5.0], [6.0, 6.0]]))
+    start = MixtureParams(weights=np.full(3, 1 / 3), components=wide)
+    fit = em_fit(model, start, x, tol=1e-10)
+    assert fit.converged
+    assert np.all(np.diff(fit.history[: fit.num_steps + 1]) > -1e-9)
+    np.testing.assert_allclose(np.sort(fit.params.weights), [0, 0.5, 0.5], atol=0.01)
+    # A component without rows goes back to its prior, and costs nothing: the bound is that of two components.
+    two = np.argsort(fit.params.weights)[1:]
+    kept = MixtureParams(
+        weights=fit.params.weights[two], components=jax.tree.map(lambda a: a[two], fit.params.components)
+    )
+    smaller = Mixture(model.family, 2)
+    bound = jax.jit(lambda params: smaller.e_step(params, x).loglik + smaller.log_prior(params))(kept)
+    np.testing.assert_allclose(bound, fit.objective, atol=1e-2)
+
+
 def test_much_data_and_flat_priors_lead_to_em():
     """Every row counts a million times: q is as narrow as one value."""
     x = np.concatenate([_points, _points[:, ::-1] + 4.0])

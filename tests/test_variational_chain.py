@@ -18,6 +18,7 @@ from jaxem import (
     Status,
     Variational,
     em_fit,
+    fit_restarts,
     trajectory,
 )
 
@@ -170,6 +171,15 @@ def test_bayespys_bounds_in_float32_and_draws():
     np.testing.assert_allclose(path[:, 0].mean(), plain.initial[1], atol=0.03)
     stays = plain.initial @ jnp.diagonal(plain.transition)
     np.testing.assert_allclose(np.mean(path[:, 1] == path[:, 0]), stays, atol=0.03)
+
+
+def test_restarts_find_the_two_regimes():
+    """In one program, each from a start of its own; and no bound is above the best."""
+    model = HMM(Variational(Poisson(prior=GammaPrior(2.0, 0.5))), 2, transition_prior=Dirichlet(1 + 2 * jnp.eye(2)))
+    runs = fit_restarts(model, KEY, COUNTS.astype(np.float32)[:, None], num_restarts=4, tol=1e-5)
+    assert runs.best.status == Status.CONVERGED
+    np.testing.assert_allclose(runs.best.objective, BOUNDS[-1], atol=2e-3)
+    assert np.all(runs.objective <= runs.best.objective)
 
 
 def test_a_stationary_start_leaves_transitions_values():

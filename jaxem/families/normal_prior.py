@@ -171,11 +171,11 @@ class NormalInverseWishart:
         of_scale, of_corner, of_mean = jax.random.split(key, 3)
         noise = jax.random.normal(of_mean, whole.mean.shape, whole.mean.dtype) / jnp.sqrt(whole.pseudo_rows)
         if shape.trailing < 2:
-            rate = jnp.exp(jax.random.loggamma(of_scale, 0.5 * jnp.asarray(whole.degrees_of_freedom)))
+            rate = jnp.exp(special.draw_log_gamma(of_scale, 0.5 * jnp.asarray(whole.degrees_of_freedom)))
             covariance = 0.5 * whole.scale / rate
             root = jnp.sqrt(covariance)
             return whole.mean + (root[..., None] if shape.trailing == 0 else root) * noise, covariance
-        diagonal = jnp.sqrt(2 * jnp.exp(jax.random.loggamma(of_scale, whole._halves)))
+        diagonal = jnp.sqrt(2 * jnp.exp(special.draw_log_gamma(of_scale, whole._halves)))
         eye = numerics.to_rank(jnp.eye(columns, dtype=whole.mean.dtype), whole.scale.ndim)
         corner = jnp.tril(jax.random.normal(of_corner, whole.scale.shape, whole.mean.dtype), -1)
         inverse = numerics.inverse_lower(corner + diagonal[..., None] * eye)
