@@ -1,6 +1,6 @@
-"""Variational Gaussian mixtures against scikit-learn's BayesianGaussianMixture: the speed that the README claims.
+"""Variational Gaussian mixtures against scikit-learn's BayesianGaussianMixture, variational HMMs against bayespy.
 
-    python benchmarks/variational.py [--only a,b] [--quick] [--repeats 5]
+    python benchmarks/variational.py [--only a,b,c] [--quick] [--repeats 5]
 
 Claims, each a row of the table printed at the end:
 
@@ -8,6 +8,8 @@ a   one fit, N = 100k, D = 16, K = 16, full covariances, a Dirichlet on the weig
     at least 6x scikit-learn in float32, 4x in float64
 b   64 restarts, N = 2000, D = 4, K = 8 overlapping clusters, full, float32, exactly 50 steps each: at least 20x less
     time per restart and step
+c   a variational HMM, Poisson observations of 4 states, T = 2000, float64, exactly 20 steps from one start, against
+    bayespy where it is installed: every step's lower bound, which is complete on both sides, is the same
 
 How it is measured. One process; the contestants take turns, so that a slow spell of the machine hits all; medians over
 the repeats. Both sides have the same data, dtype, priors and starts: scikit-learn takes none, so that its state after
@@ -23,6 +25,7 @@ variational Bayes adds to the plain mixture is of the size of its hyperparameter
 """
 
 import copy
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,10 +41,15 @@ from threadpoolctl import threadpool_limits
 from timing import Row, measure, take_turns
 
 from jaxem import (
+    HMM,
     Dirichlet,
+    GammaPrior,
+    HMMParams,
     MixtureParams,
     Normal,
     NormalInverseWishart,
+    Poisson,
+    Variational,
     VariationalMixture,
     default_prior,
     em_fit,
@@ -186,7 +194,75 @@ def restarts(quick: bool, repeats: int) -> list[Row]:
     ]
 
 
+def chain(quick: bool, repeats: int) -> list[Row]:
+    """Claim c."""
+    if importlib.util.find_spec("bayespy") is None:
+        print("\n(c) bayespy is not installed: left out")
+        return []
+    with jax.enable_x64(True):
+        return _chain(200 if quick else 2000, 4, 5 if quick else 20, repeats)
+
+
+def _chain(length: int, count: int, steps: int, repeats: int) -> list[Row]:
+    print(f"\n(c) a variational HMM, Poisson observations, T = {length}, K = {count}, {steps} steps, float64")
+    rng = np.random.default_rng(0)
+    states = (np.arange(length) // 10) % count
+    x = rng.poisson(np.array([1.0, 4.0, 10.0, 20.0])[states])
+    sticky, shape = 1.0 + 3.0 * np.eye(count), np.array([2.0, 5.0, 9.0, 16.0])
+    model = HMM(Variational(Poisson(prior=GammaPrior(2.0, 0.5))), count, transition_prior=Dirichlet(sticky))
+    start = HMMParams(
+        initial=Dirichlet(np.ones(count)),
+        transition=Dirichlet(sticky),
+        emissions=GammaPrior(2 * shape[:, None], np.full((count, 1), 2.0)),
+    )
+    on_device = jnp.asarray(x, float)[:, None]
+
+    def theirs() -> np.ndarray:
+        from bayespy.inference import VB
+        from bayespy.nodes import CategoricalMarkovChain, Gamma, Mixture
+        from bayespy.nodes import Dirichlet as Concentrations
+        from bayespy.nodes import Poisson as Counts
+
+        initial, moves = Concentrations(np.ones(count)), Concentrations(sticky)
+        path, rate = CategoricalMarkovChain(initial, moves, states=length), Gamma(2.0, 0.5, plates=(count,))
+        seen = Mixture(path, Counts, rate)
+        seen.observe(x)
+        rate.initialize_from_parameters(2 * shape, np.full(count, 2.0))
+        inference = VB(seen, path, rate, moves, initial)
+        path.update()
+        bounds = []
+        for _ in range(steps):
+            for node in (rate, moves, initial, path):
+                node.update()
+            bounds.append(inference.compute_lowerbound())
+        return np.array(bounds)
+
+    tasks: dict[str, Callable[[], Any]] = {
+        "jaxem": lambda: em_fit(model, start, on_device, tol=-1.0, max_steps=steps),
+        "bayespy": theirs,
+    }
+    timings, results = take_turns(tasks, repeats)
+    ours = np.asarray(results["jaxem"].history[1 : steps + 1])
+    gap = np.max(np.abs(ours - results["bayespy"]))
+    print(f"  bounds {ours[0]:.6f} ... {ours[-1]:.6f}, {gap:.1e} nats apart at most")
+    if not gap < 1e-6:
+        sys.exit("jaxem and bayespy disagree about the bound: no ratio means anything")
+    ratio = timings["bayespy"].median / timings["jaxem"].median
+    return [
+        Row(
+            claim=f"(c) a variational HMM, T = {length}, K = {count}, float64, same bounds",
+            ours=f"{1e3 * timings['jaxem'].median / steps:.2f} ms a step",
+            peer=f"bayespy, {1e3 * timings['bayespy'].median / steps:.2f} ms a step",
+            ratio=f"{ratio:.1f}x",
+            target="",
+        )
+    ]
+
+
 if __name__ == "__main__":
     measure(
-        __doc__.splitlines()[0], {"a": one_fit, "b": restarts}, ("jaxem", "jax", "scikit-learn", "numpy"), repeats=5
+        __doc__.splitlines()[0],
+        {"a": one_fit, "b": restarts, "c": chain},
+        ("jaxem", "jax", "scikit-learn", "bayespy", "numpy"),
+        repeats=5,
     )

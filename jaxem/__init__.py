@@ -103,6 +103,7 @@ from .families import default_prior as default_prior
 from .families import pseudo_rows as pseudo_rows
 from .fit import Result as Result
 from .fit import em_fit as em_fit
+from .latents.linear_gaussian import StateMoments as StateMoments
 from .latents.linear_gaussian.rotations import varimax as varimax
 from .latents.markov import ChainPosterior as ChainPosterior
 from .models import HMM as HMM

@@ -22,9 +22,9 @@ def chosen(model: Model, algorithm: Algorithm | Any | None) -> Algorithm:
 
 
 def sees_all_rows(model: Model, algorithm: Algorithm) -> bool:
-    """Whether all that an algorithm asks of the data are statistics of all rows, without draws."""
+    """Whether all that an algorithm asks of the data are statistics of all rows together, without draws."""
     nature = algorithm.nature(model)
-    return nature.complete and not nature.stochastic
+    return nature.complete and not nature.stochastic and not nature.by_row
 
 
 def data_of(model: Model, x: Data, weights: jax.Array | None, sees_all: bool) -> tuple[Data, jax.Array | None]:

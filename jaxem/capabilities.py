@@ -27,6 +27,7 @@ def _nature(slot: Any) -> Nature:
         monotone=getattr(slot, "monotone", True),
         complete=getattr(slot, "complete", True),
         inexact=getattr(slot, "inexact", False),
+        by_row=getattr(slot, "by_row", False),
     )
 
 
@@ -149,6 +150,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
         "correlated": lambda part: False,
         # Its parameters are values and no distributions: they are as expected, and predictive densities their own.
+        "distributed": lambda part: False,
         "expected": lambda part: lambda params: params,
         "predictive": lambda part: part.log_prob,
         # It has no conjugate prior, and nothing to draw its parameters from.

@@ -12,12 +12,14 @@ class Nature:
     monotone: exact arithmetic would never lower the objective.
     complete: a state's statistics are those of all rows at its parameters.
     inexact: M-steps stop short of their maximum, some more than others, so that gains are irregular.
+    by_row: it looks at single rows, in whose place moments of them cannot stand.
     """
 
     stochastic: bool = False
     monotone: bool = True
     complete: bool = True
     inexact: bool = False
+    by_row: bool = False
 
     @staticmethod
     def of(natures: "Iterable[Nature]") -> "Nature":
@@ -29,4 +31,5 @@ class Nature:
             monotone=not stochastic and all(each.monotone for each in natures),
             complete=all(each.complete for each in natures),
             inexact=any(each.inexact for each in natures),
+            by_row=any(each.by_row for each in natures),
         )

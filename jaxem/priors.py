@@ -103,6 +103,10 @@ class Dirichlet:
         total = special.digamma(jnp.sum(concentration, axis=-1, keepdims=True))
         return jnp.where(inside, special.digamma(jnp.where(inside, concentration, 1)) - total, -jnp.inf)
 
+    def weighed(self) -> jax.Array:
+        """exp(E[log p]), what p counts for where densities are taken in expectation: its sum is below 1."""
+        return jnp.exp(self.expected_log())
+
     def kl(self, other: "Dirichlet") -> jax.Array:
         """KL(this ‖ other). Written so that no two large terms cancel."""
         one, two = _together(self.concentration, other.concentration)
@@ -118,7 +122,7 @@ class Dirichlet:
         """Probabilities in the shape of the concentration, drawn by their logarithms: none is lost to underflow."""
         concentration = jnp.asarray(self.concentration)
         inside = concentration > 0
-        logs = jax.random.loggamma(key, jnp.where(inside, concentration, 1))
+        logs = special.draw_log_gamma(key, jnp.where(inside, concentration, 1))
         return jax.nn.softmax(jnp.where(inside, logs, -jnp.inf), axis=-1)
 
     @jax.jit
@@ -263,7 +267,7 @@ class GammaPrior:
     def sample(self, key: jax.Array) -> jax.Array:
         """Rates in the shape of the fields."""
         shape, rate = _together(self.shape, self.rate)
-        return jnp.exp(jax.random.loggamma(key, shape)) / rate
+        return jnp.exp(special.draw_log_gamma(key, shape)) / rate
 
     def log_prob(self, values: jax.Array) -> jax.Array:
         """Log-density, summed over all rates."""

@@ -46,6 +46,11 @@ def gamma_entropy_gap(a: jax.Array) -> jax.Array:
     return 0.5 * jnp.log(a / (2 * math.pi)) - stirling_error(a) - 0.5 - a * digamma_error(a)
 
 
+def draw_log_gamma(key: jax.Array, shape: jax.Array) -> jax.Array:
+    """Logarithms of gamma variates of these shapes and rate 1, in their precision: JAX's own default is another."""
+    return jax.random.loggamma(key, shape, dtype=shape.dtype)
+
+
 def log_beta(a: jax.Array, b: jax.Array) -> jax.Array:
     """log of the beta function, a and b > 0, by Stirling's formula: JAX's own is off by 1e-6 even in float64."""
     errors = stirling_error(a) + stirling_error(b) - stirling_error(a + b)

@@ -358,7 +358,7 @@ def _blocks(case: _Case) -> None:
 
 @_law("lower bound")
 def _bound(case: _Case) -> bool | None:
-    """log p(x) = ELBO(q) + KL(q || posterior) for arbitrary q, where the posterior is discrete."""
+    """log p(x) = ELBO(q) + KL(q || posterior) for arbitrary q, where the posterior is discrete or normal."""
     if case.has("posterior", "stats", "q_function"):
         # Latents that cannot be (a label says so, or the support) have no place in a q with a finite bound.
         q = np.where(case.posterior > 0, case.random.exponential(size=case.posterior.shape), 0)
@@ -369,7 +369,7 @@ def _bound(case: _Case) -> bool | None:
         theta, random = case.unconstrain(case.params), case.random
         away = jax.tree.map(lambda leaf: leaf + (0.3 * random.normal(size=leaf.shape)).astype(leaf.dtype), theta)
         other = functools.partial(case.model.infer, case.constrain(away), case.x)
-        if not case.has("kl", of=jax.eval_shape(other)):
+        if not case.has("entropy", of=jax.eval_shape(other)):
             return False
     else:
         return False

@@ -13,6 +13,7 @@ from jaxem import (
     Bernoulli,
     BernoulliParams,
     Beta,
+    Categorical,
     Dirichlet,
     Draw,
     Fixed,
@@ -67,9 +68,12 @@ def test_draws_have_the_posteriors_moments():
             "size": Normal(prior=_prior, missing=False),
             "line": LinearRegression(prior=NormalInverseGamma(mean=np.zeros(2), precision=0.5, shape=3.0, rate=1.0)),
             "n": Poisson(prior=GammaPrior(2.0, 1.0)),
+            "class": Categorical(3, prior=Dirichlet(1.5)),
+            "yes": Bernoulli(prior=Beta(2.0, 1.5)),
         }
     )
-    x = {"size": _points, "line": (features, y), "n": counts}
+    kinds = _rng.integers(0, 3, (12, 1))
+    x = {"size": _points, "line": (features, y), "n": counts, "class": kinds, "yes": kinds % 2}
 
     @jax.jit
     def drawn(x):
@@ -99,6 +103,13 @@ def test_draws_have_the_posteriors_moments():
 
     np.testing.assert_allclose(draws["n"].rate.mean(), (2 + counts.sum()) / 13, rtol=0.01)
     np.testing.assert_allclose(draws["n"].rate.var(), (2 + counts.sum()) / 13**2, rtol=0.08)
+
+    shares, table = scipy.stats.dirichlet(1.5 + np.bincount(kinds[:, 0], minlength=3)), draws["class"].probability[:, 0]
+    np.testing.assert_allclose(table.mean(axis=0), shares.mean(), atol=0.006)
+    np.testing.assert_allclose(table.var(axis=0), shares.var(), rtol=0.08)
+    chance, ones = draws["yes"].probability[:, 0], np.sum(kinds % 2)
+    chances = scipy.stats.beta(2 + ones, 1.5 + 12 - ones)
+    np.testing.assert_allclose([chance.mean(), chance.var()], [chances.mean(), chances.var()], rtol=0.06)
 
 
 def test_two_components_agree_with_enumeration():
@@ -214,10 +225,16 @@ def test_a_path_of_em_is_its_history():
 
 
 def test_parts_that_are_held_stay_so():
-    model = Fixed(Mixture(Poisson(prior=GammaPrior(2.0, 1.0)), 2), {"weights": jnp.array([0.3, 0.7])})
-    draws = _chain(model, np.array([0, 1, 1, 5, 7, 4]), 5)
-    np.testing.assert_array_equal(draws.weights[1:], np.tile([0.3, 0.7], (5, 1)))
-    assert np.all(np.diff(draws.components.rate[:, 0, 0]) != 0)
+    """Under jit, over two seeds at once, and in float32."""
+    weights = jnp.array([0.3, 0.7], jnp.float32)
+    model = Fixed(Mixture(Poisson(prior=GammaPrior(2.0, 1.0)), 2), {"weights": weights})
+    x, start = np.array([0, 1, 1, 5, 7, 4], np.float32), jax.tree.map(np.float32, START)
+    chain = jax.vmap(lambda key: trajectory(model, start, x, algorithm=gibbs(), num_steps=5, key=key))
+    draws = jax.jit(chain)(jax.random.split(KEY, 2)).params
+    np.testing.assert_array_equal(draws.weights[:, 1:], np.broadcast_to(weights, (2, 5, 2)))
+    assert draws.components.rate.dtype == jnp.float32
+    assert np.all(np.diff(draws.components.rate[..., 0, 0], axis=1) != 0)
+    assert np.all(draws.components.rate[0, 1:] != draws.components.rate[1, 1:])
 
 
 X = np.array([0, 1, 1, 5, 7, 4])

@@ -769,7 +769,7 @@ def test_models_refuse_what_makes_no_sense_for_them():
         em_fit(bare, jnp.array(1.0), x, algorithm=generalized_em())
     with pytest.raises(ValueError, match="screen needs an algorithm that can go on"):
         fit_restarts(MODEL, KEY, DEATHS, num_restarts=4, algorithm=stepwise_em(4), screen=Screen(2, 0.5))
-    with pytest.raises(TypeError, match="needs a model with a discrete posterior; KMeans has none"):
+    with pytest.raises(TypeError, match="needs a model with a discrete or normal posterior; KMeans has none"):
         free_energy(means, centres, x, np.full((150, 3), 1 / 3))
 
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.special
 import scipy.stats
-from scipy.special import betaln, gammaln, multigammaln
+from scipy.special import betaln, digamma, gammaln, multigammaln
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 
@@ -21,6 +21,7 @@ from jaxem import (
     Dirichlet,
     Exponential,
     GammaPrior,
+    Labelled,
     LinearRegression,
     Mixture,
     Multinomial,
@@ -240,9 +241,17 @@ def test_divergences_are_those_of_quadrature():
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def _each(covariance, count, columns):
+    """How many of our degrees of freedom scikit-learn counts as one, and likewise of scales: of a spherical covariance
+    it counts rows, which are D numbers each; of a tied one it takes a K-th of all rows and one prior, where in ours
+    all rows meet one prior. The expected precisions are the same, where the prior's are."""
+    return {"spherical": columns, "tied": count}.get(covariance, 1)
+
+
 def _sklearn(covariance, x, count):
     """scikit-learn's variational mixture after one step, of the prior that `_prior` is."""
-    scale = {"full": np.eye(x.shape[1]), "diag": np.ones(x.shape[1]), "spherical": 1.0}[covariance]
+    columns = x.shape[1]
+    scale = {"diag": np.ones(columns), "spherical": 1.0}.get(covariance, np.eye(columns))
     model = BayesianGaussianMixture(
         n_components=count,
         covariance_type=covariance,
@@ -250,7 +259,7 @@ def _sklearn(covariance, x, count):
         weight_concentration_prior=0.3,
         mean_prior=x.mean(axis=0) + 0.5,
         mean_precision_prior=0.2,
-        degrees_of_freedom_prior=x.shape[1] + 2.0,
+        degrees_of_freedom_prior=columns + 2.0,
         covariance_prior=scale,
         reg_covar=0.0,
         tol=0.0,
@@ -259,8 +268,12 @@ def _sklearn(covariance, x, count):
         init_params="random",
         random_state=1,
     )
+    each = _each(covariance, count, columns)
     prior = NormalInverseWishart(
-        mean=x.mean(axis=0) + 0.5, shrinkage=0.2, degrees_of_freedom=x.shape[1] + 2.0, scale=jnp.asarray(scale)
+        mean=x.mean(axis=0) + 0.5,
+        shrinkage=0.2,
+        degrees_of_freedom=each * (columns + 2.0),
+        scale=jnp.asarray(each * scale),
     )
     ours = VariationalMixture(Normal(covariance, prior=prior), count, 0.3)
     return _step(model, x), ours
@@ -273,28 +286,30 @@ def _step(model, x):
 
 
 def _params_of(theirs, covariance):
-    """Its state as ours; for one column, and in many for full covariances, the two have the same hyperparameters."""
-    (count, columns), degrees = theirs.means_.shape, theirs.degrees_of_freedom_
-    wide = {"full": (count,), "diag": (count, columns), "spherical": (count, columns)}[covariance]
-    each = np.reshape(degrees, (count,) + (1,) * (theirs.covariances_.ndim - 1))
+    """Its state as ours."""
+    count, columns = theirs.means_.shape
+    each, degrees = _each(covariance, count, columns), np.atleast_1d(theirs.degrees_of_freedom_)
+    scale = theirs.covariances_[None] if covariance == "tied" else theirs.covariances_
+    scale = each * degrees.reshape(-1, *(1,) * (scale.ndim - 1)) * scale
+    by_column = covariance in ("diag", "spherical")
+    shrinkage, wide = theirs.mean_precision_, (count, columns)
     return MixtureParams(
         weights=Dirichlet(jnp.asarray(theirs.weight_concentration_)),
         components=NormalInverseWishart(
             mean=jnp.asarray(theirs.means_),
-            shrinkage=jnp.asarray(
-                np.broadcast_to(theirs.mean_precision_.reshape(count, *(1,) * (len(wide) - 1)), wide)
-            ),
+            shrinkage=jnp.asarray(np.broadcast_to(shrinkage[:, None], wide) if by_column else shrinkage),
             degrees_of_freedom=jnp.asarray(
-                np.broadcast_to(degrees.reshape(count, 1), (count, columns)) if covariance == "diag" else degrees
+                np.broadcast_to(degrees[:, None], wide) if covariance == "diag" else each * degrees
             ),
-            scale=jnp.asarray(each * theirs.covariances_),
+            scale=jnp.asarray(scale),
         ),
     )
 
 
-@pytest.mark.parametrize(("covariance", "columns"), [("full", 2), ("diag", 1), ("spherical", 1)])
+@pytest.mark.parametrize(("covariance", "columns"), [("full", 2), ("tied", 2), ("diag", 1), ("spherical", 1)])
 def test_scikit_learns_iterates(covariance, columns):
-    """For several columns scikit-learn takes the log-determinant of full covariances for all others too."""
+    """For several columns scikit-learn takes the log-determinant of full covariances for all others too, that of a tied
+    one being the same for all components; see the next test."""
     x = datasets.faithful()[:, :columns] if columns == 2 else datasets.faithful()[:, 1:] / 10
     x = np.asarray(x, float)
     theirs, ours = _sklearn(covariance, x, 3)
@@ -305,19 +320,86 @@ def test_scikit_learns_iterates(covariance, columns):
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-7)
     np.testing.assert_allclose(ours.expected(params).weights, theirs.weights_, rtol=1e-8)
-    precision = 1 / ours.parts["components"].family.plugged(params.components).covariance
-    if covariance != "full":
-        np.testing.assert_allclose(precision, theirs.precisions_, rtol=1e-7)
+    covariances = ours.parts["components"].family.plugged(params.components).covariance
+    precision = 1 / covariances if covariance in ("diag", "spherical") else np.linalg.inv(covariances)
+    np.testing.assert_allclose(precision, theirs.precisions_, rtol=1e-7)
 
 
-def test_scikit_learns_m_step_of_diagonal_covariances():
-    x = np.asarray(datasets.faithful(), float)
-    theirs, ours = _sklearn("diag", x, 3)
-    params, q = _params_of(theirs, "diag"), theirs.predict_proba(x)
-    found = jax.jit(lambda params, q: ours.m_step(ours.stats(params, x, q)))(params, q)
-    expected = _params_of(_step(theirs, x), "diag")
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-8)
+@pytest.mark.parametrize("covariance", ["diag", "spherical"])
+def test_scikit_learns_steps_in_several_columns(covariance):
+    """M-step by M-step from the same responsibilities, and E-step by E-step up to a term in closed form.
+
+    Whatever the shape of the covariances, scikit-learn's E-step has the log-determinant of a full one under a Wishart
+    distribution, the sum over columns of digamma((nu - d) / 2), d < D, which no other distribution of a diagonal or
+    spherical one has: precisions that are gamma variables each have digamma(nu / 2). So its E-steps and M-steps do not
+    belong to one bound in several columns, and iterates differ by what this term does to responsibilities. With it
+    added to our densities responsibilities agree; and from these all parameters.
+    """
+    x = np.asarray(datasets.faithful(), float) / [1.0, 10.0]
+    theirs, ours = _sklearn(covariance, x, 3)
+    both = jax.jit(lambda params, q: (ours.log_joint(params, x), ours.m_step(ours.stats(params, x, q))))
+    for _ in range(6):
+        params, q, nu = _params_of(theirs, covariance), theirs.predict_proba(x), theirs.degrees_of_freedom_
+        joint, found = both(params, q)
+        own = nu if covariance == "diag" else 2 * nu
+        extra = digamma(0.5 * (nu[:, None] - np.arange(2))) - digamma(0.5 * own)[:, None] + np.log(own / nu)[:, None]
+        shares = scipy.special.softmax(joint + 0.5 * extra.sum(axis=1, keepdims=True), axis=0)
+        np.testing.assert_allclose(shares.T, q, atol=1e-12)
+        expected = _params_of(_step(theirs, x), covariance)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-8)
+
+
+def test_a_tied_covariance_has_one_distribution():
+    """Where all labels are known the bound is the evidence, in closed form; and so is the predictive density."""
+    labels = np.arange(14) % 3 // 2
+
+    def evidence(rows, labels, covariance):
+        n, degrees, scale, logs = len(rows), NU, PSI.copy(), 0.0
+        for k in range(2):
+            of, count = rows[labels == k], np.sum(labels == k)
+            about, mean = of - of.mean(axis=0), of.mean(axis=0) - M
+            scale = scale + about.T @ about + KAPPA * count / (KAPPA + count) * np.outer(mean, mean)
+            logs += np.log(KAPPA / (KAPPA + count))  # of two columns, half of each
+        if covariance == "tied":
+            sizes = multigammaln((degrees + n) / 2, 2) - multigammaln(degrees / 2, 2)
+            sizes += 0.5 * degrees * np.linalg.slogdet(PSI)[1] - 0.5 * (degrees + n) * np.linalg.slogdet(scale)[1]
+        else:
+            rows, before, after = n, np.diag(PSI), np.diag(scale)
+            if covariance == "tied_spherical":
+                rows, before, after = 2 * n, 1.1, 1.1 + np.sum(after - before)
+            sizes = gammaln((degrees + rows) / 2) - gammaln(degrees / 2) + 0.5 * degrees * np.log(before)
+            sizes = np.sum(sizes - 0.5 * (degrees + rows) * np.log(after))
+        return sizes + logs - n * np.log(np.pi)
+
+    scales = {"tied": PSI, "tied_diag": np.diag(PSI), "tied_spherical": 1.1}
+    rows, given = _points[:13], Labelled(_points[:13], labels[:13])
+
+    @jax.jit
+    def at(given):
+        found = {}
+        for covariance, scale in scales.items():
+            model = VariationalMixture(_normal(covariance, scale), 2, 0.6)
+            components = model.parts["components"].pooled(given.x, None, 2)
+            params = MixtureParams(weights=Dirichlet(jnp.ones(2)), components=components)
+            params = model.m_step(model.e_step(params, given))
+            bound = model.e_step(params, given).loglik + model.log_prior(params)
+            predictive = model.parts["components"].predictive(params.components, _points[13:])[labels[13], 0]
+            found[covariance] = bound, predictive
+            if covariance == "tied":
+                part = model.parts["components"]
+                draws = jax.vmap(part.sample_parameters, (0, None))(jax.random.split(KEY, 4000), params.components)
+                moments = draws, part.expected(params.components)
+        return found, moments
+
+    counts = np.bincount(labels[:13])
+    found, (draws, mean) = at(given)
+    for covariance, (bound, predictive) in found.items():
+        seen = evidence(rows, labels[:13], covariance)
+        np.testing.assert_allclose(bound, seen + _dirichlet(counts, np.full(2, 0.6)), rtol=1e-10)
+        np.testing.assert_allclose(predictive, evidence(_points, labels, covariance) - seen, rtol=1e-8)
+    np.testing.assert_allclose(draws.mean.mean(axis=0), mean.mean, atol=0.03)
+    np.testing.assert_allclose(draws.covariance.mean(axis=0), mean.covariance, rtol=0.05, atol=0.02)
 
 
 def test_surplus_components_empty_themselves():
@@ -337,6 +419,27 @@ def test_surplus_components_empty_themselves():
         np.testing.assert_allclose(
             jnp.sum(plain) / 272, jnp.sum(model.predictive(runs.best.params, x)) / 272, atol=0.02
         )
+
+
+def test_weights_that_are_values_empty_surplus_components():
+    """Corduneanu & Bishop (2001): weights that maximise the bound, beside components under distributions."""
+    rng = np.random.default_rng(6)
+    x = rng.poisson(np.array([[1.0, 8.0], [9.0, 2.0]])[np.arange(60) % 2])
+    model = Mixture(Variational(Poisson(prior=GammaPrior(1.0, 0.1))), 3)
+    wide = GammaPrior(np.full((3, 2), 20.0), np.array([[9.0, 4.0], [3.0, 5.0], [6.0, 6.0]]))
+    start = MixtureParams(weights=np.full(3, 1 / 3), components=wide)
+    fit = em_fit(model, start, x, tol=1e-10)
+    assert fit.converged
+    assert np.all(np.diff(fit.history[: fit.num_steps + 1]) > -1e-9)
+    np.testing.assert_allclose(np.sort(fit.params.weights), [0, 0.5, 0.5], atol=0.01)
+    # A component without rows goes back to its prior, and costs nothing: the bound is that of two components.
+    two = np.argsort(fit.params.weights)[1:]
+    kept = MixtureParams(
+        weights=fit.params.weights[two], components=jax.tree.map(lambda a: a[two], fit.params.components)
+    )
+    smaller = Mixture(model.family, 2)
+    bound = jax.jit(lambda params: smaller.e_step(params, x).loglik + smaller.log_prior(params))(kept)
+    np.testing.assert_allclose(bound, fit.objective, atol=1e-2)
 
 
 def test_much_data_and_flat_priors_lead_to_em():
@@ -427,7 +530,6 @@ def test_hyperparameters_below_0_are_refused():
         (lambda: Variational(StudentT()), TypeError, "StudentT has no conjugate prior"),
         (lambda: Variational(Normal()), ValueError, "Normal needs a prior here, .*default_prior"),
         (lambda: Variational(Poisson()), ValueError, "Poisson needs a prior here"),
-        (lambda: Variational(_normal("tied", PSI)), TypeError, "full, diag and spherical"),
         (lambda: Variational(Tied(Bernoulli(), "probability")), TypeError, "leave it out"),
         (lambda: Variational(Product({"t": StudentT()})), TypeError, "StudentT, of 't', has no conjugate prior"),
         (lambda: VariationalMixture(Bernoulli(), 2, 0.0), ValueError, "concentration must be above 0"),

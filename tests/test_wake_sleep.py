@@ -24,6 +24,7 @@ from jaxem import (
     PoissonParams,
     PPCAParams,
     Recognition,
+    StateMoments,
     Status,
     amortised_em,
     em_fit,
@@ -258,6 +259,9 @@ def test_a_linear_autoencoder_is_ppca_and_its_bound_tells_what_amortisation_cost
             np.trace(precision @ np.diag(variances)) - 2 - np.log(variances).sum()
             - np.linalg.slogdet(precision)[1] + np.einsum("ni,ij,nj->n", away, precision, away).mean()
         )  # fmt: skip
+        moments = StateMoments(means=q.mean, covariances=jnp.broadcast_to(jnp.diag(variances), (100, 2, 2)))
+        bound, gap = jax.jit(free_energy)(ppca, fit.params.generative, x, moments)
+        np.testing.assert_allclose([bound + gap, gap / 100], [fit.loglik, gaps[name]], rtol=1e-9)
         print(f"{name}: likelihood {fit.loglik / 100:.4f} of {best:.4f} nats a row, {gaps[name]:.4f} lost to q")
         if name == "whole":
             assert best - 1e-2 < fit.loglik / 100 <= best + 1e-9

@@ -106,7 +106,7 @@ class NormalInverseGamma:
         """Lines and variances."""
         whole = self.over(self.mean.shape[:-1], self.mean.shape[-1], self.mean.dtype)
         of_variance, of_line = jax.random.split(key)
-        variance = whole.rate / jnp.exp(jax.random.loggamma(of_variance, jnp.asarray(whole.shape)))
+        variance = whole.rate / jnp.exp(special.draw_log_gamma(of_variance, jnp.asarray(whole.shape)))
         noise = jax.random.normal(of_line, whole.mean.shape, whole.mean.dtype)
         spread = numerics.product(whole.whitener, noise, "...ji,...j->...i")
         return whole.mean + jnp.sqrt(variance)[..., None] * spread, variance

@@ -231,9 +231,7 @@ class Normal:
     # What follows from the conjugate prior; see `protocols.Conjugate`.
 
     def conjugate_of(self) -> NormalInverseWishart:
-        """The prior, of components that have a covariance each."""
-        if self.tied:
-            raise TypeError(f"{self.covariance!r} has no distribution of its own: full, diag and spherical have")
+        """The prior."""
         if self.prior is None:
             raise ValueError(
                 f'Normal needs a prior here, as Normal("{self.covariance}", prior=jaxem.default_prior(x, '
@@ -243,10 +241,13 @@ class Normal:
 
     def posterior(self, stats: NormalStats) -> NormalInverseWishart:
         """Hyperparameters, component axis first."""
-        prior = self.conjugate_of().over(self.shape, stats.count.shape, stats.first.shape[-1], stats.first.dtype)
-        return prior.posterior(stats)
+        lead, columns, dtype = stats.count.shape, stats.first.shape[-1], stats.first.dtype
+        return self.conjugate_of().over(self.shape, lead, columns, dtype, self.tied).posterior(stats, self.tied)
 
-    pooled_posterior = conjugacy.pooled
+    def pooled_posterior(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalInverseWishart:
+        """The posterior given all rows, in every component."""
+        q = conjugacy.pooled(self, x, weights, num_components)
+        return q.shared() if self.tied else q
 
     def draw(self, key: jax.Array, stats: NormalStats) -> NormalParams:
         """Means and covariances from their posterior given the statistics."""
@@ -259,7 +260,7 @@ class Normal:
 
     def given(self, values: tuple[jax.Array, jax.Array]) -> NormalParams:
         """Parameters from means and covariances."""
-        return NormalParams(mean=values[0], covariance=values[1])
+        return NormalParams(mean=values[0], covariance=values[1][0] if self.tied else values[1])
 
     def plugged(self, q: NormalInverseWishart) -> NormalParams:
         """The means, and the inverses of the expected precisions."""

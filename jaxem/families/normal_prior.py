@@ -4,6 +4,7 @@ Fraley & Raftery (2007), Bayesian regularization for normal mixture estimation a
 clustering, Journal of Classification 24, table 1: the modes for every covariance shape.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -33,7 +34,8 @@ class NormalInverseWishart:
 
     Every field can be traced and vmapped. Posteriors of K components have mean (K, D), scale (K, ...), and of full
     covariances shrinkage and degrees of freedom (K,). Since entries may be missing, of others shrinkage is (K, D), and
-    degrees of freedom are (K, D) for diagonal, (K,) for spherical ones.
+    degrees of freedom are (K, D) for diagonal, (K,) for spherical ones. Of a tied covariance there is one distribution:
+    scale and degrees of freedom then have a leading axis of 1.
     """
 
     mean: jax.Array
@@ -49,15 +51,28 @@ class NormalInverseWishart:
         """The shape of the covariances, told by the scale; a number is a spherical one's."""
         return _SHAPES[jnp.ndim(self.scale) - jnp.ndim(self.mean) + 1]
 
-    def over(self, shape: shapes.Shape, lead: tuple[int, ...], columns: int, dtype: Any) -> "NormalInverseWishart":
-        """The same for many components (lead), every field in its full shape."""
-        wide, full = (*lead, columns), shape.trailing == 2
+    def over(
+        self, shape: shapes.Shape, lead: tuple[int, ...], columns: int, dtype: Any, tied: bool = False
+    ) -> "NormalInverseWishart":
+        """The same for many components (lead), every field in its full shape; tied: of one covariance for all."""
+        wide, full, each = (*lead, columns), shape.trailing == 2, (1,) * len(lead) if tied else lead
         return NormalInverseWishart(
             mean=like(self.mean, wide, dtype),
             shrinkage=like(self.shrinkage, lead if full else wide, dtype),
-            degrees_of_freedom=like(self.degrees_of_freedom, wide if shape.trailing == 1 else lead, dtype),
-            scale=like(self.scale, (*lead, *(columns,) * shape.trailing), dtype),
+            degrees_of_freedom=like(self.degrees_of_freedom, (*each, columns) if shape.trailing == 1 else each, dtype),
+            scale=like(self.scale, (*each, *(columns,) * shape.trailing), dtype),
         )
+
+    @property
+    def tied(self) -> bool:
+        """Whether there is one covariance for all components."""
+        lead, each = jnp.shape(self.mean)[:-1], jnp.shape(self.scale)[: jnp.ndim(self.mean) - 1]
+        return each != lead
+
+    def shared(self) -> "NormalInverseWishart":
+        """The first component's covariance as that of all."""
+        degrees = jnp.asarray(self.degrees_of_freedom)[:1]
+        return dataclasses.replace(self, degrees_of_freedom=degrees, scale=self.scale[:1])
 
     @property
     def pseudo_rows(self) -> jax.Array:
@@ -79,17 +94,18 @@ class NormalInverseWishart:
         scale = self.scale[0] if tied else self.scale
         return shift, stats.second + (jnp.sum(pull, axis=0) if tied else pull) + scale
 
-    def posterior(self, stats: Any) -> "NormalInverseWishart":
-        """Given `NormalStats` of K components, each with a covariance of its own."""
+    def posterior(self, stats: Any, tied: bool = False) -> "NormalInverseWishart":
+        """Given `NormalStats` of K components, each with a covariance of its own, or all with the same."""
         shape, (*lead, columns) = self.shape, stats.first.shape
-        prior = self.over(shape, tuple(lead), columns, stats.first.dtype)
-        shift, scale = prior.moved(shape, stats)
+        prior = self.over(shape, tuple(lead), columns, stats.first.dtype, tied)
+        shift, scale = prior.moved(shape, stats, tied)
         rows = stats.rows if shape.trailing < 2 else stats.rows[..., 0]
+        more = rows if shape.trailing == 2 else shape.entries(rows)
         return NormalInverseWishart(
             mean=stats.reference / stats.rows + shift,
             shrinkage=prior.shrinkage + rows,
-            degrees_of_freedom=prior.degrees_of_freedom + (rows if shape.trailing == 2 else shape.entries(rows)),
-            scale=scale,
+            degrees_of_freedom=prior.degrees_of_freedom + (jnp.sum(more, axis=0, keepdims=True) if tied else more),
+            scale=scale[None] if tied else scale,
         )
 
     def mode(self) -> tuple[jax.Array, jax.Array]:
@@ -129,7 +145,7 @@ class NormalInverseWishart:
         shape, lead, columns = whole.shape, whole.mean.shape[:-1], whole.mean.shape[-1]
         # Once, where one prior is that of all components.
         other_logdet = 2 * shape.whitener(0.5 * jnp.asarray(other.scale, whole.mean.dtype), columns)[1]
-        other = other.over(shape, lead, columns, whole.mean.dtype)
+        other = other.over(shape, lead, columns, whole.mean.dtype, whole.tied)
         whitener, half_logdet = shape.whitener(whole.plugged()[1], columns)
         precision, away = shape.precision(whitener), whole.mean - other.mean
         ratio = other.pseudo_rows / whole.pseudo_rows
@@ -155,11 +171,11 @@ class NormalInverseWishart:
         of_scale, of_corner, of_mean = jax.random.split(key, 3)
         noise = jax.random.normal(of_mean, whole.mean.shape, whole.mean.dtype) / jnp.sqrt(whole.pseudo_rows)
         if shape.trailing < 2:
-            rate = jnp.exp(jax.random.loggamma(of_scale, 0.5 * jnp.asarray(whole.degrees_of_freedom)))
+            rate = jnp.exp(special.draw_log_gamma(of_scale, 0.5 * jnp.asarray(whole.degrees_of_freedom)))
             covariance = 0.5 * whole.scale / rate
             root = jnp.sqrt(covariance)
             return whole.mean + (root[..., None] if shape.trailing == 0 else root) * noise, covariance
-        diagonal = jnp.sqrt(2 * jnp.exp(jax.random.loggamma(of_scale, whole._halves)))
+        diagonal = jnp.sqrt(2 * jnp.exp(special.draw_log_gamma(of_scale, whole._halves)))
         eye = numerics.to_rank(jnp.eye(columns, dtype=whole.mean.dtype), whole.scale.ndim)
         corner = jnp.tril(jax.random.normal(of_corner, whole.scale.shape, whole.mean.dtype), -1)
         inverse = numerics.inverse_lower(corner + diagonal[..., None] * eye)
@@ -215,7 +231,7 @@ class NormalInverseWishart:
         """The same, every field in its full shape."""
         mean = jnp.asarray(self.mean)
         dtype = jnp.result_type(mean, jnp.asarray(self.scale), float(0))
-        return self.over(self.shape, mean.shape[:-1], mean.shape[-1], dtype)
+        return self.over(self.shape, mean.shape[:-1], mean.shape[-1], dtype, self.tied)
 
     @property
     def _degrees(self) -> jax.Array:

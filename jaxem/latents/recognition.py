@@ -16,7 +16,7 @@ class Recognition:
     """Take the posterior of the latents from a function of the data alone: amortised inference.
 
     network: (params, x) -> scores (N, K), logarithms of probabilities up to a constant a row; or a posterior of the
-        model's own kind, as `free_energy` takes it.
+        model's own kind, as `free_energy` takes it: `StateMoments(means, covariances)` for factors.
     params: those of the network, any pytree.
 
     A q that is not the posterior climbs the lower bound of `free_energy`, and not the likelihood: the objective may
@@ -27,7 +27,7 @@ class Recognition:
     network: Callable = static()
     params: Params = None
 
-    nature: ClassVar = Nature(monotone=False)
+    nature: ClassVar = Nature(monotone=False, by_row=True)
 
     def posterior(self, model: Model, params: Params, x: Data) -> Any:
         """The posterior that the network gives, with the evidence of the exact one."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 from .. import capabilities, checks, latents, numerics, parameters, seeding, sequences, tree
 from ..latents import Exact, markov
 from ..latents.markov import observations, queries
-from ..parts import Probabilities, assembly
+from ..parts import Probabilities, Variational, assembly
 from ..priors import Dirichlet
 from ..protocols import Data, Family, Params, Stats
-from ..record import record, static
+from ..record import fields, record, static
 from ..sequences import Sequences
 from ..slots import Expect
 from .imputation import filled_in
@@ -27,10 +28,12 @@ class HMMParams:
     """initial (K,): p(z_1 = k)
     transition (K, K): p(z_t+1 = j | z_t = i), rows from
     emissions: the family's parameters
+
+    Where these have distributions, as `Variational` gives them, initial and transition are a `Dirichlet` each.
     """
 
-    initial: jax.Array
-    transition: jax.Array
+    initial: Any
+    transition: Any
     emissions: Params
 
 
@@ -69,6 +72,12 @@ class HMM:
     Data: one sequence, the family's rows in order (T, ...); a batch (B, T, ...), its arrays of three axes; or
     `Sequences` of any lengths. A step of which every entry is NaN is missing and integrated out for any family,
     and so are single entries where the family takes them. Weights (B,) count sequences.
+
+    `HMM(Variational(family), K)` is variational Bayesian EM: where chains start and every row of their transitions have
+    Dirichlet distributions too, of the priors or else flat ones, and enter recursions as exp(E[log p]). The objective
+    is the complete bound of log p(x); `expected(params)` gives parameters of the plain HMM. A stationary start has no
+    conjugate prior: transitions then keep values. MacKay (1997), Ensemble learning for hidden Markov models; Beal
+    (2003), Variational algorithms for approximate Bayesian inference, chapter 3.
     Rabiner (1989), A tutorial on hidden Markov models, Proc. IEEE 77; Bishop, PRML, section 13.2.
     Raises TypeError or ValueError for a num_states below 1, an unknown form, or a support with an empty row.
     """
@@ -111,7 +120,15 @@ class HMM:
         emissions = {"emissions": capabilities.complete("part", self.family)}
         if self.stationary:
             return {"transition": markov.StationaryTransitions(transition), **emissions}
-        return {"initial": initial, "transition": transition, **emissions}
+        tables = {"initial": initial, "transition": transition}
+        if self._distributed:
+            return {**{name: Variational(table) for name, table in tables.items()}, **emissions}
+        return {**tables, **emissions}
+
+    @property
+    def _distributed(self) -> bool:
+        """Whether a chain's tables have distributions, as the emissions' parameters have."""
+        return not self.stationary and capabilities.complete("part", self.family).distributed
 
     def params_of(self, values: dict[str, Any]) -> HMMParams:
         """Parameters from those of every part."""
@@ -186,10 +203,11 @@ class HMM:
         terms = queries.evidence(self, params, x) if terms is None else terms
         weights = None if weights is None else weights.astype(form.states.dtype)
         starts, moves, states = markov.expected_counts(form, x, weights)
+        initial, transition = self.tables(params)
         evidence = jnp.sum(jnp.where(x.inside(), terms.values, 0), axis=1)
         return HMMStats(
-            initial=starts + _PSEUDO_COUNT * self.start(params),
-            transitions=moves + _PSEUDO_COUNT * params.transition,
+            initial=starts + _PSEUDO_COUNT * initial,
+            transitions=moves + _PSEUDO_COUNT * transition,
             emissions=observations.statistics(self.family, params.emissions, x, states),
             loglik=numerics.weighted_sum(evidence, weights),
         )
@@ -237,9 +255,10 @@ class HMM:
         """The shapes that parameters have for such data."""
         x, count = self.units(x), self.num_states
         dtype = tree.float_dtype(x.values)
+        initial, transition = (parameters.like((count,) * axes, dtype) for axes in (1, 2))
         return HMMParams(
-            initial=parameters.like((count,), dtype),
-            transition=parameters.like((count, count), dtype),
+            initial=Dirichlet(initial) if self._distributed else initial,
+            transition=Dirichlet(transition) if self._distributed else transition,
             emissions=observations.params_like(self.family, x, count),
         )
 
@@ -261,13 +280,19 @@ class HMM:
         family = capabilities.original(emissions.without_missing()) if emissions.correlated else self.family
         return self if family is self.family else dataclasses.replace(self, family=family)
 
-    def start(self, params: HMMParams) -> jax.Array:
-        """p(z_1 = k) (K,)."""
-        return markov.stationary_distribution(params.transition) if self.stationary else params.initial
+    def tables(
+        self, params: HMMParams, read: Callable[[Dirichlet], jax.Array] = Dirichlet.weighed
+    ) -> tuple[jax.Array, jax.Array]:
+        """p(z_1 = k) (K,), and the rows of transitions (K, K); of distributions, what `read` makes of them."""
+        if self._distributed:
+            return read(params.initial), read(params.transition)
+        initial = markov.stationary_distribution(params.transition) if self.stationary else params.initial
+        return initial, params.transition
 
     def check_count(self, params: HMMParams) -> None:
         """Raise unless parameters are an HMM's, with as many states."""
-        initial = params.initial if isinstance(params, HMMParams) else None
+        initial = fields(params).get("initial")
+        initial = fields(initial).get("concentration") if self._distributed else initial
         parameters.count_of("params.initial", initial, self.num_states)
 
     def chain(self, params: HMMParams, x: Sequences) -> markov.Chain:
@@ -275,9 +300,10 @@ class HMM:
         params = tree.no_whole_numbers(params, x.values)
         parameters.shapes("params", self, params, x)
         links = x.links()
+        initial, transition = self.tables(params)
         return markov.Chain(
-            initial=self.start(params),
-            transition=params.transition,
+            initial=initial,
+            transition=transition,
             log_likelihood=observations.log_likelihood(self.family, params.emissions, x, self.num_states),
             linked=None if links is None else x.lanes(links),
         )

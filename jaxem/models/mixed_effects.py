@@ -3,7 +3,9 @@
 Letters: G groups; P features; Q features with random effects.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from .. import numerics
 from ..families import columns
 from ..families.linear_equation import EquationStats
 from ..latents import lanewise
+from ..latents.linear_gaussian import normals
 from ..record import record
 from .mixed_data import GroupProducts
 
@@ -67,6 +70,28 @@ class EffectsPosterior:
     uncertainty: jax.Array | None = None
     lean: jax.Array | None = None
     lost: jax.Array | None = None
+
+    def entropy(self, weights: jax.Array | None = None) -> jax.Array:
+        """Entropy in nats, summed over groups x weights (G,)."""
+        return numerics.weighted_sum(normals.entropy(self.covariances), weights)
+
+    def kl(self, q: "EffectsPosterior", weights: jax.Array | None = None) -> jax.Array:
+        """KL(q ‖ this) in nats, summed over groups x weights (G,)."""
+        return numerics.weighted_sum(normals.kl(q.means - self.means, q.covariances, self.covariances), weights)
+
+    def given(self, q: Any) -> "EffectsPosterior":
+        """A distribution of the same effects that a user gave: `StateMoments` of groups, or a posterior of the model.
+
+        Raises TypeError or ValueError for what is none, and TypeError where coefficients are integrated out, which are
+        latent with the effects of all groups.
+        """
+        if self.uncertainty is not None:
+            raise TypeError('a distribution of the effects alone is one of LinearMixedModel("ML"), not of "REML"')
+        own = isinstance(q, EffectsPosterior)
+        means, covariances = (q.means, q.covariances) if own else normals.written(q, self.means)
+        if means.shape != self.means.shape:
+            raise ValueError(f"q must be of {self.means.shape[1]} groups, as x is; got one of {means.shape[1]}")
+        return dataclasses.replace(self, means=means, covariances=covariances)
 
 
 @record

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from ..data import Moments, check_moments
 from ..families import Normal, NormalParams, NormalStats, columns, conditional
 from ..families.normal_prior import NormalInverseWishart
 from ..latents import Exact, ask
-from ..latents.linear_gaussian import StateMoments
+from ..latents.linear_gaussian import StateMoments, normals
 from ..parts import assembly
 from ..protocols import Data
 from ..record import record, static
@@ -44,12 +45,45 @@ class ValuesPosterior:
     covariances: (D, D, N); None where all is observed.
     counts: (N,), rows that each tells of: 0 where nothing is observed.
     evidence: (N,), log p of what is observed.
+    observed: (D, N), which values are observed and no latents; None where all are.
     """
 
     means: jax.Array
     covariances: jax.Array | None
     counts: jax.Array
     evidence: jax.Array
+    observed: jax.Array | None = None
+
+    def entropy(self, weights: jax.Array | None = None) -> jax.Array:
+        """Entropy in nats of the missing values of rows of which something is observed, summed over rows x weights."""
+        if self.observed is None or self.covariances is None:
+            return jnp.zeros((), self.means.dtype)
+        size = jnp.sum(self.observed, axis=0) * 0.5 * (1 + math.log(2 * math.pi))
+        return numerics.weighted_sum(self.counts * (normals.entropy(self._whole(self.covariances)) - size), weights)
+
+    def kl(self, q: "ValuesPosterior", weights: jax.Array | None = None) -> jax.Array:
+        """KL(q ‖ this) in nats, summed over the same rows x weights."""
+        if self.observed is None or self.covariances is None or q.covariances is None:
+            return jnp.zeros((), self.means.dtype)
+        away, mine, other = (q.means - self.means).T, self._whole(self.covariances), self._whole(q.covariances)
+        return numerics.weighted_sum(self.counts * normals.kl(away, other, mine), weights)
+
+    def given(self, q: Any) -> "ValuesPosterior":
+        """A distribution of the same values that a user gave: what the model's infer returned at any parameters.
+
+        Raises TypeError or ValueError for what is none.
+        """
+        if not isinstance(q, ValuesPosterior):
+            raise TypeError(f"q must be what the model's infer(params, x) returned; got {checks.told(q)}")
+        if q.means.shape != self.means.shape:
+            raise ValueError(f"q must be of {len(self.means)} rows, as x is; got one of {len(q.means)}")
+        return dataclasses.replace(q, evidence=self.evidence)
+
+    def _whole(self, covariances: jax.Array) -> jax.Array:
+        """Covariances (D, D, N) with a 1 on the diagonal for what is observed: determinants are of what is missing."""
+        assert self.observed is not None
+        eye = jnp.eye(len(covariances), dtype=covariances.dtype)[..., None]
+        return covariances + eye * self.observed[None]
 
 
 @record(kw_only=False)
@@ -135,6 +169,7 @@ class MultivariateNormal:
             covariances=found.covariance,
             counts=jnp.any(observed, axis=1).astype(x.dtype),
             evidence=found.log_density,
+            observed=observed.T,
         )
 
     def _of_groups(self, params: MultivariateNormalParams, x: data.Roots) -> ValuesPosterior:

@@ -25,9 +25,10 @@ class Variational:
     expectation, E_q[log p(x | parameters)]; the M-step is the posterior given the family's own statistics; and in the
     place of the prior's log-density stands -KL(q ‖ prior). So `Mixture(Variational(family), K)`, or an HMM of it, is
     variational Bayesian EM, in the loop that EM is: log-likelihood + log-prior is the lower bound of the log-evidence
-    that it climbs, with all its constants. A component without rows goes back to the prior, and does no harm. What is
-    beside it, a mixture's weights or a chain's transitions, keeps its values and its own prior; for weights there is
-    `VariationalMixture`.
+    that it climbs, with all its constants. A component without rows goes back to the prior, and does no harm. Where an
+    HMM's chains start and move to then has distributions too, Dirichlet ones. The weights of a `Mixture` keep values
+    that maximise the bound, which empties components that the data do not need (Corduneanu & Bishop 2001, Variational
+    Bayesian model selection for mixture distributions); with a distribution of them it is `VariationalMixture`.
 
     `expected(params)` gives the family's parameters at their means, `predictive(params, x)` the logarithm of the
     expected density.
@@ -37,6 +38,8 @@ class Variational:
     """
 
     family: Any
+
+    distributed = True
 
     def __post_init__(self) -> None:
         stated = capabilities.complete("stated", self.family)

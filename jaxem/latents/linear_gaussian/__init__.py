@@ -2,7 +2,8 @@
 
 From the ground up: `elements` (one step), `parallel`, `filtering` and `smoothing` (recursions over steps), `affine` and
 `shared` (one recursion of covariances for all sequences), `whitening` (what is observed), `system` (a system and its
-observations), `posterior` (what statistics need), `forecasting` (the system without observations).
+observations), `noise` and `posterior` (what statistics need), `forecasting` (the system without observations). And of
+latents that are no chain: `normals`, `factors`, `weights`.
 """
 
 from .forecasting import Forecast as Forecast

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ... import checks, numerics
+from ... import numerics
 from ...record import record
 from .. import lanewise
+from . import normals
 
 
 @record
@@ -125,12 +126,16 @@ class FactorPosterior:
         return 0.5 * jnp.sum(self.cases.weights(weights) * each)
 
     def given(self, q: Any) -> "FactorPosterior":
-        """A distribution of the same factors that a user gave; TypeError for what is none."""
-        if not isinstance(q, FactorPosterior) or q.means.shape != self.means.shape:
-            raise TypeError(
-                "q must be a distribution of the factors of the same rows, as the model's infer(params, x) gives it at "
-                f"any parameters; got {checks.told(q)}"
-            )
+        """A distribution of the same factors that a user gave: `StateMoments` of rows, or a posterior of the model.
+
+        Raises TypeError or ValueError for what is none.
+        """
+        if not isinstance(q, FactorPosterior):
+            means, covariance = normals.written(q, self.means)
+            half_logdet = lanewise.inverse(covariance)[1]
+            return dataclasses.replace(self, means=means, covariance=covariance, half_logdet=half_logdet)
+        if q.means.shape != self.means.shape:
+            raise ValueError(f"q must be of {self.means.shape[1]} rows, as x is; got one of {q.means.shape[1]}")
         return dataclasses.replace(q, evidence=self.evidence, hidden=self.hidden, cases=self.cases)
 
 

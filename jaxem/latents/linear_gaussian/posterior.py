@@ -13,38 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from ... import numerics, tree
+from ...checks import told
 from ...record import record
 from ...sequences import Sequences
 from .. import lanewise
 from ..expect import Exact, Sample
 from .affine import apply
 from .elements import Filtered
+from .noise import Noise, sum_counted
 from .shared import shared_moments
 from .smoothing import BackwardChain, backward_chain, draw_path, smoothed
 from .system import System, filtered_per_sequence, root_of, shared_or_per_sequence, whitened
 from .whitening import Completed
-
-
-@record
-class Noise:
-    """The noise e of one equation, response = coefficients · features + e, at the T' steps that the equation is about.
-
-    means             E e              (T', O, B), or of what is white where there is a root: e = rootᵀ white
-    root                               (O, O), None where noise is as it is
-    counted                            (T', B), whether a step counts; None where all do
-    covariance        of e             (O, O, ·), or (O, ·) of its columns alone; a dot is B or 1
-    state_covariance  of the states among the features (S, S, ·), None where there are none
-    cross_covariance  cov(state, e)    (S, O, ·), likewise
-
-    Covariances are sums over the steps that count.
-    """
-
-    means: jax.Array
-    root: jax.Array | None
-    counted: jax.Array | None
-    covariance: jax.Array
-    state_covariance: jax.Array | None
-    cross_covariance: jax.Array | None
 
 
 @record
@@ -90,6 +70,24 @@ class Posterior:
     def average(self, function: Callable) -> Any:
         """The expectation of statistics, a function of moments."""
         return function(self)
+
+    def entropy(self, weights: jax.Array | None = None) -> jax.Array:
+        """Entropy in nats of states and missing entries, summed over rows of sequences x weights (B,).
+
+        log p(x) - E[log p(x, states)], at the parameters that this is the posterior at; squares of white noise cancel.
+        """
+        noises, at = (self.initial, self.dynamics, self.emission), self.params
+        covariances = at.initial_covariance, at.dynamics_covariance, at.emission_covariance
+        each = sum((n.surprise(c) for n, c in zip(noises, covariances, strict=True)), self.log_prob)
+        return numerics.weighted_sum(jnp.broadcast_to(each, self.states.shape[-1:]), weights)
+
+    def given(self, q: Any) -> "Posterior":
+        """The posterior of the same sequences at other parameters; TypeError or ValueError for what is none."""
+        if not isinstance(q, Posterior):
+            raise TypeError(f"q must be what the model's infer(params, x) returned at any parameters; got {told(q)}")
+        if q.states.shape != self.states.shape:
+            raise ValueError(f"q must have states of shape {self.states.shape} (T, S, B); got {q.states.shape}")
+        return q
 
 
 def infer(params: Any, system: System, x: Sequences, expect: Any, parallel: bool) -> Any:
@@ -225,13 +223,6 @@ def _counted(x: Sequences, completed: Completed) -> _Counted:
     return _Counted(initial=starts & inside, dynamics=inside[1:] & ~starts[1:], emission=observed)
 
 
-def _sum(values: jax.Array, counted: jax.Array | None) -> jax.Array:
-    """The sum of values (T, ..., B) over the steps that count."""
-    if counted is not None:
-        values = jnp.where(counted.reshape(len(counted), *(1,) * (values.ndim - 2), -1), values, 0)
-    return lanewise.sum_steps(values)
-
-
 def _of_rows(x: Sequences, filtered: Filtered) -> jax.Array:
     """log p(x) of the sequences of every row: (B,)."""
     return jnp.sum(jnp.where(x.inside(), filtered.log_prob.T, 0), axis=1)
@@ -267,7 +258,7 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
             means=found.means[first] - system.initial_mean[None, :, None],
             root=None,
             counted=counted.initial,
-            covariance=_sum(found.covariances[first], counted.initial),
+            covariance=sum_counted(found.covariances[first], counted.initial),
             state_covariance=None,
             cross_covariance=None,
         ),
@@ -275,16 +266,16 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
             means=found.process_noise,
             root=None,
             counted=counted.dynamics,
-            covariance=_sum(found.noise_covariances, counted.dynamics),
-            state_covariance=_sum(found.covariances[:-1], counted.dynamics),
-            cross_covariance=_sum(found.cross_covariances, counted.dynamics),
+            covariance=sum_counted(found.noise_covariances, counted.dynamics),
+            state_covariance=sum_counted(found.covariances[:-1], counted.dynamics),
+            cross_covariance=sum_counted(found.cross_covariances, counted.dynamics),
         ),
         emission=Noise(
             means=left,
             root=None,
             counted=counted.emission,
             covariance=noise + completed.covariance,
-            state_covariance=_sum(found.covariances, counted.emission),
+            state_covariance=sum_counted(found.covariances, counted.emission),
             cross_covariance=-lanewise.transposed(loaded),
         ),
         log_prob=_of_rows(x, filtered),

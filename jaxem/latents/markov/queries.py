@@ -1,7 +1,8 @@
 """What is asked of sequences once parameters are known: their likelihood, their states, what comes next, and draws.
 
-Methods of a model whose `chain(params, x)` is the chain with the likelihoods of the observations in sequences x, and
-whose `form` and `parallel` name the arithmetic.
+Methods of a model whose `chain(params, x)` is the chain with the likelihoods of the observations in sequences x, whose
+`tables(params, read)` are where chains start and the rows of their transitions, distributions of these as `read` makes
+tables of them, and whose `form` and `parallel` name the arithmetic.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import checks, numerics, parameters, sequences, tree
+from ...priors import Dirichlet
 from ...protocols import Data, Params
 from ...sequences import Sequences
 from .infer import log_filter
@@ -64,8 +66,10 @@ def forecast(model: Any, params: Params, x: Data, steps: int) -> jax.Array:
     every = model.units(x)
     at_end = every.at_ends(_filtered(model, params, x).reshape(every.num_steps, -1, every.num_rows))
 
+    transition = jnp.asarray(model.tables(params, Dirichlet.expected)[1], at_end.dtype)
+
     def step(state: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        state = numerics.product(state, jnp.asarray(params.transition, state.dtype), "bi,ij->bj")
+        state = numerics.product(state, transition, "bi,ij->bj")
         return state, state
 
     _, ahead = jax.lax.scan(step, at_end, length=steps)
@@ -86,14 +90,17 @@ def sample_with_states(
     checks.positive_integer("num_sequences", count)
     model.check_count(params)
     params = tree.no_whole_numbers(params, params)
-    key_start, key_moves, key_rows = jax.random.split(checks.random_key(key), 3)
-    moves = numerics.safe_log(params.transition)
+    key = checks.random_key(key)
+    key_start, key_moves, key_rows = jax.random.split(key, 3)
+    initial, _ = model.tables(params, lambda q: q.sample(jax.random.fold_in(key, 3)))
+    _, transition = model.tables(params, lambda q: q.sample(jax.random.fold_in(key, 4)))
+    moves = numerics.safe_log(transition)
 
     def step(state: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         state = jax.random.categorical(key, moves[state])
         return state, state
 
-    start = jax.random.categorical(key_start, numerics.safe_log(model.start(params)), shape=(count,))
+    start = jax.random.categorical(key_start, numerics.safe_log(initial), shape=(count,))
     _, states = jax.lax.scan(step, start, jax.random.split(key_moves, n - 1))
     states = jnp.concatenate([start[None], states]).T
     rows = model.family.sample(key_rows, params.emissions, states.ravel())
