@@ -375,9 +375,7 @@ class Normal:
         """
         rows = checks.matrix("x", x)
         if rows.shape[1] != params.mean.shape[-1]:
-            raise ValueError(
-                f"x must have {params.mean.shape[-1]} columns, as the parameters have; got shape {jnp.shape(x)}"
-            )
+            raise ValueError(f"x must have {params.mean.shape[-1]} columns, as params have; got shape {jnp.shape(x)}")
         if not self.missing:
             return rows, None
         observed = ~jnp.isnan(rows)
