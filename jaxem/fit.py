@@ -144,9 +144,10 @@ def em_fit(
     as it is, and so do `vmap` and `scan` over any of them.
 
     Derivatives of params, objective and loglik with respect to all that is given, in forward and reverse mode and of
-    any order, are those of the limit (see `jaxem.implicit`): the start does not matter, nothing of the loop is kept,
-    and where the fit has not CONVERGED they are NaN. Where tol and max_steps are plain numbers and tol is negative,
-    they are those of so many steps from the start. A row of weight 0 is absent, and has no slope in its weight.
+    any order, are those of the limit (see `jaxem.implicit`): nothing of the loop is kept, and where the fit has not
+    CONVERGED they are NaN. Of the start only that matters which stays where it is, as parameters in none of the blocks
+    of `Conditional`. Where tol and max_steps are plain numbers and tol is negative, derivatives are those of so many
+    steps from the start. A row of weight 0 is absent, and has no slope in its weight.
 
     Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`. Raises TypeError
     for derivatives of the limit of an algorithm that is random to the end.
@@ -161,7 +162,7 @@ def em_fit(
         key = checks.random_key(key)
     params = checks.native(params)
     capacity, finite = history_capacity(max_steps), checks.nans_are_debugged()
-    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
+    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights, start=params)
     arguments = tree.constants((model, params, x, weights, key, algorithm, tol, max_steps))
     result = _fit(*arguments, capacity=capacity, finite=finite)
     fixed = checks.is_known(tol) and checks.is_known(max_steps) and tol < 0

@@ -32,12 +32,13 @@ Values = list[jax.Array]
 
 @record
 class Given:
-    """All that a limit depends on."""
+    """All that a limit depends on; of the start, where it is known, what no step moves."""
 
     model: Model
     algorithm: Algorithm
     x: Data
     weights: jax.Array | None
+    start: Params | None = None
 
 
 @record
@@ -229,8 +230,9 @@ def _moves(
     along = jax.lax.custom_linear_solve(
         lambda move: -change(move)[0], right, solve=numerics.gmres, transpose_solve=numerics.gmres_in_range
     )
-    if any(place < structure.children()[0].num_leaves for place in places):
-        slope = slope + change(right)[1]  # what a model holds moves where the objective is not level
+    model, *_, start = structure.children()
+    if any(place < model.num_leaves or place >= len(leaves) - start.num_leaves for place in places):
+        slope = slope + change(right)[1]  # what is held moves where the objective is not level
     known = status == Status.CONVERGED
     along, slope = _where_known(known, along), _where_known(known, slope)
     params, params_move = jax.jvp(lambda theta: system.params(theta, values), (theta,), (along,))
@@ -288,11 +290,19 @@ def _fixed_point(given: Callable[[Values], Given], params: Params, _: Values) ->
 
     def at(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
         known = given(values)
-        limit = complete("algorithm", known.algorithm).limit
-        after, state = limit(known.model, unravel(theta), known.x, known.weights)
+        limit, params = complete("algorithm", known.algorithm).limit, unravel(theta)
+        after, state = limit(known.model, params, known.x, known.weights)
+        after = _held_at_start(after, params, known.start)
         return ravel_pytree(after)[0] - theta, objective(complete("model", known.model), state)
 
     return _System(theta=theta, params=lambda theta, values: unravel(theta), at=at)
+
+
+def _held_at_start(after: Params, params: Params, start: Params | None) -> Params:
+    """What a step hands on as it is, as `Conditional` does with what is in none of its blocks, is that of the start."""
+    if start is None or jax.tree.structure(after) != jax.tree.structure(start):
+        return after
+    return jax.tree.map(lambda new, old, at: jnp.asarray(at, new.dtype) if new is old else new, after, params, start)
 
 
 def _stationary(given: Callable[[Values], Given], params: Params, values: Values) -> _System:

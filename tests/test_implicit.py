@@ -1,5 +1,6 @@
 """Derivatives of fits: those of refits, in both modes; NaN where a fit has no limit; of steps where these are fixed."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -169,13 +170,20 @@ def test_all_that_is_given_counts(reverse):
     _integrates(found, slopes)
 
 
-def test_a_block_that_is_frozen_does_not_move():
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_a_block_that_is_frozen_stays_at_its_start(reverse):
+    """It moves with the start, which moves the others' limits, and with nothing else."""
     algorithm = EM(maximize=Conditional(("components.mean", "components.covariance")))
-    toward = jnp.asarray(0.1 * RNG.normal(size=X.shape))
-    fit = functools.partial(em_fit, MODEL, START, algorithm=algorithm, **PRECISE)
-    found, slopes, _ = jax.jit(lambda: _along(fit, _flat, jnp.asarray(X), toward))()
+    first, toward = {"x": jnp.asarray(X), "share": 0.5}, {"x": jnp.asarray(0.02 * RNG.normal(size=X.shape)), "share": 0.02}
+
+    def fit(given):
+        start = dataclasses.replace(START, weights=jnp.stack([given["share"], 1 - given["share"]]))
+        return em_fit(MODEL, start, given["x"], algorithm=algorithm, **PRECISE)
+
+    found, slopes, _ = jax.jit(lambda: _along(fit, _flat, first, toward, reverse=reverse))()
     _integrates(found, slopes)
-    assert np.all(slopes[:, :2] == 0)  # the weights
+    if not reverse:
+        np.testing.assert_allclose(slopes[:, :2], [[0.02, -0.02]] * 3, rtol=1e-12)  # the weights
 
 
 @pytest.mark.parametrize(
