@@ -169,6 +169,27 @@ class Model(Protocol):
         ...
 
 
+class Posterior(Protocol):
+    """A distribution of a model's latents: what its `infer` returns and its `statistics` take.
+
+    `free_energy` and law 13 ask for what is beside the evidence, which a posterior may leave out. Where there is `kl(q,
+    weights)`, KL(q ‖ this), it is the gap between log-likelihood and bound; without, their difference is.
+    """
+
+    @property
+    def evidence(self) -> jax.Array:
+        """log p(x) of every unit, at the parameters that it was inferred with."""
+        ...
+
+    def entropy(self, weights: jax.Array | None = None) -> jax.Array:
+        """In nats, summed over units x weights; of all that `q_function` takes the expectation of."""
+        ...
+
+    def given(self, q: Any) -> "Posterior":
+        """What a user gave as distribution of the same latents, in this form and with this evidence."""
+        ...
+
+
 # A model as it comes in: it may leave out what `capabilities` knows.
 AnyModel = Model | Any
 

@@ -203,7 +203,7 @@ def _nothing(model, shape):
     """Statistics of no rows, given which the posterior is the prior."""
     x = np.zeros(shape)
     start = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), model.params_like(x))
-    return model.e_step(start, x, jnp.zeros(shape[0]))
+    return jax.jit(model.e_step)(start, x, jnp.zeros(shape[0]))
 
 
 def test_a_path_of_em_is_its_history():

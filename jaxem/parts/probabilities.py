@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import capabilities, checks, numerics, parameters, tree
+from .. import capabilities, checks, numerics, parameters
 from ..priors import Dirichlet
 from ..protocols import Data
 from ..record import record, static
-from .conjugacy import draw
+from . import constant
 
 
 @capabilities.completed("part")
@@ -47,11 +47,6 @@ class Probabilities:
         """Counts, those outside of the support struck out."""
         return counts if self.support is None else jnp.where(self.support, counts, 0)
 
-    def q_function(self, p: jax.Array, counts: jax.Array) -> jax.Array:
-        """sum counts log p."""
-        used = counts != 0
-        return jnp.sum(jnp.where(used, counts * numerics.safe_log(jnp.where(used, p, 1)), 0))
-
     def log_prior(self, p: jax.Array) -> jax.Array:
         """Log-density of the prior, normalised on the support of each distribution; 0 without one."""
         return jnp.zeros((), p.dtype) if self.prior is None else self.prior.log_prob(p, self.support)
@@ -64,10 +59,6 @@ class Probabilities:
             raise ValueError(
                 f"{name} must have shape {self.shape}, with a nonzero entry in every row; got {self.support}"
             )
-
-    def degenerate(self, counts: jax.Array) -> jax.Array:
-        """Nothing (0,) here collapses: a probability of 0 is as good as another."""
-        return jnp.zeros(0, bool)
 
     def unconstrain(self, p: jax.Array) -> jax.Array:
         """Continuation ratios (..., V - 1)."""
@@ -91,22 +82,8 @@ class Probabilities:
         if np.all(np.isfinite(value)):
             checks.distributions(name, np.atleast_2d(np.asarray(value)))
 
-    # As mixing weights (K,): a gate that looks at no row.
-
-    def log_prob(self, p: jax.Array, x: Data) -> jax.Array:
-        """log p(component k), the same for every row: (K, 1)."""
-        return numerics.safe_log(p)[:, None]
-
-    def stats(self, p: jax.Array, x: Data, responsibilities: jax.Array) -> jax.Array:
-        """Expected rows of every component: responsibilities (K, N) -> (K,)."""
-        return jnp.sum(responsibilities, axis=1)
-
-    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> jax.Array:
-        """All components alike: (K,)."""
-        return jnp.full(num_components, 1 / num_components, tree.float_dtype(x))
-
-    def floats_per_row(self, p: jax.Array) -> int:
-        return 0
+    degenerate, q_function = constant.table
+    log_prob, stats, pooled, floats_per_row = constant.gate  # as mixing weights (K,)
 
     # What follows from the conjugate prior.
 
@@ -118,11 +95,7 @@ class Probabilities:
         """Concentrations (..., V), 0 outside of the support."""
         return self.conjugate_of().posterior(counts, self.support)
 
-    def pooled_posterior(self, x: Data, weights: jax.Array | None, num_components: int) -> Dirichlet:
-        """All components alike."""
-        return self.posterior(tree.total_weight(x, weights) * self.pooled(x, None, num_components))
-
-    draw = draw
+    pooled_posterior, log_expected_prob, draw = constant.posteriors
 
     def given(self, p: jax.Array) -> jax.Array:
         """Probabilities are the parameters."""
@@ -138,9 +111,4 @@ class Probabilities:
 
     def expected_q(self, q: Dirichlet, counts: jax.Array) -> jax.Array:
         """sum counts E[log p]."""
-        used = counts != 0
-        return jnp.sum(jnp.where(used, counts * jnp.where(used, q.expected_log(), 0), 0))
-
-    def log_expected_prob(self, q: Dirichlet, x: Data) -> jax.Array:
-        """log E[p(component k)]: (K, 1)."""
-        return self.log_prob(q.expected(), x)
+        return constant.expectation(counts, q.expected_log())

@@ -1,15 +1,13 @@
 """Mixing weights broken off a stick: those of a truncated Dirichlet process."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities, numerics, parameters, tree
+from .. import capabilities, numerics, parameters
 from ..priors import Beta
 from ..protocols import Data
 from ..record import record, static
-from .conjugacy import draw
+from . import constant
 
 
 @capabilities.completed("part")
@@ -34,18 +32,10 @@ class Sticks:
         """Weights of the v that are likeliest."""
         return self.given(self.prior.posterior_mode(_broken(counts)))
 
-    def q_function(self, p: jax.Array, counts: jax.Array) -> jax.Array:
-        """sum counts log p."""
-        return _expectation(counts, numerics.safe_log(p))
-
     def log_prior(self, p: jax.Array) -> jax.Array:
         """Log-density of the v that the weights are made of."""
         here, later = _broken(p)
         return self.prior.log_prob(numerics.safe_divide(here, here + later))
-
-    def degenerate(self, counts: jax.Array) -> jax.Array:
-        """Nothing (0,) collapses."""
-        return jnp.zeros(0, bool)
 
     def num_parameters(self, p: jax.Array) -> int:
         return p.size - 1
@@ -58,22 +48,8 @@ class Sticks:
         """Inverse of `unconstrain`."""
         return numerics.real_to_simplex(theta)
 
-    # A gate that looks at no row.
-
-    def log_prob(self, p: jax.Array, x: Data) -> jax.Array:
-        """log p(component k), the same for every row: (K, 1)."""
-        return numerics.safe_log(p)[:, None]
-
-    def stats(self, p: jax.Array, x: Data, responsibilities: jax.Array) -> jax.Array:
-        """Expected rows of every component: responsibilities (K, N) -> (K,)."""
-        return jnp.sum(responsibilities, axis=1)
-
-    def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> jax.Array:
-        """All components alike: (K,)."""
-        return jnp.full(num_components, 1 / num_components, tree.float_dtype(x))
-
-    def floats_per_row(self, p: jax.Array) -> int:
-        return 0
+    degenerate, q_function = constant.table
+    log_prob, stats, pooled, floats_per_row = constant.gate
 
     # What follows from the conjugate prior.
 
@@ -85,11 +61,7 @@ class Sticks:
         """a and b (K - 1,): what came off the stick at each place, and what was left of it then."""
         return self.prior.posterior(_broken(counts))
 
-    def pooled_posterior(self, x: Data, weights: jax.Array | None, num_components: int) -> Beta:
-        """All components alike."""
-        return self.posterior(tree.total_weight(x, weights) * self.pooled(x, None, num_components))
-
-    draw = draw
+    pooled_posterior, log_expected_prob, draw = constant.posteriors
 
     def given(self, v: jax.Array) -> jax.Array:
         """Weights (K,) from v (K - 1,)."""
@@ -107,11 +79,7 @@ class Sticks:
 
     def expected_q(self, q: Beta, counts: jax.Array) -> jax.Array:
         """sum counts E[log w]."""
-        return _expectation(counts, _expected_logs(q))
-
-    def log_expected_prob(self, q: Beta, x: Data) -> jax.Array:
-        """log E[w]: (K, 1)."""
-        return self.log_prob(self.plugged(q), x)
+        return constant.expectation(counts, _expected_logs(q))
 
 
 def _broken(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -124,8 +92,3 @@ def _expected_logs(q: Beta) -> jax.Array:
     off, left = q.expected_logs()
     none = jnp.zeros_like(off[:1])
     return jnp.concatenate([off, none]) + jnp.concatenate([none, jnp.cumsum(left)])
-
-
-def _expectation(counts: jax.Array, logs: jax.Array) -> Any:
-    used = counts != 0
-    return jnp.sum(jnp.where(used, counts * jnp.where(used, logs, 0), 0))
