@@ -5,6 +5,7 @@ Values are looked at only when they are concrete; under jit only shapes and dtyp
 
 import contextlib
 import contextvars
+import functools
 import inspect
 import sys
 import warnings
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
 
 # What a leaf of data or of parameters may be.
 ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -25,6 +25,9 @@ SUM_ROUNDING = 1e-3
 
 # Whether data are checked for estimating parameters from them, or only for applying known parameters to them.
 _ESTIMATING = contextvars.ContextVar("estimating", default=True)
+
+# Whether rows of weight 0 have been replaced already, once for all E-steps.
+_PRESENT = contextvars.ContextVar("present", default=False)
 
 
 def is_concrete(*values: Any) -> bool:
@@ -119,18 +122,6 @@ def row_shape(name: str, value: Any) -> tuple[int, int]:
     return shape if len(shape) == 2 else (shape[0], 1)
 
 
-def plain_axes(name: str, value: Any) -> None:
-    """Raise ValueError for arrays spread over a mesh whose axes have explicit types."""
-    for leaf in jax.tree.leaves(value):
-        sharding = leaf.sharding if isinstance(leaf, jax.Array) and is_concrete(leaf) else None
-        if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
-            raise ValueError(
-                f"{name} is spread over mesh axes {sharding.mesh.axis_names} of explicit type, along which rows cannot "
-                "be summed; make the mesh with jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto, "
-                "...)), one for every axis, and put the data there"
-            )
-
-
 def columns(name: str, value: Any) -> jax.Array:
     """Rows (N, D) in their own dtype, from (N, D) or (N,)."""
     return array(name, value).reshape(row_shape(name, value))
@@ -176,16 +167,24 @@ def observed_columns(name: str, absent: np.ndarray) -> None:
 
 
 def present(x: Any, weights: Any) -> Any:
-    """The data, rows of weight 0 replaced by one of positive weight, where values are at hand: such rows are absent.
+    """The data, rows of weight 0 replaced by one of positive weight: such rows are absent, whatever they hold.
 
-    Traced data stay as they are. `tree.present` replaces such rows of theirs, once, at the entry of a fit; in every
-    E-step that would take a tenth of its time. Data of another number of rows than weights are left to be refused.
+    Data of another number of rows than weights are left to be refused.
     """
-    leaves = jax.tree.leaves(x)
-    if weights is None or not is_concrete(x, weights) or any(np.shape(a)[:1] != np.shape(weights) for a in leaves):
+    if weights is None or any(np.shape(leaf)[:1] != np.shape(weights) for leaf in jax.tree.leaves(x)):
         return x
-    rows = np.where(np.asarray(weights) > 0, np.arange(len(weights)), np.argmax(np.asarray(weights) > 0))
-    return x if np.all(rows == np.arange(len(rows))) else jax.tree.map(lambda leaf: np.asarray(leaf)[rows], x)
+    concrete = is_concrete(x, weights)
+    array = np if concrete else jnp
+    counts = array.asarray(weights) > 0
+    if np.all(counts) if concrete else _PRESENT.get():
+        return x
+    some = array.argmax(counts)
+
+    def of(leaf: Any) -> Any:
+        leaf = array.asarray(leaf)
+        return array.where(array.expand_dims(counts, tuple(range(1, leaf.ndim))), leaf, leaf[some][None])
+
+    return jax.tree.map(of, x)
 
 
 def some_observed(message: str) -> None:
@@ -201,13 +200,20 @@ def warn_of_fit(message: str) -> None:
 
 
 @contextlib.contextmanager
-def without_estimation() -> Iterator[None]:
-    """Within it data are checked as ones that known parameters are applied to: one row is enough, whatever it lacks."""
-    token = _ESTIMATING.set(False)
+def _while(variable: contextvars.ContextVar, value: bool) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _ESTIMATING.reset(token)
+        variable.reset(token)
+
+
+# Within it data are checked as ones that known parameters are applied to: one row is enough, whatever it lacks.
+without_estimation = functools.partial(_while, _ESTIMATING, False)
+
+# Within it `present` takes traced data as they are: rows were replaced at the entry of a fit, by `tree.present`. In
+# every E-step that would take a tenth of its time.
+all_present = functools.partial(_while, _PRESENT, True)
 
 
 def _all_finite(value: Any) -> bool:
@@ -339,19 +345,6 @@ def _arrays_inside(name: str, value: Any) -> None:
             )
         call = f": call it, {leaf.__name__}(...)" if isinstance(leaf, type) or inspect.isroutine(leaf) else ""
         raise TypeError(f"{place} must be an array, or a record of arrays; got {told(leaf)}{call}")
-
-
-def number(name: str, value: Any, what: str, *, whole: bool = False) -> None:
-    """Raise TypeError or ValueError unless this is one real number, or an array () that holds one."""
-    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
-    if isinstance(value, ARRAYS):
-        fits = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
-    else:
-        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not fits:
-        raise TypeError(f"{name} must be {what}; got {told(value)}")
-    if jnp.ndim(value):
-        raise ValueError(f"{name} must be {what}; got an array of shape {jnp.shape(value)}")
 
 
 def labels(name: str, value: Any, rows: int, count: int) -> None:

@@ -6,29 +6,30 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Bernoulli numbers B_2, B_4, ..., B_16. Stirling's series with these is exact to rounding from _LARGE on.
+# Bernoulli numbers B_2, B_4, ..., B_16, of which Stirling's series is made.
 _BERNOULLI = (1 / 6, -1 / 30, 1 / 42, -1 / 30, 5 / 66, -691 / 2730, 7 / 6, -3617 / 510)
-_LARGE = 8
 
 _NEWTON_STEPS = 4
 
 
 def stirling_error(a: jax.Array) -> jax.Array:
     """lgamma(a) - (a - 1/2) log a + a - log(2 pi) / 2, a > 0: about 1/(12 a) for large a. DLMF 5.11.1."""
-    small, large = _raised(a)
+    count = _raises(a)
+    small, large = _raised(a, count)
     series = large * _even_series([b / (2 * n * (2 * n - 1)) for n, b in enumerate(_BERNOULLI, 1)], large)
-    rising, _ = _rising(small)
-    ratio = jnp.log(rising / (small + _LARGE) ** _LARGE)
-    return jnp.where(a < _LARGE, series + (small - 0.5) * jnp.log1p(_LARGE / small) - _LARGE - ratio, series)
+    rising, _ = _rising(small, count)
+    ratio = jnp.log(rising / (small + count) ** count)
+    return jnp.where(a < count, series + (small - 0.5) * jnp.log1p(count / small) - count - ratio, series)
 
 
 def digamma_error(a: jax.Array) -> jax.Array:
     """log a - digamma(a) - 1/(2 a), a > 0: about 1/(12 a^2) for large a. DLMF 5.11.2."""
-    small, large = _raised(a)
+    count = _raises(a)
+    small, large = _raised(a, count)
     series = _even_series([b / (2 * n) for n, b in enumerate(_BERNOULLI, 1)], large)
-    rising, slope = _rising(small)
+    rising, slope = _rising(small, count)
     reciprocals = slope / rising - 0.5 / small + 0.5 / large
-    return jnp.where(a < _LARGE, series + reciprocals - jnp.log1p(_LARGE / small), series)
+    return jnp.where(a < count, series + reciprocals - jnp.log1p(count / small), series)
 
 
 def log_minus_digamma(a: jax.Array) -> jax.Array:
@@ -82,15 +83,23 @@ def solve(function: Callable[[jax.Array], jax.Array], target: jax.Array, start: 
     return jax.lax.fori_loop(0, _NEWTON_STEPS, step, start)
 
 
-def _raised(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where recurrences lead back to, and where Stirling's series holds: a and a + _LARGE, or 1 and a for a large a."""
-    return jnp.where(a < _LARGE, a, 1), jnp.where(a < _LARGE, a + _LARGE, a)
+def _raises(a: jax.Array) -> int:
+    """How often an argument is raised by 1, and from where on Stirling's series is exact to rounding.
+
+    What is taken off for the raised ones is of that size, and so is its rounding: no more of them than it takes.
+    """
+    return 8 if jnp.finfo(jnp.result_type(a)).eps < 1e-9 else 4
 
 
-def _rising(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a (a + 1) ... (a + _LARGE - 1), and its derivative."""
+def _raised(a: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Where recurrences lead back to, and where Stirling's series holds: a and a + count, or 1 and a for a large a."""
+    return jnp.where(a < count, a, 1), jnp.where(a < count, a + count, a)
+
+
+def _rising(a: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """a (a + 1) ... (a + count - 1), and its derivative."""
     value, slope = a, jnp.ones_like(a)
-    for i in range(1, _LARGE):
+    for i in range(1, count):
         value, slope = value * (a + i), slope * (a + i) + value
     return value, slope
 

@@ -23,7 +23,7 @@ from .status import Status
 # Steps without visible progress after which an objective that has no moves to look at is at its resolution.
 PATIENCE = 4
 
-# A gain stands out of the objective's rounding from so many units of that on, a ratio of moves out of theirs.
+# A gain stands out of the rounding of the objective from so many units of that on, a ratio out of that of its terms.
 _SEEN = 2
 _MOVED = 8
 
@@ -60,6 +60,8 @@ class Watch:
     pace: steps in which moves shrank by a factor of e, when they last halved; inf where they grew.
     move: the last move.
     shrink: the ratio of the last two gains, as moves tell it.
+    turn: the last change of that.
+    rough: by how much such changes differ from step to step, on average: what of a ratio is noise.
     seen: logarithm of the last gain that stood out of the rounding.
     seen_move: the move that made it.
     power: gains go with this power of squared moves, 1 in the interior of the domain and 1/2 towards its boundary.
@@ -77,6 +79,8 @@ class Watch:
     pace: jax.Array
     move: jax.Array
     shrink: jax.Array
+    turn: jax.Array
+    rough: jax.Array
     seen: jax.Array
     seen_move: jax.Array
     power: jax.Array
@@ -135,23 +139,19 @@ class _Step:
 
 def watch(value: jax.Array, params: Params) -> Watch:
     """A fit at its start: its objective, a scalar, and its parameters."""
-    unknown, none = jnp.full_like(value, jnp.inf), jnp.zeros((), jnp.int32)
+    none, zero = jnp.zeros((), jnp.int32), jnp.zeros_like(value)
+    names = ("gain", "ratio", "mark", "pace", "move", "shrink", "seen", "seen_move")
     return Watch(
-        gain=unknown,
-        ratio=unknown,
+        **dict.fromkeys(names, jnp.full_like(value, jnp.inf)),
         record=value,
         stalled=none,
-        mark=jnp.full_like(value, jnp.inf),
         since=none,
-        pace=jnp.full_like(value, jnp.inf),
-        move=unknown,
-        shrink=unknown,
-        seen=unknown,
-        seen_move=unknown,
+        turn=zero,
+        rough=zero,
         power=jnp.ones_like(value),
         near=none,
         scale=_scale(params),
-        rounding=jnp.zeros_like(value),
+        rounding=zero,
     )
 
 
@@ -201,6 +201,8 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
     power = jnp.clip((watch.seen - log_gain) / jnp.where(compared, apart, 1), 0.5, 1)
     power = jnp.where(compared, 0.5 * (watch.power + power), watch.power)
     marked = seen & (anew | jnp.isinf(watch.seen))
+    shrink = jnp.where(jnp.isinf(watch.move), jnp.inf, jnp.exp(power * (move - watch.move)))
+    turn = jnp.where(jnp.isfinite(watch.shrink), shrink - watch.shrink, 0)
     return Watch(
         gain=gain,
         ratio=_ratio(gain, watch.gain),
@@ -210,7 +212,9 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
         since=jnp.where(anew, 0, since),
         pace=pace,
         move=move,
-        shrink=jnp.where(jnp.isinf(watch.move), jnp.inf, jnp.exp(power * (move - watch.move))),
+        shrink=shrink,
+        turn=turn,
+        rough=0.5 * (watch.rough + jnp.abs(turn - watch.turn)),
         seen=jnp.where(marked, log_gain, watch.seen),
         seen_move=jnp.where(marked, move, watch.seen_move),
         power=power,
@@ -262,7 +266,9 @@ def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.A
     slowest = jnp.where(jnp.isinf(pace), jnp.inf, 1 / (y * (1 + y * (0.5 + y / 6))))
     noise = _MOVED * jnp.finfo(square.dtype).eps * jax.lax.rsqrt(square)
     series, _ = _series(now.shrink, before.shrink, noise)
-    return _CAUTION * gain * jnp.maximum(slowest, jnp.where(jnp.abs(1 - now.shrink) > noise, series, 0))
+    # Parameters may be known far worse than their own size says, as a mean of nearly 0 is.
+    told = jnp.abs(1 - now.shrink) > jnp.maximum(noise, 2 * now.rough)
+    return _CAUTION * gain * jnp.maximum(slowest, jnp.where(told, series, 0))
 
 
 def confirm(before: Watch, now: Watch, near: jax.Array) -> tuple[Watch, jax.Array]:
@@ -354,15 +360,8 @@ def _step(fit: Progress, state: State, value: jax.Array, terms: Terms, first: ja
     if terms.nature.inexact:
         # One poor M-step does not end a fit: gains count by their envelope, which may halve in a step.
         gain = jnp.fmax(gain, jnp.where(jnp.isfinite(fit.watch.gain), 0.5 * fit.watch.gain, -jnp.inf))
-    return _Step(
-        height=height,
-        gain=gain,
-        resolution=resolution,
-        allowed=allowed,
-        summed=terms.likelihood and state.loglik is not None,
-        fell=fell,
-        drop=drop,
-    )
+    summed = terms.likelihood and state.loglik is not None
+    return _Step(height, gain, resolution, allowed, summed, fell, drop)
 
 
 def _at_rest(before: Watch, now: Watch, step: _Step, told: State, terms: Terms) -> tuple[Watch, jax.Array, jax.Array]:

@@ -209,6 +209,20 @@ def test_student_densities_at_any_degrees_of_freedom(freedom, columns):
     np.testing.assert_allclose(StudentT("diag").log_prob(params, x)[0], expected, rtol=2e-6, atol=2e-6)
 
 
+def test_student_fits_of_many_rows_take_as_many_steps_as_in_float64():
+    """About a mean of nearly 0, whose moves are rounding in the end, with degrees of freedom that are told slowly."""
+    x = np.random.default_rng(3).standard_t(5, size=(100_000, 1)).astype(np.float32)
+    model = Mixture(StudentT("diag"), 1)
+    start = model.init(jax.random.key(0), x)
+    single = em_fit(model, start, x).check()
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), start)
+        double = em_fit(model, wide, x.astype(float)).check()
+    assert single.num_steps < 2 * double.num_steps
+    # One unit of 2^-6 at 163,000 nats, and what tol leaves.
+    np.testing.assert_allclose(single.objective, double.objective, rtol=0, atol=0.1)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e-15, 1e-20, 1e-28])
 def test_exponential_densities_at_any_scale(scale):
     x = (scale * np.random.default_rng(0).exponential(size=8)).astype(np.float32)

@@ -1,5 +1,6 @@
 """CONVERGED means it: what is left at the end of a fit, told by a longer fit in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -81,16 +82,18 @@ def test_converged_in_float32_leaves_little(name):
 def test_a_million_rows_in_float32_see_a_thousandth_of_a_nat():
     rng = np.random.default_rng(0)
     label = rng.random(1_000_000) < 0.4
-    x = np.where(label, rng.normal(0, 1, label.size), rng.normal(2.5, 1, label.size)).astype(np.float32)[:, None]
+    x = np.where(label, rng.normal(0, 1, label.size), rng.normal(3.6, 1, label.size)).astype(np.float32)[:, None]
     model = Mixture(NORMAL, 2)
-    start = model.params_from_responsibilities(x, (x[:, 0] > 1).astype(np.int32))
+    start = model.params_from_responsibilities(x, (x[:, 0] > 1.5).astype(np.int32))
     result = em_fit(model, start, x, tol=1e-9)
     assert result.converged
     with jax.enable_x64(True):
         wide = jnp.asarray(x, jnp.float64)
         params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), result.params)
-        more = em_fit(model, params, wide, tol=1e-12, max_steps=25)
-        assert more.objective - more.history[0] < 5e-3
+        # Weights of float32 sum to 1 up to 3e-8: in a million rows that alone would be 0.03 nats.
+        params = dataclasses.replace(params, weights=params.weights / jnp.sum(params.weights))
+        more = em_fit(model, params, wide, algorithm=squarem(), tol=-1.0, max_steps=3)
+        assert more.objective - more.history[0] < 1e-3
 
 
 @pytest.mark.parametrize("optimizer", [optax.sgd(1e-8), optax.scale(float("nan"))], ids=["tiny", "nan"])

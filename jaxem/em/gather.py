@@ -23,7 +23,8 @@ def pose(model: Model | Any, x: Data, weights: jax.Array | None) -> Problem:
 @functools.partial(jax.jit, inline=True)
 def _e_step(model: Model, params: Params, x: Data, weights: jax.Array | None, expect: Expect) -> Stats:
     """Traced once for all the places of a program, and programs, that it stands in."""
-    return model.e_step(params, x, weights, expect)
+    with checks.all_present():
+        return model.e_step(params, x, weights, expect)
 
 
 def e_step_in_blocks(problem: Problem, params: Params, expect: Expect, block_size: int) -> Stats:

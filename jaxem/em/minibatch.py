@@ -264,7 +264,8 @@ class Incremental:
             inside = jnp.where((number >= first) & (number < last), inside, 0)
         expect = complete("expect", expect)
         now = expect.fold(index) if expect.nature.stochastic else original(expect)
-        stats = model.partial().e_step(params, tree.rows_from(x, start, size), inside, now)
+        with checks.all_present():
+            stats = model.partial().e_step(params, tree.rows_from(x, start, size), inside, now)
         if stats.loglik is None or model.q_function is None:
             return stats, jnp.full((), jnp.nan, tree.float_dtype(x))
         return stats, stats.loglik - model.q_function(params, stats)

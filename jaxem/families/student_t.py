@@ -38,7 +38,7 @@ class StudentTStats:
 
     count: (K,), sum r.
     moments: those of a normal, every row counted r E[u] times.
-    log_scales: (K,), sum r (E[log u] - E[u]).
+    log_scales: (K,), sum r (E[log u] - E[u] + 1).
     base: (K,), sum r h(x), where h makes Q equal to the log-density at the current parameters.
     """
 
@@ -111,7 +111,7 @@ class StudentT:
         mean, gap, base = scale_moments(params.degrees_of_freedom[:, None], square, params.mean.shape[-1])
         normal = NormalParams(mean=params.mean, covariance=params.scale)
         # A vanishing pseudo-row, whose u has the moments of the current parameters, keeps a component without rows.
-        own = jax.lax.digamma(0.5 * params.degrees_of_freedom) - jnp.log(0.5 * params.degrees_of_freedom) - 1
+        own = -special.log_minus_digamma(0.5 * params.degrees_of_freedom)
         return StudentTStats(
             count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
             moments=self._normal.stats(normal, x, responsibilities * mean),
@@ -244,25 +244,28 @@ def normaliser(nu: jax.Array, columns_here: int) -> jax.Array:
 
 
 def scale_moments(nu: jax.Array, square: jax.Array, columns_here: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """E[u], E[log u] - E[u], and the part of `base`, of latent scales given squared distances (K, N); nu (K, 1)."""
-    shape, rate = 0.5 * (nu + columns_here), 0.5 * (nu + square)
-    mean = shape / rate
-    logs = jax.lax.digamma(shape) - jnp.log(rate)
+    """E[u], E[log u] - E[u] + 1, and the part of `base`, of latent scales given squared distances (K, N); nu (K, 1)."""
+    shape = 0.5 * (nu + columns_here)
+    mean = (nu + columns_here) / (nu + square)
+    # 1 / E[u] = 1 + surplus. Of many degrees of freedom all u are nearly 1, and what is told of these is what is left.
+    surplus = (square - columns_here) / (nu + columns_here)
+    log_mean, short = -jnp.log1p(surplus), special.log_minus_digamma(shape)
+    logs = log_mean - short
     # E[log p(x, u)] at these parameters falls short of log p(x) by the entropy of u given x.
-    entropy = shape - jnp.log(rate) + jax.lax.lgamma(shape) + (1 - shape) * jax.lax.digamma(shape)
-    return mean, logs - mean, entropy + (0.5 * columns_here - 1) * logs
+    entropy = log_mean + shape - jnp.log(shape) + jax.lax.lgamma(shape) + (1 - shape) * jax.lax.digamma(shape)
+    return mean, (log_mean + surplus * mean) - short, entropy + (0.5 * columns_here - 1) * logs
 
 
 def log_gammas(nu: jax.Array, count: jax.Array, log_scales: jax.Array) -> jax.Array:
     """sum r E[log Gamma(u; nu/2, nu/2)], without the terms that hold no nu: (K,)."""
     half = 0.5 * nu
-    return count * (half * jnp.log(half) - jax.lax.lgamma(half)) + half * log_scales
+    return count * (0.5 * jnp.log(half / (2 * math.pi)) - special.stirling_error(half)) + half * log_scales
 
 
 def degrees_told(mean_log: jax.Array) -> jax.Array:
-    """The nu, within its limits, with log(nu/2) - digamma(nu/2) = -1 - mean_log, where mean_log = E[log u] - E[u]."""
+    """The nu, within its limits, with log(nu/2) - digamma(nu/2) = -mean_log, where mean_log = E[log u] - E[u] + 1."""
     # The left side is about 1 / nu for large nu: at the upper limit it is next to nothing.
-    half = special.inverse_log_minus_digamma(jnp.maximum(-1 - mean_log, 0.5 / _MOST))
+    half = special.inverse_log_minus_digamma(jnp.maximum(-mean_log, 0.5 / _MOST))
     return within_limits(2 * half)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import capabilities, checks, parameters, tree
+from .. import capabilities, checks, parameters, special, tree
 from ..protocols import Data
 from ..record import record
 from . import columns, design
@@ -39,7 +39,7 @@ class StudentTLinearStats:
 
     count: (K,), sum r.
     equation: those of a normal regression, every row counted r E[u] times.
-    log_scales: (K,), sum r (E[log u] - E[u]).
+    log_scales: (K,), sum r (E[log u] - E[u] + 1).
     base: (K,), what makes Q equal to the log-density at the current parameters.
     """
 
@@ -102,8 +102,7 @@ class StudentTLinear:
         mean, gap, base = scale_moments(params.degrees_of_freedom[:, None], square / params.variance[:, None], 1)
         counted = responsibilities * mean
         energy = columns.sums(counted, jnp.square(response)[None])
-        nu = params.degrees_of_freedom
-        own = jax.lax.digamma(0.5 * nu) - jnp.log(0.5 * nu) - 1
+        own = -special.log_minus_digamma(0.5 * params.degrees_of_freedom)
         return StudentTLinearStats(
             count=jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT,
             equation=expected_stats(params.line, matrix, counted, residual, square, energy),
