@@ -14,12 +14,14 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 
 from jaxem import (
+    HMM,
     Bernoulli,
     Beta,
     Binomial,
     Categorical,
     Dirichlet,
     Exponential,
+    Fixed,
     GammaPrior,
     Labelled,
     LinearRegression,
@@ -534,6 +536,11 @@ def test_hyperparameters_below_0_are_refused():
         (lambda: Variational(Product({"t": StudentT()})), TypeError, "StudentT, of 't', has no conjugate prior"),
         (lambda: VariationalMixture(Bernoulli(), 2, 0.0), ValueError, "concentration must be above 0"),
         (lambda: Variational(LinearRegression()), ValueError, "NormalInverseGamma"),
+        (
+            lambda: Fixed(HMM(Variational(Bernoulli()), 2), {"transition": np.full((2, 2), 0.5)}),
+            TypeError,
+            "transition has a distribution here: hold it at a Dirichlet",
+        ),
     ],
 )
 def test_what_cannot_be_variational_says_so(make, error, says):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities, parameters
+from .. import capabilities, checks, parameters
 from ..protocols import Data, Params, Stats
 from ..record import record
 from . import conjugacy
@@ -73,6 +73,13 @@ class Variational:
     @property
     def correlated(self) -> bool:
         return self._part.correlated
+
+    def check_value(self, name: str, value: Any) -> None:
+        """Raise TypeError for an array, to be held fixed in the place of a distribution."""
+        prior = self._part.conjugate_of()
+        if isinstance(value, checks.ARRAYS):
+            kind = type(prior).__name__
+            raise TypeError(f"{name} has a distribution here: hold it at a {kind} of hyperparameters, not at an array")
 
     def pooled(self, x: Data, weights: jax.Array | None, num_components: int) -> Any:
         """The posterior given all rows, in every component."""
