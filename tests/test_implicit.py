@@ -174,7 +174,8 @@ def test_all_that_is_given_counts(reverse):
 def test_a_block_that_is_frozen_stays_at_its_start(reverse):
     """It moves with the start, which moves the others' limits, and with nothing else."""
     algorithm = EM(maximize=Conditional(("components.mean", "components.covariance")))
-    first, toward = {"x": jnp.asarray(X), "share": 0.5}, {"x": jnp.asarray(0.02 * RNG.normal(size=X.shape)), "share": 0.02}
+    first = {"x": jnp.asarray(X), "share": 0.5}
+    toward = {"x": jnp.asarray(0.02 * RNG.normal(size=X.shape)), "share": 0.02}
 
     def fit(given):
         start = dataclasses.replace(START, weights=jnp.stack([given["share"], 1 - given["share"]]))
