@@ -300,9 +300,12 @@ def _fixed_point(given: Callable[[Values], Given], params: Params, _: Values) ->
 
 def _held_at_start(after: Params, params: Params, start: Params | None) -> Params:
     """What a step hands on as it is, as `Conditional` does with what is in none of its blocks, is that of the start."""
-    if start is None or jax.tree.structure(after) != jax.tree.structure(start):
-        return after
-    return jax.tree.map(lambda new, old, at: jnp.asarray(at, new.dtype) if new is old else new, after, params, start)
+    leaves, structure = jax.tree.flatten(after)
+    both = list(zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=False))
+    if len(both) != len(leaves):
+        return after  # no start is known, or it is one of another kind
+    held = [jnp.asarray(at, new.dtype) if new is old else new for new, (old, at) in zip(leaves, both, strict=True)]
+    return jax.tree.unflatten(structure, held)
 
 
 def _stationary(given: Callable[[Values], Given], params: Params, values: Values) -> _System:

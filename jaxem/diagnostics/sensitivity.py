@@ -56,7 +56,7 @@ def sensitivity(
         raise TypeError("sensitivity looks at values: call it outside of jit, at the parameters of a finished fit")
     distance, residual, space, coarse = _looked_at(given, params)
     count = int(space.number)
-    sizes = np.abs(np.linalg.eigvals(np.asarray(space.hessenberg, float)[:count, :count]))
+    sizes = np.abs(np.linalg.eigvals(np.asarray(space.process.hessenberg, float)[:count, :count]))
     sizes = sizes[sizes > float(coarse)]
     smallest, largest = (np.min(sizes), np.max(sizes)) if sizes.size else (np.nan, np.nan)
     dtype = residual.dtype

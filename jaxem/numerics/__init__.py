@@ -26,9 +26,9 @@ from .factorisations import (
     singular_values,
     solve,
 )
-from .krylov import Krylov, explored, gmres, gmres_in_range, solved
+from .krylov import Krylov, explored, gmres, gmres_in_range, krylov_space, solved
 from .normal_equations import least_squares, least_squares_together
-from .spectrum import krylov_space, leading_direction, leading_eigenvalues, scattered, series, symmetric_eigen
+from .spectrum import leading_direction, leading_eigenvalues, scattered, series, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [

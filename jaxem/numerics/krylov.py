@@ -1,31 +1,104 @@
-"""Linear systems of which only products with vectors are known."""
+"""Krylov spaces of matrices of which only products with vectors are known, and linear systems solved in them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import tuning
+from .elementary import product
 
 Product = Callable[[jax.Array], jax.Array]
 
 
+class Arnoldi(NamedTuple):
+    """An orthonormal basis of a Krylov space as it grows, of M directions in the end.
+
+    number: of directions whose image is known.
+    directions: V (M + 1, P), rows of 0 where there is none yet.
+    hessenberg: H (M, M + 1), A V_j = sum_i H_ji V_i.
+    """
+
+    number: jax.Array
+    directions: jax.Array
+    hessenberg: jax.Array
+
+    @property
+    def vector(self) -> jax.Array:
+        """The direction (P,) that A is asked about next."""
+        return self.directions[self.number]
+
+    @property
+    def basis(self) -> jax.Array:
+        """V (M, P), but for the last one, whose image is never known."""
+        return self.directions[:-1]
+
+    @property
+    def image(self) -> jax.Array:
+        """V A Vᵀ (M, M)."""
+        return self.hessenberg[:, :-1].T
+
+    @property
+    def left(self) -> jax.Array:
+        """How far the image of a whole basis reaches out of it."""
+        return self.hessenberg[-1, -1]
+
+    def grown(self, number: jax.Array, image: jax.Array, *, on: bool = True) -> "Arnoldi":
+        """With the image (P,) of direction `number`.
+
+        on: where the space is exhausted it is gone on with anywhere, so that a basis of all P directions is complete,
+            eigenvalues that occur several times included.
+        Saad, Numerical Methods for Large Eigenvalue Problems, section 6.2.
+        """
+        directions, (width, _) = self.directions, self.hessenberg.shape
+        if on:
+            tiny = jnp.finfo(image.dtype).eps ** 0.75
+            random = np.random.default_rng(0).normal(size=(width, len(image)))
+            anywhere = jnp.asarray(random, image.dtype)[number]
+            image = image + tiny * jnp.linalg.norm(image) * anywhere + jnp.finfo(image.dtype).tiny * anywhere
+
+        def clear(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            rest, length, along = carry
+            inside = product(directions, rest, "mp,p->m")
+            rest = rest - product(inside, directions, "m,mp->p")
+            size = jnp.linalg.norm(rest)
+            return rest / jnp.where(size > 0, size, 1), length * size, along + length * inside
+
+        # Once loses orthogonality, and what is left of an exhausted space is small.
+        start = image, jnp.ones((), image.dtype), jnp.zeros(width + 1, image.dtype)
+        direction, left, along = jax.lax.fori_loop(0, 3, clear, start)
+        return Arnoldi(
+            number=jnp.asarray(number + 1, jnp.int32),
+            directions=directions.at[number + 1].set(direction),
+            hessenberg=self.hessenberg.at[number].set(along.at[number + 1].set(left)),
+        )
+
+
+def krylov_space(start: jax.Array, width: int) -> Arnoldi:
+    """The space of `start` (P,), not yet grown, up to `width` directions, or P where that is less."""
+    width, size = min(width, len(start)), jnp.linalg.norm(start)
+    return Arnoldi(
+        number=jnp.zeros((), jnp.int32),
+        directions=jnp.zeros((width + 1, len(start)), start.dtype).at[0].set(start / jnp.where(size > 0, size, 1)),
+        hessenberg=jnp.zeros((width, width + 1), start.dtype),
+    )
+
+
 class Krylov(NamedTuple):
-    """A space that `times` has led to from one vector, the residual of a linear system (m directions at most).
+    """A space that `times` has led to from one vector, the residual of a linear system (M directions at most).
 
     number: of directions so far, -1 before the residual is known.
-    basis: V (m + 1, P), orthonormal rows.
-    hessenberg: H (m, m + 1), times(V_j) = sum_i H_ji V_i.
-    triangle: R (m, m), H transposed, after the rotations that make it triangular.
-    turns: (m, 2), a cosine and a sine of each.
-    target: (m + 1,), the length of the residual after these; its entry `number` is what is left of it.
+    process: their basis, and its image.
+    triangle: R (M, M), H transposed, after the rotations that make it triangular.
+    turns: (M, 2), a cosine and a sine of each.
+    target: (M + 1,), the length of the residual after these; its entry `number` is what is left of it.
     size: the length of the residual.
     """
 
     number: jax.Array
-    basis: jax.Array
-    hessenberg: jax.Array
+    process: Arnoldi
     triangle: jax.Array
     turns: jax.Array
     target: jax.Array
@@ -51,40 +124,34 @@ class Krylov(NamedTuple):
             value = (self.target[row] - self.triangle[row] @ found) / jnp.where(pivot != 0, pivot, 1)
             return found.at[row].set(jnp.where((row < self.number) & (pivot != 0), value, 0))
 
-        return jax.lax.fori_loop(0, width, substitute, jnp.zeros_like(self.target[1:])) @ self.basis[:width]
+        return jax.lax.fori_loop(0, width, substitute, jnp.zeros_like(self.target[1:])) @ self.process.basis
 
 
 def krylov(rest: jax.Array) -> Krylov:
     """The space of one residual (P,), without a direction yet."""
-    width, dtype = min(tuning.KRYLOV, len(rest)), rest.dtype
-    size = jnp.linalg.norm(rest)
+    process, size = krylov_space(rest, tuning.KRYLOV), jnp.linalg.norm(rest)
+    width = len(process.hessenberg)
     return Krylov(
         number=jnp.zeros((), jnp.int32),
-        basis=jnp.zeros((width + 1, len(rest)), dtype).at[0].set(rest / jnp.where(size > 0, size, 1)),
-        hessenberg=jnp.zeros((width, width + 1), dtype),
-        triangle=jnp.zeros((width, width), dtype),
-        turns=jnp.zeros((width, 2), dtype),
-        target=jnp.zeros(width + 1, dtype).at[0].set(size),
+        process=process,
+        triangle=jnp.zeros((width, width), rest.dtype),
+        turns=jnp.zeros((width, 2), rest.dtype),
+        target=jnp.zeros(width + 1, rest.dtype).at[0].set(size),
         size=size,
     )
 
 
 def grown(space: Krylov, image: jax.Array) -> Krylov:
     """The space with one more direction: the image (P,) of the last one."""
-    count, basis = space.number, space.basis
-    column = jnp.zeros_like(space.target)
-    for _ in range(2):  # once loses orthogonality, twice is enough
-        along = basis @ image
-        image, column = image - along @ basis, column + along
-    left = jnp.linalg.norm(image)
-    column = column.at[count + 1].set(left)
+    count = space.number
+    process = space.process.grown(count, image, on=False)
+    column = process.hessenberg[count]
     turned = jax.lax.fori_loop(0, count, lambda row, column: _turned(space.turns[row], row, column), column)
     both = jnp.hypot(turned[count], turned[count + 1])
     turn = jnp.stack([turned[count], turned[count + 1]]) / jnp.where(both > 0, both, 1)
     return Krylov(
         number=count + 1,
-        basis=basis.at[count + 1].set(image / jnp.where(left > 0, left, 1)),
-        hessenberg=space.hessenberg.at[count].set(column),
+        process=process,
         triangle=space.triangle.at[:, count].set(_turned(turn, count, turned)[:-1]),
         turns=space.turns.at[count].set(turn),
         target=_turned(turn, count, space.target),
@@ -107,7 +174,7 @@ def explored(times: Product, right: jax.Array) -> Krylov:
     enough = jnp.finfo(right.dtype).eps ** 0.75 * jnp.linalg.norm(right)
     return jax.lax.while_loop(
         lambda space: space.open & (space.left > enough),
-        lambda space: grown(space, times(space.basis[space.number])),
+        lambda space: grown(space, times(space.process.vector)),
         krylov(right),
     )
 
@@ -139,7 +206,7 @@ def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
 
         def grow(space: Krylov) -> Krylov:
             known = space.number < 0
-            image = times(jnp.where(known, found, space.basis[space.number]))
+            image = times(jnp.where(known, found, space.process.vector))
             return jax.lax.cond(known, lambda: krylov(right - image), lambda: grown(space, image))
 
         start = fresh._replace(number=-jnp.logical_not(first).astype(jnp.int32))  # the residual of nothing is known

@@ -1,7 +1,7 @@
 """Leading eigenvalues of a matrix of which only products with vectors are known."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from . import tuning
 from .elementary import product
 from .factorisations import one_at_a_time
+from .krylov import krylov_space
 
 # Squarings of a small matrix: eigenvalues that differ by 1e-8 of their size are told apart.
 _SQUARINGS = 34
@@ -19,58 +20,6 @@ _CYCLES = 30
 
 symmetric_eigen: Callable[[jax.Array], Any] = one_at_a_time(lambda matrix: tuple(jnp.linalg.eigh(matrix)))
 symmetric_eigen.__doc__ = "Eigenvalues (P,), ascending, and eigenvectors (P, P), in columns, of a symmetric matrix."
-
-
-class Krylov(NamedTuple):
-    """An orthonormal basis of a Krylov space as it grows, of M directions in the end.
-
-    basis: V (M, P), rows of 0 where there is none yet.
-    image: H (M, M) = V A Vᵀ.
-    vector: (P,), the direction that A is asked about next.
-    left: how far the image of the last direction reaches out of the basis.
-    """
-
-    basis: jax.Array
-    image: jax.Array
-    vector: jax.Array
-    left: jax.Array
-
-    def grown(self, number: jax.Array, moved: jax.Array) -> "Krylov":
-        """With direction `number`, whose image under A is `moved` (P,).
-
-        Where the space is exhausted it is gone on with anywhere, so that a basis of all P directions is complete,
-        eigenvalues that occur several times included.
-        Saad, Numerical Methods for Large Eigenvalue Problems, section 6.2.
-        """
-        basis = self.basis.at[number].set(self.vector)
-        width, size = basis.shape
-        tiny = jnp.finfo(basis.dtype).eps ** 0.75
-        anywhere = jnp.asarray(np.random.default_rng(0).normal(size=(width, size)), basis.dtype)[number]
-        rest = moved + tiny * jnp.linalg.norm(moved) * anywhere + jnp.finfo(basis.dtype).tiny * anywhere
-
-        def clear(_: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            rest, length, along = carry
-            inside = product(basis, rest, "mp,p->m")
-            rest = rest - product(inside, basis, "m,mp->p")
-            size = jnp.linalg.norm(rest)
-            return rest / jnp.where(size > 0, size, 1), length * size, along + length * inside
-
-        # Once loses orthogonality, and what is left of an exhausted space is small.
-        start = rest, jnp.ones((), basis.dtype), jnp.zeros(width, basis.dtype)
-        vector, left, along = jax.lax.fori_loop(0, 3, clear, start)
-        image = self.image.at[:, number].set(along).at[number + 1, number].set(left, mode="drop")
-        return Krylov(basis=basis, image=image, vector=vector, left=left)
-
-
-def krylov_space(start: jax.Array, width: int) -> Krylov:
-    """The space of `start` (P,), not yet grown, up to `width` directions, or P where that is less."""
-    width, size = min(width, len(start)), jnp.linalg.norm(start)
-    return Krylov(
-        basis=jnp.zeros((width, len(start)), start.dtype),
-        image=jnp.zeros((width, width), start.dtype),
-        vector=start / jnp.where(size > 0, size, 1),
-        left=size,
-    )
 
 
 def scattered(theta: jax.Array) -> jax.Array:
