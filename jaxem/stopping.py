@@ -36,9 +36,11 @@ _CONFIRMED = 3
 # What is extrapolated from moves counts so many times.
 _CAUTION = 4
 
-# Steps over which moves are compared before they tell of a rate, and without any shrinking of moves before they rest.
+# Steps over which moves are compared before they tell of a rate, and without any shrinking of moves before they rest;
+# the scatter of their ratios from which on moves are nothing but rounding.
 _FEWEST = 4
 _REST = 64
+_SCATTER = 0.25
 
 # Nats a unit of weight that a squared relative move of 1 is worth, at the most, where no gain has been seen yet.
 _DEAREST = 1e4
@@ -296,7 +298,7 @@ def kept(before: Progress, after: Progress) -> Progress:
 def rests(now: Watch) -> jax.Array:
     """Whether neither the objective nor the moves tell of a fit that still goes on."""
     patience = jnp.maximum(_REST, 8 * jnp.where(jnp.isinf(now.pace), 0, now.pace))
-    return (now.since >= patience) & (now.stalled >= patience)
+    return ((now.since >= patience) | (now.rough > _SCATTER)) & (now.stalled >= patience)
 
 
 def forget(now: Watch, value: jax.Array, params: Params, settled: jax.Array | bool) -> Watch:
@@ -324,8 +326,7 @@ def judged(fit: Progress, state: State, value: jax.Array, terms: Terms) -> Progr
     now = observe(moving, step.height, step.gain, move, step.resolution)
     now, converged, stalled = _at_rest(moving, now, step, told, terms)
     going_on = jnp.where(num_steps >= terms.max_steps, Status.MAX_STEPS, Status.RUNNING)
-    may_end = told.settled & (terms.tol >= 0)
-    bad = ~finite | step.fell
+    may_end, bad = told.settled & (terms.tol >= 0), ~finite | step.fell
     status = jnp.where(
         bad,
         jnp.where(finite, Status.DECREASED, Status.NONFINITE),
@@ -379,14 +380,14 @@ def _at_rest(before: Watch, now: Watch, step: _Step, told: State, terms: Terms) 
     # Rounding errors of rows average out in all that parameters see of them.
     floor = resolution / jnp.sqrt(jnp.maximum(terms.total, 1)) if step.summed else resolution
     near = (left <= jnp.maximum(step.allowed, floor)) & visible
-    if terms.nature.stochastic:
-        # Gains are noise, and say nothing.
+    if terms.nature.stochastic:  # gains are noise, and say nothing
         return now, near & (told.left is not None), jnp.array(False)
     if step.summed:
         now, confirmed = confirm(before, now, near)
         stalled = rests(now)
         # A fit that rests has come as far as its dtype lets it: tol is floored at the resolution of the objective.
-        return now, (confirmed if told.left is None else near) | (stalled & (left <= resolution)), stalled
+        done = stalled & ((left <= resolution) | (now.rough > _SCATTER))
+        return now, (confirmed if told.left is None else near) | done, stalled
     patience = PATIENCE if terms.likelihood else PATIENCE // 2
     return now, near | (now.stalled >= patience), jnp.array(False)
 

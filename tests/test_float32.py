@@ -26,6 +26,7 @@ from jaxem import (
     Status,
     StudentT,
     StudentTParams,
+    StudentTRegression,
     datasets,
     em_fit,
 )
@@ -221,6 +222,22 @@ def test_student_fits_of_many_rows_take_as_many_steps_as_in_float64():
     assert single.num_steps < 2 * double.num_steps
     # One unit of 2^-6 at 163,000 nats, and what tol leaves.
     np.testing.assert_allclose(single.objective, double.objective, rtol=0, atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*the features, lie too far from 0:UserWarning")
+def test_a_fit_whose_moves_are_rounding_rests():
+    """An intercept a thousand widths of the features away, whose moves never get smaller."""
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(200, 2)) + 1e3).astype(np.float32)
+    response = (features @ [1.0, 2.0] - 3e3 + rng.standard_t(4, size=200)).astype(np.float32)
+    model, data = StudentTRegression(4.0), (features, response)
+    start = model.init(jax.random.key(2), data)
+    single = em_fit(model, start, data).check()
+    assert single.num_steps < 300
+    with jax.enable_x64(True):
+        start, data = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (start, data))
+        double = em_fit(model, start, data).check()
+    np.testing.assert_allclose(single.objective, double.objective, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-15, 1e-20, 1e-28])
