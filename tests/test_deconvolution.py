@@ -153,7 +153,7 @@ def test_a_chain_behind_noise_and_restarts():
     fit = em_fit(noisy, one, (x, noise), tol=-1.0, max_steps=20)
     assert np.all(np.diff(fit.history) > -1e-9)
     model = Mixture(NoisyNormal("tied"), 2)
-    runs = fit_restarts(model, jax.random.key(0), (x, noise), num_restarts=4)
+    runs = fit_restarts(model, jax.random.key(0), (x, noise), num_restarts=4, certify=False)
     assert runs.best.objective >= em_fit(model, params_of(model, (x, noise)), (x, noise)).objective - 1e-3
 
 

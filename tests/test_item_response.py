@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+from jitted import e_step
 
 from jaxem import ItemResponse, ItemResponseParams, Status, bic, datasets, em_fit
 
@@ -133,7 +134,7 @@ def test_guessing_is_fitted_to_the_maximum():
 def test_counts_at_nodes_are_bocks_and_aitkins():
     """Their equations 11 and 12: expected rows and right answers at every node, by Bayes' rule pattern by pattern."""
     model, params = ItemResponse(num_nodes=5), dataclasses.replace(SOME, guessing=None)
-    stats = model.e_step(params, ANSWERS[:6])
+    stats = e_step(model, params, ANSWERS[:6])
     nodes = np.linspace(-6, 6, 5)
     prior = np.exp(-0.5 * nodes**2)
     rows, right = np.zeros(5), np.zeros((4, 5))

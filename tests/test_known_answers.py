@@ -59,7 +59,7 @@ def test_two_normals_on_the_waiting_times_of_old_faithful():
 # -1126.316 with 11 free parameters (Scrucca et al. 2016, The R Journal 8(1)).
 def test_three_tied_covariances_on_old_faithful():
     x, model = datasets.faithful(), Mixture(Normal("tied"), 3)
-    runs = fit_restarts(model, jax.random.key(0), x, num_restarts=16, tol=1e-10, max_steps=5000).check()
+    runs = fit_restarts(model, jax.random.key(0), x, num_restarts=16, tol=1e-10, max_steps=5000, certify=False).check()
     np.testing.assert_allclose(runs.best.objective, -1126.315928, rtol=0, atol=1e-6)
     assert model.num_parameters(runs.best.params) == 11
 
@@ -76,7 +76,7 @@ def test_three_full_covariances_on_iris():
     np.testing.assert_allclose(from_species.objective, -180.185477, rtol=0, atol=1e-6)
     assert model.num_parameters(from_species.params) == 44
 
-    runs = fit_restarts(model, jax.random.key(0), x, num_restarts=64, tol=1e-9).check()
+    runs = fit_restarts(model, jax.random.key(0), x, num_restarts=64, tol=1e-9, certify=False).check()
     np.testing.assert_allclose(runs.best.objective, -180.185477, rtol=0, atol=2e-6)
     assert runs.hits(1e-7) >= 16
 
@@ -290,6 +290,7 @@ def galaxies():
                 num_restarts=64,
                 init=narrow,
                 max_steps=3000,
+                certify=False,
             )
             for prior in (None, default_prior(velocities, 6))
         }

@@ -136,7 +136,7 @@ def test_a_refit_of_samples_finds_the_parameters(x64):
     model, params, x = start("tied")
     params = em_fit(model, params, x).params
     rows = model.sample(jax.random.key(1), params, 20_000)
-    again = fit_restarts(model, jax.random.key(0), rows, num_restarts=4).best
+    again = fit_restarts(model, jax.random.key(0), rows, num_restarts=4, certify=False).best
     truth = float(jnp.sum(model.log_prob(params, rows)))
     assert again.objective > truth
     assert again.objective - truth < 2 * model.num_parameters(params)

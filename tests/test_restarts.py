@@ -148,7 +148,7 @@ def test_coarse_arithmetic_that_fails_is_mended_by_the_model(monkeypatch):
     x = jnp.asarray(np.repeat([[0.0], [1e4]], 50, axis=0) + rng.normal(size=(100, 1)), jnp.float32)
     model = Mixture(Normal(), 2)
     monkeypatch.setattr(tuning, "COARSE_WORK", 0)
-    runs = fit_restarts(model, jax.random.key(0), x, num_restarts=8)
+    runs = fit_restarts(model, jax.random.key(0), x, num_restarts=8, certify=False)
     assert runs.best.status == Status.CONVERGED
     exact = np.sort([np.var(np.asarray(x[:50], float)), np.var(np.asarray(x[50:], float))])
     np.testing.assert_allclose(np.sort(np.ravel(runs.best.params.components.covariance)), exact, rtol=1e-3)

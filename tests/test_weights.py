@@ -115,7 +115,9 @@ def test_restarts_do_not_see_rows_of_weight_0():
     weights = (np.arange(len(rows)) % 7 > 0).astype(np.float32)
     filled = np.where(weights[:, None] > 0, rows, np.float32(FILLS[1]))
     model = Mixture(Normal(), 2)
-    best = [fit_restarts(model, jax.random.key(0), x, weights, num_restarts=4).best for x in (filled, rows)]
+    best = [
+        fit_restarts(model, jax.random.key(0), x, weights, num_restarts=4, certify=False).best for x in (filled, rows)
+    ]
     assert best[0].status == Status.CONVERGED
     np.testing.assert_allclose(best[0].objective, best[1].objective, rtol=1e-6)
 
