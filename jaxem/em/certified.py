@@ -23,13 +23,14 @@ _PRODUCTS = 8
 # Steps of EM that are looked ahead, as doublings: 16,384.
 _DOUBLINGS = 14
 
-# Points lie where thousands of EM steps would lead, or at a part of that way, and so far along the slowest mode.
-# Lengths are relative to the coordinate that moves most, and none is above 1.
-_AHEAD = (1.0, 0.5, 0.125)
-_LENGTHS = (0.1, -0.1, 0.02, -0.02)
+# Points lie where thousands of EM steps would lead, or at a part of that way, and so far along the slowest mode; where
+# that grows, most of them along it, as the way off a saddle may be a narrow curve. Lengths are relative to the
+# coordinate that moves most, and none is above 1.
+_AHEAD, _ALONG = (1.0, 0.5, 0.125), (0.1, -0.1, 0.02, -0.02)
+_AHEAD_OF_SADDLES, _ALONG_SADDLES = (1.0,), (0.02, -0.02, 0.004, -0.004, 0.1, -0.1)
 
 # Points that are tried.
-_POINTS = len(_AHEAD) + len(_LENGTHS)
+_POINTS = len(_AHEAD) + len(_ALONG)
 
 # E-steps of a verdict: two for a product, or for a point with the product that goes with it.
 PASSES = 2 * (_PRODUCTS + _POINTS)
@@ -214,9 +215,6 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
         after, state = algorithm.limit(model, at, problem.x, problem.weights)
         return ravel_pytree(model.unconstrain(after))[0], (objective(model, state), at)
 
-    def grows(rate: jax.Array) -> jax.Array:
-        return rate > 1 + jnp.sqrt(jnp.finfo(rate.dtype).eps)
-
     def look(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         space, steps, rate, walk = carry
         looking = number < width
@@ -232,7 +230,8 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
         higher = here > walk.highest
         # A little is gained ahead of most fits, and says nothing of a mode that grows; where none does and the way is
         # long, as from a boundary that repels, it is the beginning of more.
-        ahead = (number < width + len(_AHEAD)) & (grows(rate) | (_size(theta, steps[0]) < 0.99))
+        count = jnp.where(_grows(rate), len(_AHEAD_OF_SADDLES), len(_AHEAD))
+        ahead = (number < width + count) & (_grows(rate) | (_size(theta, steps[0]) < 0.99))
         on = jnp.where(ahead, here - height > allowed, here - walk.highest > visible)
         elsewhere = jnp.where(walk.found, walk.step / 4, steps[jnp.maximum(number - width + 1, 0)])
         step = jnp.where(~looking & on, _shortened(theta, 2 * moved), elsewhere)
@@ -251,7 +250,7 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
     begin = space, jnp.zeros((_POINTS, len(theta)), theta.dtype), jnp.zeros((), theta.dtype), start
     _, _, rate, walk = jax.lax.fori_loop(0, width + _POINTS, look, begin)
     beginning = jnp.minimum(jnp.maximum(_BEGINNING * allowed, visible), allowed)
-    enough = jnp.where(grows(rate), beginning, allowed)
+    enough = jnp.where(_grows(rate), beginning, allowed)
     better = walk.highest - height > enough
     sure = ~better & jnp.isfinite(rate) & jnp.isfinite(height)
     return Verdict(params=walk.top, better=better, certified=sure, rate=rate)
@@ -272,8 +271,17 @@ def _steps(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array
     mode = mode * jnp.where(onward @ mode < 0, -1, 1) / jnp.where(size > 0, size, 1)
     # A series of a mode that grows may have no end.
     onward = jnp.where(jnp.all(jnp.isfinite(onward)), _shortened(theta, onward), mode)
-    ahead, lengths = np.array(_AHEAD, theta.dtype), np.array(_LENGTHS, theta.dtype)
-    return jnp.concatenate([ahead[:, None] * onward[None], lengths[:, None] * mode[None]]), rate
+
+    def points(ahead: tuple[float, ...], along: tuple[float, ...]) -> jax.Array:
+        parts, lengths = np.array(ahead, theta.dtype), np.array(along, theta.dtype)
+        return jnp.concatenate([parts[:, None] * onward[None], lengths[:, None] * mode[None]])
+
+    return jnp.where(_grows(rate), points(_AHEAD_OF_SADDLES, _ALONG_SADDLES), points(_AHEAD, _ALONG)), rate
+
+
+def _grows(rate: jax.Array) -> jax.Array:
+    """Whether a mode of this rate grows, as far as rounding tells."""
+    return rate > 1 + jnp.sqrt(jnp.finfo(rate.dtype).eps)
 
 
 def _size(theta: jax.Array, step: jax.Array) -> jax.Array:
