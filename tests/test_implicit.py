@@ -132,7 +132,9 @@ OF_THEIR_OWN = {
     "experts, two levels, own features": _four_lines,
     "helmholtz machine": _all_patterns,
 }
-KINDS = sorted(set(firsts_of_classes()) - set(RIDGES)) + sorted(RIDGES.values())
+# Kinds that are parts of another that is looked at: "product", and experts in two levels.
+INSIDE = {"bernoulli", "linear regression", "experts"}
+KINDS = sorted(set(firsts_of_classes()) - set(RIDGES) - INSIDE) + sorted(RIDGES.values())
 # Factors may be turned, and components that are one may share their weight as they like: parameters end where their
 # start led them, densities do not.
 NOT_UNIQUE = {"ppca, shared noise", "ppca, missing", "exponential"}
