@@ -14,6 +14,8 @@ from jaxem import (
     ErrorFlag,
     FactorAnalysis,
     Fixed,
+    ItemResponse,
+    LinearMixedModel,
     Mixture,
     MixtureParams,
     Normal,
@@ -21,9 +23,11 @@ from jaxem import (
     Poisson,
     PoissonParams,
     convergence_rate,
+    datasets,
     em_fit,
     error_flags,
     from_functions,
+    group_rows,
     information,
     missing_information,
     squarem,
@@ -132,6 +136,23 @@ def test_two_coins():
     found = standard_errors(coins, params, heads, None, "sem")
     np.testing.assert_allclose(found.components.probability[:, 0], expected, rtol=1e-6)
     np.testing.assert_array_equal(found.weights, 0)
+
+
+def test_errors_are_those_that_other_programs_print():
+    """R's ltm for LSAT6 (two parameters; its gradient there is .024 and not 0), lme4 for Davies' Dyestuff (ML)."""
+    answers, counts = datasets.lsat6()
+    model, counts = ItemResponse("2PL"), jnp.asarray(counts, float)
+    fit = em_fit(model, model.init(jax.random.key(0), answers, counts), answers, counts, tol=1e-10)
+    errors = standard_errors(model, fit.params, answers, counts)
+    np.testing.assert_allclose(errors.difficulty, [0.8669, 0.3073, 0.0997, 0.4341, 0.8700], rtol=2e-3)
+    np.testing.assert_allclose(errors.discrimination, [0.2581, 0.1867, 0.2326, 0.1852, 0.2100], rtol=2e-3)
+
+    response, batches = datasets.dyestuff()
+    ones = np.ones((30, 1))
+    groups = group_rows((ones, ones, np.asarray(response, float)), batches)
+    mixed = LinearMixedModel()
+    fit = em_fit(mixed, mixed.init(jax.random.key(0), groups), groups, tol=1e-10)
+    np.testing.assert_allclose(standard_errors(mixed, fit.params, groups).coefficients, 17.69, atol=0.005)
 
 
 @pytest.mark.parametrize("name", ["student t, held, tied", "hmm, priors"])
