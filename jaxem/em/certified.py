@@ -35,7 +35,7 @@ _POINTS = len(_AHEAD) + len(_ALONG)
 # E-steps of a verdict: two for a product, or for a point with the product that goes with it.
 PASSES = 2 * (_PRODUCTS + _POINTS)
 
-# Along a mode that grows, a gain of this part of what is allowed is followed: it is the beginning of more.
+# A gain of this part of what is allowed is followed, as the beginning of more; along a mode that grows it is enough.
 _BEGINNING = 1 / 16
 
 
@@ -209,6 +209,7 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
     model, height = problem.model, jnp.asarray(height)
     theta, params_of = coordinates(model, params)
     width, visible = min(_PRODUCTS, len(theta)), 4 * jnp.finfo(height.dtype).eps * jnp.abs(height)
+    beginning = jnp.minimum(jnp.maximum(_BEGINNING * allowed, visible), allowed)
 
     def stepped(theta: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Params]]:
         at = params_of(theta)
@@ -228,11 +229,11 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
             lambda: (steps, rate),
         )
         higher = here > walk.highest
-        # A little is gained ahead of most fits, and says nothing of a mode that grows; where none does and the way is
-        # long, as from a boundary that repels, it is the beginning of more.
+        # A little is gained ahead of most fits, and says nothing of a mode that grows. Where none does and the way is
+        # long, as from a boundary that repels, whatever can be seen is followed.
         count = jnp.where(_grows(rate), len(_AHEAD_OF_SADDLES), len(_AHEAD))
         ahead = (number < width + count) & (_grows(rate) | (_size(theta, steps[0]) < 0.99))
-        on = jnp.where(ahead, here - height > allowed, here - walk.highest > visible)
+        on = jnp.where(ahead, here - height > beginning, here - walk.highest > visible)
         elsewhere = jnp.where(walk.found, walk.step / 4, steps[jnp.maximum(number - width + 1, 0)])
         step = jnp.where(~looking & on, _shortened(theta, 2 * moved), elsewhere)
         walked = _Walk(
@@ -249,7 +250,6 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
     space = numerics.krylov_space(numerics.scattered(theta), width)
     begin = space, jnp.zeros((_POINTS, len(theta)), theta.dtype), jnp.zeros((), theta.dtype), start
     _, _, rate, walk = jax.lax.fori_loop(0, width + _POINTS, look, begin)
-    beginning = jnp.minimum(jnp.maximum(_BEGINNING * allowed, visible), allowed)
     enough = jnp.where(_grows(rate), beginning, allowed)
     better = walk.highest - height > enough
     sure = ~better & jnp.isfinite(rate) & jnp.isfinite(height)
