@@ -17,8 +17,8 @@ one step of its own, which is not timed, is where both begin, it by warm_start. 
 M-steps and S + 1 E-steps on both sides (jaxem's extra E-step makes the reported bound that of the returned parameters;
 scikit-learn's makes the labels). Of the restarts scikit-learn runs the first few one by one, with its default threads
 and with one, and the faster counts. Before a ratio is printed, both sides' means after equally many steps are compared:
-a disagreement ends the script. In (c) every turn begins with an untimed call of both sides, since bayespy leaves threads
-that still spin.
+a disagreement ends the script. In (c) every turn begins with an untimed call of both sides, since bayespy leaves
+threads that still spin.
 
 Floor of a step in (a): the two products over rows, whitening and second moments, are 4 N K D² operations, 1.6 G, 16 ms
 in float32 on the two cores that the README's figures are from; beside these are N K exponentials, 1 ms. What
