@@ -70,6 +70,14 @@ def _one_step(
     return algorithm.step(model, state, x, weights).params, state
 
 
+def _no_posterior(expect: Any) -> Any:
+    """Raises TypeError: without a posterior there is no E-step."""
+    raise TypeError(
+        "expect must be Exact(), Hard(), Sample(n), or an object with a method posterior(model, params, x); got "
+        f"{original(expect)!r}"
+    )
+
+
 def _none(_: Any) -> None:
     """Where nothing can stand in, and the one who asks has to know."""
     return None
@@ -192,6 +200,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "expect": {
         "nature": _nature,
+        "posterior": _no_posterior,
         # It is the same in every step and for every part of the rows.
         "at": lambda expect: lambda step, key: original(expect),
         "fold": lambda expect: lambda number: original(expect),

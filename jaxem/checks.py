@@ -217,16 +217,13 @@ all_present = functools.partial(_while, _PRESENT, True)
 
 
 def _all_finite(value: Any) -> bool:
-    """Whether all numbers of an array are finite; False also where they are but a sum of theirs overflows."""
+    """Whether all numbers of an array are finite; False also where they are but their sum overflows."""
     if isinstance(value, jax.Array) and jax.default_backend() != "cpu":
         with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
             return bool(jnp.isfinite(jnp.sum(value)))
-    values = np.asarray(value)
     with np.errstate(over="ignore", invalid="ignore"):
-        if values.dtype in (np.float32, np.float64) and values.flags.c_contiguous:
-            # The sum of squares is taken by all cores, and at twice the pace: the first look at data pays for memory.
-            return bool(np.isfinite(np.dot(values.reshape(-1), values.reshape(-1))))
-        return bool(np.isfinite(np.sum(values)))
+        # A sum, and no product: the threads of BLAS wait for more, and would hold the cores that the fit needs next.
+        return bool(np.isfinite(np.sum(np.asarray(value))))
 
 
 def has_nan(value: Any) -> bool:
@@ -347,19 +344,21 @@ def _arrays_inside(name: str, value: Any) -> None:
         raise TypeError(f"{place} must be an array, or a record of arrays; got {told(leaf)}{call}")
 
 
-def labels(name: str, value: Any, rows: int, count: int) -> None:
-    """Raise unless labels are N whole numbers in 0..count-1, or -1 for unknown."""
+def labels(name: str, value: Any, rows: int, count: int, unknown: bool = True) -> None:
+    """Raise unless labels are N whole numbers in 0..count-1, or -1 where they may be unknown."""
     real(name, value)
+    lowest, exception = (-1, ", or -1 where unknown") if unknown else (0, "")
     if not jnp.issubdtype(value.dtype, jnp.signedinteger):
-        raise TypeError(f"{name} must be signed whole numbers, -1 where unknown; got dtype {value.dtype}")
+        raise TypeError(f"{name} must be signed whole numbers{exception}; got dtype {value.dtype}")
     if value.shape != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), one a row of x; got {value.shape}")
     if not is_concrete(value):
         return
     values = np.asarray(value)
-    if np.any((values < -1) | (values >= count)):
-        row = np.argmax((values < -1) | (values >= count))
-        raise ValueError(f"{name} must be in 0..{count - 1}, or -1 where unknown; got {values[row]} in row {row}")
+    outside = (values < lowest) | (values >= count)
+    if np.any(outside):
+        row = np.argmax(outside)
+        raise ValueError(f"{name} must be in 0..{count - 1}{exception}; got {values[row]} in row {row}")
 
 
 def enough_rows(rows: int, weights: Any, count: int, what: str = "components") -> None:

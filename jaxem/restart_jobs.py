@@ -93,6 +93,11 @@ def best_of(numbers: jax.Array, objective: jax.Array, eligible: jax.Array) -> ja
     return jnp.argmin(jnp.where(top, numbers, jnp.iinfo(numbers.dtype).max))
 
 
+def start_key(key: jax.Array, number: jax.Array) -> jax.Array:
+    """What the start of a restart is drawn from."""
+    return jax.random.fold_in(jax.random.fold_in(key, number), 0)
+
+
 @functools.partial(jax.jit, static_argnames="function", inline=True)
 def draw(model: Any, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
     """A start by `function`, or by the model's own `init`; under jit for its trace to be remembered."""
@@ -116,12 +121,12 @@ def prepare(
 
     def prepared(fitting: Fitting, key: jax.Array, starts: Params | None) -> Jobs:
         model, algorithm, x, weights = fitting.model, fitting.algorithm, fitting.x, fitting.weights
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_restarts))
+        numbers = jnp.arange(num_restarts)
         if starts is None:
             starts = jax.lax.map(
-                lambda key: draw(model, function, jax.random.fold_in(key, 0), x, weights), keys, batch_size=lanes
+                lambda number: draw(model, function, start_key(key, number), x, weights), numbers, batch_size=lanes
             )
-        run_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+        run_keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.fold_in(key, number), 1))(numbers)
         starts = jax.vmap(lambda params, key: parameters.as_steps_return(model, algorithm, params, x, weights, key))(
             starts, run_keys
         )

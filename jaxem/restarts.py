@@ -17,7 +17,7 @@ from .fit import Result, history_capacity
 from .numerics import tuning
 from .protocols import Data, Params
 from .record import fields, record, static
-from .restart_jobs import Fitting, Jobs, Leader, best_of, draw, drive, eligible, prepare
+from .restart_jobs import Fitting, Jobs, Leader, best_of, draw, drive, eligible, prepare, start_key
 from .scheduler import lanes_for
 from .status import EMError, Status
 
@@ -201,18 +201,28 @@ def fit_restarts(
         parameters.check("init", model, starts, x, lead=(num_restarts,))
     key = checks.random_key(jax.random.key(0) if key is None and starts is not None else key)
 
-    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights)
+    given = implicit.Given(model=model, algorithm=algorithm, x=x, weights=weights, start=starts)
     fitting = Fitting(model=model, algorithm=algorithm, x=x, weights=weights)
-    fitting, starts, tol, max_steps = tree.constants((fitting, starts, tol, max_steps))
-    work = _work(fitting, starts, function, key)
+    fitting, first, tol, max_steps = tree.constants((fitting, starts, tol, max_steps))
+    work = _work(fitting, first, function, key)
     lanes = min(num_restarts, block_size or lanes_for(work))
     capacity = history_capacity(max_steps, lanes)
-    jobs = prepare(fitting, key, starts, num_restarts, function, lanes, _steps_kept(screen, capacity))
+    jobs = prepare(fitting, key, first, num_restarts, function, lanes, _steps_kept(screen, capacity))
     runs = _all_phases(fitting, jobs, screen, num_restarts * work, tol, max_steps, lanes, capacity)
     if certify:
         runs = _certified(fitting, runs, tol, max_steps)
-    best = implicit.differentiable(_shown(runs.best, max_steps), given, None)
+    start = _start_of(runs.index, given, function, key)
+    best = implicit.differentiable(_shown(runs.best, max_steps), dataclasses.replace(given, start=start), None)
     return dataclasses.replace(implicit.unknown(given, runs), best=best)
+
+
+def _start_of(index: jax.Array, given: implicit.Given, function: Callable | None, key: jax.Array) -> Params | None:
+    """The start of a restart, with which its limit moves where no step does; None where nothing can move it."""
+    if checks.is_concrete(given) or (given.start is None and function is None):
+        return None  # a model's own starts are constants
+    if given.start is None:
+        return draw(given.model, function, start_key(key, index), given.x, given.weights)
+    return jax.tree.map(lambda leaf: leaf[index], given.start)
 
 
 def _options(block_size: Any, screen: Any) -> None:

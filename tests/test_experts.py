@@ -210,5 +210,6 @@ def test_topics_of_sparse_counts_go_as_by_hand():
     used = counts > 0
     assert float(fit.loglik) == pytest.approx(np.sum(counts[used] * np.log((topics @ chance)[used])), rel=1e-12)
     assert model.num_parameters(fit.params) == 12 + 2 * 8
-    with pytest.raises(ValueError, match=r"x\.features must be in 0\.\.11"):
-        em_fit(model, start, Gated(words, documents + 1), each)
+    for moved, got in ((documents + 1, "12"), (documents - 1, "-1")):
+        with pytest.raises(ValueError, match=rf"x\.features must be in 0\.\.11; got {got} in row"):
+            em_fit(model, start, Gated(words, moved), each)

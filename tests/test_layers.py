@@ -2,8 +2,14 @@
 
 import ast
 import re
+import sys
+import traceback
+import types
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 import jaxem
@@ -126,3 +132,41 @@ def test_every_constant_of_machines_says_what_shows_its_worth():
             assert scripts or re.search(r"By hand[^:]*: .*\d", text), line
             assert all((BENCHMARKS / f"{script}.py").exists() for script in scripts), line
         said = [*said, line.removeprefix("# ")] if line.startswith("#") else []
+
+
+def _opened(run: Callable[[], object], where: str, name: str) -> set[int]:
+    """How many functions of the package stand between a call of `em_fit` and one of `name` in a file, both included,
+    on every way that leads there. Functions inside of others are read with these, and not counted."""
+    found = set()
+
+    def look(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name == name and frame.f_code.co_filename == str(ROOT / where):
+            codes = [at.f_code for at, _ in traceback.walk_stack(frame) if at.f_code.co_filename.startswith(str(ROOT))]
+            names = [code.co_qualname for code in codes if "<locals>" not in code.co_qualname]
+            if "em_fit" in names:
+                found.add(names.index("em_fit") + 1)
+
+    jax.clear_caches()
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "name", "most"),
+    [
+        (jaxem.Mixture(jaxem.Normal("full"), 2), "families/normal.py", "log_prob", 12),
+        (jaxem.HMM(jaxem.Normal("diag"), 2), "families/normal.py", "log_prob", 15),
+        (jaxem.LinearGaussianSSM(2), "latents/linear_gaussian/filtering.py", "filter_steps", 17),
+    ],
+    ids=["mixture", "chain", "linear system"],
+)
+def test_few_functions_lie_between_a_fit_and_its_arithmetic(model, where, name, most):
+    x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    params = model.init(jax.random.key(0), x)
+    opened = _opened(lambda: jax.eval_shape(lambda x: jaxem.em_fit(model, params, x), x), where, name)
+    assert opened
+    assert min(opened) <= most

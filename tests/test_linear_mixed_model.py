@@ -273,7 +273,10 @@ def test_what_is_no_grouped_rows_is_refused():
         em_fit(model, SOME, X, np.ones(len(NUMBERS)))
     with pytest.raises(ValueError, match=r"x\[2\] must be finite"):
         model.init(KEY, group_rows((FEATURES, RANDOM, np.where(NUMBERS == 2, np.nan, RESPONSE)), NUMBERS))
+    products = model.units(X)
+    with pytest.raises(ValueError, match="x must be products of finite rows"):
+        em_fit(model, SOME, dataclasses.replace(products, rr=products.rr.at[3].set(jnp.nan)))
     with pytest.raises(TypeError, match=r"x must be group_rows"):
-        model.predict(SOME, model.units(X))
+        model.predict(SOME, products)
     with pytest.raises(ValueError, match="method must be one of 'ML', 'REML'"):
         LinearMixedModel("REML2")

@@ -122,7 +122,7 @@ class Annealed:
         hot = self.temperature(before) > 1
         drawn = _Drawn(complete("maximize", self.inner.maximize), state.start, hot)
         parted = dataclasses.replace(self, inner=dataclasses.replace(self.inner, maximize=drawn))
-        inner = parted._at(before + 1).stepped(pose(model, x, weights), state.inner)
+        inner = parted._at(before + 1).step(model, state.inner, x, weights)
         settled = (self.temperature(before) == 1) & (self.temperature(before + 1) == 1)
         return AnnealedState(inner=inner, start=state.start, settled=settled)
 

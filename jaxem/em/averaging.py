@@ -84,8 +84,8 @@ class Averaged:
         )
 
     def step(self, model: AnyModel, state: AveragedState, x: Data, weights: jax.Array | None = None) -> AveragedState:
-        problem = pose(model, x, weights)
-        model, inner = problem.model, self.inner.stepped(problem, state.inner)
+        inner = self.inner.step(model, state.inner, x, weights)
+        model = complete("model", model)
         count = jnp.maximum(inner.num_steps - self.start, 1)
         mean = mix(model, inner.params, state.mean, inner.stats, 2 / (count + 1))
         params = model.m_step(mean)

@@ -20,43 +20,32 @@ def pose(model: Model | Any, x: Data, weights: jax.Array | None) -> Problem:
     return Problem(model=informed(model, x), x=model.units(x), weights=weights)
 
 
-@functools.partial(jax.jit, inline=True)
-def _e_step(model: Model, params: Params, x: Data, weights: jax.Array | None, expect: Expect) -> Stats:
-    """Traced once for all the places of a program, and programs, that it stands in."""
-    with checks.all_present():
-        return model.e_step(params, x, weights, expect)
-
-
-def e_step_in_blocks(problem: Problem, params: Params, expect: Expect, block_size: int) -> Stats:
-    """The E-step on all rows, `block_size` of them in memory at a time."""
-    model, x, weights = problem.model, problem.x, problem.weights
-    if block_size >= problem.rows:
-        return _e_step(model, params, x, weights, expect)
-    part, fold = model.partial(), complete("expect", expect)
-    if not fold.nature.stochastic:
-        return tree.sum_over_blocks(
-            lambda x, weights: _e_step(part, params, x, weights, expect), x, weights, block_size
-        )
-
-    def block(numbered: tuple[Data, jax.Array], inside: jax.Array | None) -> Stats:
-        x, number = numbered
-        return _e_step(part, params, x, inside, fold.fold(number[0]))  # every block has draws of its own
-
-    return tree.sum_over_blocks(block, (x, jnp.arange(problem.rows)), weights, block_size)
-
-
-def e_step_on_all(problem: Problem, params: Params, expect: Expect) -> Stats:
-    """The E-step on all rows, in blocks where their temporaries outgrow fast memory."""
-    model, x = problem.model, problem.x
-    if model.floats_per_row is None:
-        return _e_step(model, params, x, problem.weights, expect)
-    size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
-    return e_step_in_blocks(problem, params, expect, size)
-
-
 def some_rows(problem: Problem, x: Data, weights: jax.Array | None) -> Problem:
     """The problem of a part of the rows."""
     return dataclasses.replace(problem, model=problem.model.partial(), x=x, weights=weights)
+
+
+@functools.partial(jax.jit, static_argnames="block_size", inline=True)
+def e_step_on_all(problem: Problem, params: Params, expect: Expect, block_size: int | None = None) -> Stats:
+    """The E-step on all rows, `block_size` of them in memory at a time.
+
+    None: in blocks where the temporaries of an E-step outgrow fast memory, if the model tells these (`floats_per_row`).
+    Under jit for it to be traced once for all the places of a program, and programs, that it stands in.
+    """
+    model, x = problem.model, problem.x
+    if block_size is None and model.floats_per_row is not None:
+        block_size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
+    if block_size is None or block_size >= problem.rows:
+        with checks.all_present():
+            return model.e_step(params, x, problem.weights, expect)
+    whole = complete("expect", expect)
+
+    def block(numbered: tuple[Data, jax.Array], inside: jax.Array | None) -> Stats:
+        rows, number = numbered
+        own = whole.fold(number[0])  # every block has draws of its own
+        return e_step_on_all(some_rows(problem, rows, inside), params, own, block_size)
+
+    return tree.sum_over_blocks(block, (x, jnp.arange(problem.rows)), problem.weights, block_size)
 
 
 @completed("gather")
@@ -89,4 +78,4 @@ class Blocks:
     def step(
         self, problem: Problem, params: Params, stats: Stats, state: None, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, None]:
-        return e_step_in_blocks(problem, params, expect, self.block_size), None
+        return e_step_on_all(problem, params, expect, self.block_size), None

@@ -226,7 +226,8 @@ class Conditional:
             functools.partial(model.m_step_for, stats=stats, names=block) for block in self._blocks(model, params)
         ]
         if self.multicycle:
-            return jax.lax.switch(index, m_steps, params), None
+            known = isinstance(index, int)
+            return (m_steps[index](params) if known else jax.lax.switch(index, m_steps, params)), None
         for m_step in m_steps:
             params = m_step(params)
         return params, None

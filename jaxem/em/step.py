@@ -102,9 +102,12 @@ class EM:
             maximize=ClosedForm() if maximize.nature.inexact else self.maximize,
         )
         problem = pose(model, x, weights)
-        state = whole.started(problem, params, None)
-        alone = whole.slots[2].rounds(problem, params) == 1
-        return (whole.maximized(problem, state)[0] if alone else whole.stepped(problem, state).params), state
+        start = state = whole.started(problem, params, None)
+        # One round after the other, not a loop of them: what no round moves is then seen to be handed on as it is.
+        for index in range(whole.slots[2].rounds(problem, params)):
+            state = state if index == 0 else whole.moved(problem, state, params)
+            params, state = whole.maximized(problem, state, index)
+        return params, start
 
     def init(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
@@ -143,7 +146,24 @@ class EM:
         Where slots work in rounds, on pieces of the data or blocks of parameters, a step is one turn of all. Of a state
         that is waiting it is the E-step alone, and not counted as a step.
         """
-        return self.stepped(pose(model, x, weights), state)
+        problem = pose(model, x, weights)
+        _, gather, maximize = self.slots
+        pieces, blocks = gather.rounds(problem), maximize.rounds(problem, state.params)
+
+        def one_round(index: jax.Array | int, state: EMState) -> EMState:
+            params, after = self.maximized(problem, state, index // pieces)
+            if state.waiting is not None:
+                # What the M-step makes of no statistics counts for nothing.
+                params, after = tree.where(state.waiting, (state.params, state), (params, after))
+            return self.moved(problem, after, params, index % pieces)
+
+        total = pieces * blocks
+        after = one_round(0, state) if total == 1 else jax.lax.fori_loop(0, total, one_round, state)
+        return dataclasses.replace(
+            after,
+            num_steps=_next(state),
+            num_passes=state.num_passes + blocks * gather.passes(problem),
+        )
 
     def started(self, problem: Problem, params: Params, key: jax.Array | None) -> EMState:
         """`init` of a posed problem."""
@@ -166,26 +186,6 @@ class EM:
             key=key,
             num_steps=step,
             num_passes=jnp.asarray(min(1.0, gather.passes(problem)), tree.float_dtype(problem.x)),
-        )
-
-    def stepped(self, problem: Problem, state: EMState) -> EMState:
-        """`step` of a posed problem."""
-        _, gather, maximize = self.slots
-        pieces, blocks = gather.rounds(problem), maximize.rounds(problem, state.params)
-
-        def one_round(index: jax.Array | int, state: EMState) -> EMState:
-            params, after = self.maximized(problem, state, index // pieces)
-            if state.waiting is not None:
-                # What the M-step makes of no statistics counts for nothing.
-                params, after = tree.where(state.waiting, (state.params, state), (params, after))
-            return self.moved(problem, after, params, index % pieces)
-
-        total = pieces * blocks
-        after = one_round(0, state) if total == 1 else jax.lax.fori_loop(0, total, one_round, state)
-        return dataclasses.replace(
-            after,
-            num_steps=_next(state),
-            num_passes=state.num_passes + blocks * gather.passes(problem),
         )
 
     def maximized(self, problem: Problem, state: EMState, index: jax.Array | int = 0) -> tuple[Params, EMState]:

@@ -3,5 +3,4 @@
 from .expect import Exact as Exact
 from .expect import Hard as Hard
 from .expect import Sample as Sample
-from .expect import ask as ask
 from .expect import e_step as e_step

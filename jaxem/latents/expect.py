@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks
+from ..capabilities import complete
 from ..protocols import Data, Model, Nature, Params, Stats
 from ..record import record, static
-from ..slots import Expect
 
 
 @record(kw_only=False)
@@ -141,19 +141,7 @@ def temperature(expect: Any) -> jax.Array | float:
     return 1.0 if expect.temperature is None else expect.temperature
 
 
-def ask(expect: Expect, model: Any, params: Params, x: Data) -> Any:
-    """The posterior that an `expect` gives; TypeError for what gives none."""
-    try:
-        posterior = expect.posterior
-    except AttributeError:
-        raise TypeError(
-            "expect must be Exact(), Hard(), Sample(n), or an object with a method posterior(model, params, x); got "
-            f"{expect!r}"
-        ) from None
-    return posterior(model, params, x)
-
-
 def e_step(model: Any, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> Stats:
     """Statistics expected under the posterior that `expect` gives, and the sum of its evidence: a model's E-step."""
     x = checks.present(model.units(x), weights)
-    return model.statistics(params, x, ask(expect, model, params, x), weights)
+    return model.statistics(params, x, complete("expect", expect).posterior(model, params, x), weights)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters, tree
+from ..capabilities import complete
 from ..families import LogisticRegression, design
-from ..latents import Exact, ask
+from ..latents import Exact
 from ..latents.linear_gaussian.weights import WeightsPosterior, weights_given
 from ..protocols import Data
 from ..record import record, static
@@ -137,7 +138,7 @@ class BayesianLogisticRegression:
         """The weights' moments, and the bound of log p(y); see `infer` and `statistics`."""
         parameters.shapes("params", self, params, x)
         x = self.reduced(x, weights)[0]
-        return self.statistics(params, x, ask(expect, self, params, x))
+        return self.statistics(params, x, complete("expect", expect).posterior(self, params, x))
 
     def m_step(self, stats: BayesianLogisticStats) -> BayesianLogisticParams:
         """1 / weight_precision = E[w²], averaged without ARD; the posterior tells where the next bound touches."""

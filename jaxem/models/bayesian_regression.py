@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from .. import checks, numerics, parameters, tree
+from ..capabilities import complete
 from ..families import design
-from ..latents import Exact, ask, lanewise
+from ..latents import Exact, lanewise
 from ..latents.linear_gaussian.weights import Predictive, WeightsPosterior, weights_given
 from ..protocols import Data
 from ..record import record, static
@@ -168,7 +169,7 @@ class BayesianLinearRegression:
         """The weights' moments, and log p(y); see `infer` and `statistics`."""
         parameters.shapes("params", self, params, x)
         x = self.reduced(x, weights)[0]
-        return self.statistics(params, x, ask(expect, self, params, x))
+        return self.statistics(params, x, complete("expect", expect).posterior(self, params, x))
 
     def m_step(self, stats: BayesianRegressionStats) -> BayesianRegressionParams:
         """1 / weight_precision = E[w²], averaged without ARD, and 1 / noise_precision = E|y - Z w|² / N; by MacKay's

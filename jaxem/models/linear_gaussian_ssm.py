@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks, numerics, parameters, seeding, sequences, tree
-from ..capabilities import completed
+from ..capabilities import complete, completed
 from ..latents import Exact, linear_gaussian
 from ..latents.linear_gaussian import Forecast, StateMoments, SteadyState
 from ..parts import assembly
@@ -134,7 +134,7 @@ class LinearGaussianSSM:
     ) -> LinearGaussianSSMStats:
         """Expected statistics, with the sum of log p(x) over the sequences; see `infer` and `statistics`."""
         x = data.without_absent(self.units(x), weights)
-        return self.statistics(params, x, expect.posterior(self, params, x), weights)
+        return self.statistics(params, x, complete("expect", expect).posterior(self, params, x), weights)
 
     def m_step_given(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import capabilities, checks, latents, numerics, parameters, seeding, tree
+from .. import capabilities, checks, numerics, parameters, seeding, tree
 from ..data import GroupedRows
 from ..families.covariance import Spherical
 from ..families.linear_equation import EquationParams, LinearEquation
@@ -126,7 +126,7 @@ class LinearMixedModel:
     ) -> LinearMixedModelStats:
         """Expected statistics, and sum_i w_i log p(y_i), or the restricted likelihood; see `infer` and `statistics`."""
         x = checks.present(data.units(x), weights)
-        posterior = latents.ask(expect, self, params, x)
+        posterior = capabilities.complete("expect", expect).posterior(self, params, x)
         if self.method == "REML" and weights is not None:
             posterior = self._posterior(params, x, weights)
         return self.statistics(params, x, posterior, weights)

@@ -117,6 +117,8 @@ def check(x: Data, weights: jax.Array | None = None) -> None:
     groups = shape(x)[0]
     checks.row_weights(weights, groups)
     if isinstance(x, GroupProducts):
+        if checks.is_concrete(x) and not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(x)):
+            raise ValueError("x must be products of finite rows; got some that are NaN or infinite")
         return
     rows = [checks.row_shape(f"x[{place}]", part) for place, part in enumerate(x.values)]
     if rows[2][1] != 1 or len({count for count, _ in rows}) > 1:

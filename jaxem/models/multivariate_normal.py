@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from .. import checks, numerics, parameters, tree
+from ..capabilities import complete
 from ..data import Moments, check_moments
 from ..families import Normal, NormalParams, NormalStats, columns, conditional
 from ..families.normal_prior import NormalInverseWishart
-from ..latents import Exact, ask
+from ..latents import Exact
 from ..latents.linear_gaussian import StateMoments, normals
 from ..parts import assembly
 from ..protocols import Data
@@ -215,7 +216,7 @@ class MultivariateNormal:
         x = data.read(checks.present(data.units(x), weights))
 
         def given(model: MultivariateNormal) -> MultivariateNormalStats:
-            return model.statistics(params, x, ask(expect, model, params, x), weights)
+            return model.statistics(params, x, complete("expect", expect).posterior(model, params, x), weights)
 
         if not self.missing or isinstance(x, data.Roots):
             return given(self)

@@ -30,7 +30,8 @@ def log_prob(self: Any, p: jax.Array, x: Data) -> jax.Array:
 
 def stats(self: Any, p: jax.Array, x: Data, responsibilities: jax.Array) -> jax.Array:
     """Expected rows of every component: responsibilities (K, N) -> (K,)."""
-    return jnp.sum(responsibilities, axis=1)
+    # As a product, which reads many rows at a time where a sum along them does not.
+    return numerics.product(responsibilities, jnp.ones_like(responsibilities[0]), "kn,n->k")
 
 
 def pooled(self: Any, x: Data, weights: jax.Array | None, num_components: int) -> jax.Array:
