@@ -86,8 +86,8 @@ def _looked_at(given: Given, params: Params) -> tuple[jax.Array, jax.Array, nume
 
     # An image of anything is within the range, and has no part in what is redundant.
     right = times(jax.random.normal(jax.random.key(0), theta.shape, theta.dtype))
-    _, residual = numerics.solved(times, right)
-    to_limit, _ = numerics.solved(times, left)
+    _, residual, _ = numerics.solved(times, right)
+    to_limit, *_ = numerics.solved(times, left)
     eps = jnp.finfo(theta.dtype).eps
     coarse = jnp.maximum(eps**0.75, 10 * relative(left))
     return relative(to_limit), residual, numerics.explored(times, right), coarse

@@ -181,12 +181,16 @@ def explored(times: Product, right: jax.Array) -> Krylov:
 
 def gmres(times: Product, right: jax.Array) -> jax.Array:
     """The solution x (P,) of `times(x) = right`; NaN where none is found, with a residual below sqrt(eps) of it."""
-    found, residual = solved(times, right)
-    return jnp.where(residual <= jnp.sqrt(jnp.finfo(right.dtype).eps), found, jnp.nan)
+    return _good(*solved(times, right)[:2])
 
 
-def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What comes nearest to x (P,) in `times(x) = right` by restarted GMRES, and its residual relative to `right`.
+def _good(found: jax.Array, residual: jax.Array) -> jax.Array:
+    return jnp.where(residual <= jnp.sqrt(jnp.finfo(found.dtype).eps), found, jnp.nan)
+
+
+def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What comes nearest to x (P,) in `times(x) = right` by restarted GMRES, and its residual relative to `right`; and
+    `times(right)`, which the first direction has told.
 
     From nothing, so that what a singular but consistent system leaves open stays 0. Each cycle builds an orthonormal
     basis of at most `tuning.KRYLOV` directions and takes the combination with the smallest residual; cycles go on while
@@ -199,7 +203,7 @@ def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     enough = 10 * eps * fresh.size
 
     def cycle(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        found, before, first, _ = carry
+        found, before, image, first, _ = carry
 
         def useful(space: Krylov) -> jax.Array:
             return (space.number < 0) | ((space.size < 0.5 * before) & (space.left > enough))
@@ -212,12 +216,14 @@ def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = fresh._replace(number=-jnp.logical_not(first).astype(jnp.int32))  # the residual of nothing is known
         space = jax.lax.while_loop(lambda space: space.open & useful(space), grow, start)
         better = (space.size < 0.5 * before) & (space.size > enough)
-        return found + jnp.where(better, space.nearest(), 0), space.size, jnp.array(False), better
+        along = space.size * (space.process.hessenberg[0] @ space.process.directions)
+        found = found + jnp.where(better, space.nearest(), 0)
+        return found, space.size, jnp.where(first, along, image), jnp.array(False), better
 
-    unknown = jnp.full_like(fresh.size, jnp.inf)
-    start: tuple[jax.Array, ...] = (jnp.zeros_like(right), unknown, jnp.array(True), jnp.array(True))
-    found, size, _, _ = jax.lax.while_loop(lambda carry: carry[3], cycle, start)
-    return found, size / jnp.where(fresh.size > 0, fresh.size, 1)
+    unknown, nothing = jnp.full_like(fresh.size, jnp.inf), jnp.zeros_like(right)
+    start: tuple[jax.Array, ...] = (nothing, unknown, nothing, jnp.array(True), jnp.array(True))
+    found, size, image, _, _ = jax.lax.while_loop(lambda carry: carry[-1], cycle, start)
+    return found, size / jnp.where(fresh.size > 0, fresh.size, 1), image
 
 
 def gmres_in_range(times: Product, right: jax.Array) -> jax.Array:
@@ -232,12 +238,14 @@ def gmres_in_range(times: Product, right: jax.Array) -> jax.Array:
     def power(number: jax.Array, vector: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, number, lambda _, vector: times(vector), vector)
 
-    def attempt(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        number, _ = carry
-        return number + 1, gmres(lambda vector: power(number, vector), power(number - 1, right))
+    def attempt(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        number, _, right = carry
+        found, residual, image = solved(lambda vector: power(number, vector), right)
+        return number + 1, _good(found, residual), image
 
-    def unsolved(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-        number, found = carry
+    def unsolved(carry: tuple[jax.Array, ...]) -> jax.Array:
+        number, found, _ = carry
         return (number <= 2) & ~jnp.all(jnp.isfinite(found))
 
-    return jax.lax.while_loop(unsolved, attempt, (jnp.ones((), jnp.int32), jnp.full_like(right, jnp.nan)))[1]
+    start: tuple[jax.Array, ...] = (jnp.ones((), jnp.int32), jnp.full_like(right, jnp.nan), right)
+    return jax.lax.while_loop(unsolved, attempt, start)[1]
