@@ -211,18 +211,19 @@ def fit_restarts(
     runs = _all_phases(fitting, jobs, screen, num_restarts * work, tol, max_steps, lanes, capacity)
     if certify:
         runs = _certified(fitting, runs, tol, max_steps)
-    start = _start_of(runs.index, given, function, key)
-    best = implicit.differentiable(_shown(runs.best, max_steps), dataclasses.replace(given, start=start), None)
+    best = implicit.differentiable(_shown(runs.best, max_steps), _of_one(runs.index, given, function, key), None)
     return dataclasses.replace(implicit.unknown(given, runs), best=best)
 
 
-def _start_of(index: jax.Array, given: implicit.Given, function: Callable | None, key: jax.Array) -> Params | None:
-    """The start of a restart, with which its limit moves where no step does; None where nothing can move it."""
+def _of_one(index: jax.Array, given: implicit.Given, function: Callable | None, key: jax.Array) -> implicit.Given:
+    """All that the limit of one restart depends on: with its own start, where something can move that."""
     if checks.is_concrete(given) or (given.start is None and function is None):
-        return None  # a model's own starts are constants
+        return dataclasses.replace(given, start=None)  # a model's own starts are constants
     if given.start is None:
-        return draw(given.model, function, start_key(key, index), given.x, given.weights)
-    return jax.tree.map(lambda leaf: leaf[index], given.start)
+        start = draw(given.model, function, start_key(key, index), given.x, given.weights)
+    else:
+        start = jax.tree.map(lambda leaf: leaf[index], given.start)
+    return dataclasses.replace(given, start=start)
 
 
 def _options(block_size: Any, screen: Any) -> None:

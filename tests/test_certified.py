@@ -20,6 +20,8 @@ from jaxem import (
     Status,
     annealed_em,
     certified,
+    convergence_rate,
+    datasets,
     em_fit,
     fit_restarts,
     from_functions,
@@ -94,6 +96,19 @@ def test_the_best_of_restarts_leaves_a_saddle_too(curve):
     assert np.all(np.diff(runs.best.history[: steps + 1]) > -1e-9)
     assert runs.best.history[steps] == runs.best.objective
     assert runs.best.num_passes > plain.best.num_passes + 60
+
+
+def test_components_that_are_alike_part():
+    """Of one covariance they are one normal, wherever the weights lie: level to third order, and plain EM stays."""
+    x, model = datasets.faithful(), Mixture(Normal("tied"), 2)
+    alike = scipy.stats.multivariate_normal(x.mean(axis=0), np.cov(x.T, bias=True)).logpdf(x).sum()
+    start = model.params_from_responsibilities(x, np.full((len(x), 2), 0.5))
+    plain = em_fit(model, start, x).check()
+    assert plain.loglik == pytest.approx(alike, abs=1e-6)
+    fit = em_fit(model, start, x, algorithm=certified()).check()
+    assert fit.certified
+    assert fit.loglik > alike + 2
+    assert convergence_rate(model, fit.params, x) < 0.99  # a maximum
 
 
 @pytest.fixture(scope="module")

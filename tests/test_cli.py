@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -180,6 +181,22 @@ def test_a_degenerate_fit_is_never_best() -> None:
     assert "degenerate" in table[1]
     assert "best BIC" not in table[1]
     assert table[2].endswith("<- best BIC")
+
+
+def test_the_best_is_certified() -> None:
+    """From a saddle, both components alike, it goes on to where restarts lead; from there it stays."""
+    x = datasets.faithful().astype(np.float32)
+    sound, _ = grid.fit_grid(x, [2, 3], ["diag"], 8, 3, lambda: None)
+    model = Mixture(Normal("diag"), 2)
+    saddle = model.params_from_responsibilities(x, np.full((len(x), 2), 0.5))
+    height = float(jnp.sum(model.log_prob(saddle, x)))
+    found = grid._certified(dataclasses.replace(sound, params=saddle, objective=height, hits=8), x)
+    assert height < sound.objective - 100
+    assert found.objective == pytest.approx(sound.objective, abs=1e-2)
+    assert found.bic == pytest.approx(sound.bic, abs=2e-2)
+    assert (found.status, found.hits) == (Status.CONVERGED, 1)
+    again = grid._certified(sound, x)
+    assert dataclasses.replace(again, seconds=sound.seconds) == sound
 
 
 def test_when_all_fits_degenerate_nothing_is_written(

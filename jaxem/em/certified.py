@@ -29,6 +29,12 @@ _DOUBLINGS = 14
 _AHEAD, _ALONG = (1.0, 0.5, 0.125), (0.1, -0.1, 0.02, -0.02)
 _AHEAD_OF_SADDLES, _ALONG_SADDLES = (1.0,), (0.02, -0.02, 0.004, -0.004, 0.1, -0.1)
 
+# A mode whose rate lies so near to 1 hardly grows nor shrinks, as where components of one covariance are nearly alike.
+# A way up is then of higher order, and bends away from any straight line: an EM step leads back to it, and where it
+# leads from each of these points is tried too (there is a place for that behind each). There are several such modes,
+# and the way is a mixture of them: that which is left of a random vector after so many products, as doublings.
+_LEVEL, _ALONG_LEVELS, _SETTLED, _MIXED = (-3e-4, 5e-3), (0.3, 0.0, -0.1, 0.0), (len(_AHEAD) + 1, len(_AHEAD) + 3), 6
+
 # Points that are tried.
 _POINTS = len(_AHEAD) + len(_ALONG)
 
@@ -76,10 +82,10 @@ class Certified:
 
     Gains and moves tell nothing of a direction in which a fit has not moved yet: off a saddle, or along the slowest
     mode. Where the inner algorithm would stop, the slowest modes of the EM map are looked for by Arnoldi's method, in
-    products with its Jacobian from a random vector. Points are then tried where thousands of more steps would lead,
-    and on both sides along the slowest mode; a way up is followed. Where the best of them is higher by more than `tol`
-    per unit of weight, or by a part of that along a mode that grows, the fit goes on from there, and else it has
-    converged. Every verdict costs 30 E-steps, counted in `num_passes`.
+    products with its Jacobian from a random vector. Points are then tried where thousands of more steps would lead, and
+    on both sides along the slowest mode, or along a mixture of those that hardly move; a way up is followed. Where the
+    best of them is higher by more than `tol` per unit of weight, or by a part of that along a mode that grows, the fit
+    goes on from there, and else it has converged. Every verdict costs 30 E-steps, counted in `num_passes`.
     """
 
     inner: Any
@@ -231,10 +237,13 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
         higher = here > walk.highest
         # A little is gained ahead of most fits, and says nothing of a mode that grows. Where none does and the way is
         # long, as from a boundary that repels, whatever can be seen is followed.
-        count = jnp.where(_grows(rate), len(_AHEAD_OF_SADDLES), len(_AHEAD))
+        count = jnp.where(_grows(rate) & ~_level(rate), len(_AHEAD_OF_SADDLES), len(_AHEAD))
         ahead = (number < width + count) & (_grows(rate) | (_size(theta, steps[0]) < 0.99))
         on = jnp.where(ahead, here - height > beginning, here - walk.highest > visible)
-        elsewhere = jnp.where(walk.found, walk.step / 4, steps[jnp.maximum(number - width + 1, 0)])
+        following = jnp.maximum(number - width + 1, 0)
+        settled = _level(rate) & jnp.any(following == np.array(_SETTLED))
+        elsewhere = jnp.where(settled, after - theta, steps[following])
+        elsewhere = jnp.where(walk.found, walk.step / 4, elsewhere)
         step = jnp.where(~looking & on, _shortened(theta, 2 * moved), elsewhere)
         walked = _Walk(
             base=jnp.where(on, after, walk.base),
@@ -266,7 +275,7 @@ def _steps(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array
     rate = inside @ image @ inside / jnp.where(square > 0, square, 1)
     # Where so many more steps lead, if the map is linear: nearly Newton's step, and bounded where nothing pulls back.
     onward = numerics.series(image, basis @ move, _DOUBLINGS) @ basis
-    mode = inside @ basis
+    mode = jnp.where(_level(rate), numerics.power_of(image, _MIXED)[:, 0], inside) @ basis
     size = _size(theta, mode)
     mode = mode * jnp.where(onward @ mode < 0, -1, 1) / jnp.where(size > 0, size, 1)
     # A series of a mode that grows may have no end.
@@ -276,12 +285,18 @@ def _steps(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array
         parts, lengths = np.array(ahead, theta.dtype), np.array(along, theta.dtype)
         return jnp.concatenate([parts[:, None] * onward[None], lengths[:, None] * mode[None]])
 
-    return jnp.where(_grows(rate), points(_AHEAD_OF_SADDLES, _ALONG_SADDLES), points(_AHEAD, _ALONG)), rate
+    steps = jnp.where(_grows(rate), points(_AHEAD_OF_SADDLES, _ALONG_SADDLES), points(_AHEAD, _ALONG))
+    return jnp.where(_level(rate), points(_AHEAD, _ALONG_LEVELS), steps), rate
 
 
 def _grows(rate: jax.Array) -> jax.Array:
     """Whether a mode of this rate grows, as far as rounding tells."""
     return rate > 1 + jnp.sqrt(jnp.finfo(rate.dtype).eps)
+
+
+def _level(rate: jax.Array) -> jax.Array:
+    """Whether a mode of this rate hardly grows nor shrinks."""
+    return (rate - 1 >= _LEVEL[0]) & (rate - 1 <= _LEVEL[1])
 
 
 def _size(theta: jax.Array, step: jax.Array) -> jax.Array:

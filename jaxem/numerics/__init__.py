@@ -28,7 +28,7 @@ from .factorisations import (
 )
 from .krylov import Krylov, explored, gmres, gmres_in_range, krylov_space, solved
 from .normal_equations import least_squares, least_squares_together
-from .spectrum import leading_direction, leading_eigenvalues, scattered, series, symmetric_eigen
+from .spectrum import leading_direction, leading_eigenvalues, power_of, scattered, series, symmetric_eigen
 from .truncated import truncated_normal
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "least_squares",
     "least_squares_together",
     "normalize",
+    "power_of",
     "product",
     "real_to_covariance",
     "real_to_simplex",

@@ -35,7 +35,7 @@ def leading_pairs(matrix: jax.Array, count: int) -> tuple[jax.Array, ...]:
     """
 
     def one(matrix: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        power = _squared(matrix)
+        power = power_of(matrix, _SQUARINGS)
         place = jnp.argmax(jnp.abs(jnp.diagonal(power)))
         right, left = power[:, place], power[place]
         size = jnp.linalg.norm(right)
@@ -48,19 +48,19 @@ def leading_pairs(matrix: jax.Array, count: int) -> tuple[jax.Array, ...]:
     return jax.lax.scan(one, matrix, length=count)[1]
 
 
-def _squared(matrix: jax.Array) -> jax.Array:
-    """A power of the matrix so high that one direction is left, up to its size."""
+def power_of(matrix: jax.Array, doublings: int) -> jax.Array:
+    """A power 2 ** doublings of a small matrix (M, M), up to its size."""
 
     def square(_: int, power: jax.Array) -> jax.Array:
         power = power / jnp.maximum(jnp.max(jnp.abs(power)), jnp.finfo(matrix.dtype).tiny)
         return product(power, power, "ij,jk->ik")
 
-    return jax.lax.fori_loop(0, _SQUARINGS, square, matrix)
+    return jax.lax.fori_loop(0, doublings, square, matrix)
 
 
 def leading_direction(matrix: jax.Array) -> jax.Array:
     """The eigenvector (M,) of the eigenvalue largest in size of a small matrix (M, M), if that is real."""
-    power = _squared(matrix)
+    power = power_of(matrix, _SQUARINGS)
     return power[:, jnp.argmax(jnp.abs(jnp.diagonal(power)))]
 
 
