@@ -31,9 +31,10 @@ _AHEAD_OF_SADDLES, _ALONG_SADDLES = (1.0,), (0.02, -0.02, 0.004, -0.004, 0.1, -0
 
 # A mode whose rate lies so near to 1 hardly grows nor shrinks, as where components of one covariance are nearly alike.
 # A way up is then of higher order, and bends away from any straight line: an EM step leads back to it, and where it
-# leads from each of these points is tried too (there is a place for that behind each). There are several such modes,
+# leads from each of the last points is tried too (there is a place for that behind each). There are several such modes,
 # and the way is a mixture of them: that which is left of a random vector after so many products, as doublings.
-_LEVEL, _ALONG_LEVELS, _SETTLED, _MIXED = (-3e-4, 5e-3), (0.3, 0.0, -0.1, 0.0), (len(_AHEAD) + 1, len(_AHEAD) + 3), 6
+_LEVEL, _MIXED = (-3e-5, 5e-3), 6
+_ALONG_LEVELS, _ALONG_MIXED, _SETTLED = (0.02, -0.02), (0.3, 0.0, -0.1, 0.0), (4, 6)
 
 # Points that are tried.
 _POINTS = len(_AHEAD) + len(_ALONG)
@@ -237,7 +238,7 @@ def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array,
         higher = here > walk.highest
         # A little is gained ahead of most fits, and says nothing of a mode that grows. Where none does and the way is
         # long, as from a boundary that repels, whatever can be seen is followed.
-        count = jnp.where(_grows(rate) & ~_level(rate), len(_AHEAD_OF_SADDLES), len(_AHEAD))
+        count = jnp.where(_grows(rate) | _level(rate), len(_AHEAD_OF_SADDLES), len(_AHEAD))
         ahead = (number < width + count) & (_grows(rate) | (_size(theta, steps[0]) < 0.99))
         on = jnp.where(ahead, here - height > beginning, here - walk.highest > visible)
         following = jnp.maximum(number - width + 1, 0)
@@ -272,21 +273,28 @@ def _steps(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array
     """
     inside = numerics.leading_direction(image)
     square = jnp.sum(jnp.square(inside))
-    rate = inside @ image @ inside / jnp.where(square > 0, square, 1)
+    rate = jnp.sum(numerics.product(inside, image, "m,mk->k") * inside) / jnp.where(square > 0, square, 1)
     # Where so many more steps lead, if the map is linear: nearly Newton's step, and bounded where nothing pulls back.
-    onward = numerics.series(image, basis @ move, _DOUBLINGS) @ basis
-    mode = jnp.where(_level(rate), numerics.power_of(image, _MIXED)[:, 0], inside) @ basis
-    size = _size(theta, mode)
-    mode = mode * jnp.where(onward @ mode < 0, -1, 1) / jnp.where(size > 0, size, 1)
+    inward = numerics.product(basis, move, "mp,p->m")
+    onward = numerics.product(numerics.series(image, inward, _DOUBLINGS), basis, "m,mp->p")
+    mode, mixed = (_along(theta, onward, way, basis) for way in (inside, numerics.power_of(image, _MIXED)[:, 0]))
     # A series of a mode that grows may have no end.
     onward = jnp.where(jnp.all(jnp.isfinite(onward)), _shortened(theta, onward), mode)
 
-    def points(ahead: tuple[float, ...], along: tuple[float, ...]) -> jax.Array:
-        parts, lengths = np.array(ahead, theta.dtype), np.array(along, theta.dtype)
-        return jnp.concatenate([parts[:, None] * onward[None], lengths[:, None] * mode[None]])
+    def points(*ways: tuple[jax.Array, tuple[float, ...]]) -> jax.Array:
+        return jnp.concatenate([np.array(lengths, theta.dtype)[:, None] * way[None] for way, lengths in ways])
 
-    steps = jnp.where(_grows(rate), points(_AHEAD_OF_SADDLES, _ALONG_SADDLES), points(_AHEAD, _ALONG))
-    return jnp.where(_level(rate), points(_AHEAD, _ALONG_LEVELS), steps), rate
+    steps = points((onward, _AHEAD), (mode, _ALONG))
+    steps = jnp.where(_grows(rate), points((onward, _AHEAD_OF_SADDLES), (mode, _ALONG_SADDLES)), steps)
+    level = points((onward, _AHEAD_OF_SADDLES), (mode, _ALONG_LEVELS), (mixed, _ALONG_MIXED))
+    return jnp.where(_level(rate), level, steps), rate
+
+
+def _along(theta: jax.Array, onward: jax.Array, inside: jax.Array, basis: jax.Array) -> jax.Array:
+    """A direction (P,) given in a basis (M, P), of length 1, on the side of the way onward."""
+    way = numerics.product(inside, basis, "m,mp->p")
+    size = _size(theta, way)
+    return way * jnp.where(jnp.sum(onward * way) < 0, -1, 1) / jnp.where(size > 0, size, 1)
 
 
 def _grows(rate: jax.Array) -> jax.Array:

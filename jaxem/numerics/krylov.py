@@ -121,10 +121,11 @@ class Krylov(NamedTuple):
         def substitute(number: jax.Array, found: jax.Array) -> jax.Array:
             row = width - 1 - number
             pivot = self.triangle[row, row]
-            value = (self.target[row] - self.triangle[row] @ found) / jnp.where(pivot != 0, pivot, 1)
+            value = (self.target[row] - product(self.triangle[row], found, "m,m->")) / jnp.where(pivot != 0, pivot, 1)
             return found.at[row].set(jnp.where((row < self.number) & (pivot != 0), value, 0))
 
-        return jax.lax.fori_loop(0, width, substitute, jnp.zeros_like(self.target[1:])) @ self.process.basis
+        found = jax.lax.fori_loop(0, width, substitute, jnp.zeros_like(self.target[1:]))
+        return product(found, self.process.basis, "m,mp->p")
 
 
 def krylov(rest: jax.Array) -> Krylov:
@@ -216,7 +217,7 @@ def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array, jax.
         start = fresh._replace(number=-jnp.logical_not(first).astype(jnp.int32))  # the residual of nothing is known
         space = jax.lax.while_loop(lambda space: space.open & useful(space), grow, start)
         better = (space.size < 0.5 * before) & (space.size > enough)
-        along = space.size * (space.process.hessenberg[0] @ space.process.directions)
+        along = space.size * product(space.process.hessenberg[0], space.process.directions, "m,mp->p")
         found = found + jnp.where(better, space.nearest(), 0)
         return found, space.size, jnp.where(first, along, image), jnp.array(False), better
 
