@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from . import parameters, scheduler, stopping, tree
 from .progress import advance, begin, ended
-from .protocols import Data, Params
+from .protocols import Data, Model, Params
 from .record import record
+from .slots import Algorithm
 from .status import Status
 from .stopping import Progress
 
@@ -26,8 +27,8 @@ class Fitting:
     weights: (N,), or None.
     """
 
-    model: Any
-    algorithm: Any
+    model: Model
+    algorithm: Algorithm
     x: Data
     weights: jax.Array | None
 
@@ -99,7 +100,7 @@ def start_key(key: jax.Array, number: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="function", inline=True)
-def draw(model: Any, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
+def draw(model: Model, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
     """A start by `function`, or by the model's own `init`; under jit for its trace to be remembered."""
     return (model.init if function is None else function)(key, x, weights)
 

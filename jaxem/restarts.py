@@ -15,10 +15,11 @@ from .capabilities import fitted_model, informed
 from .em.certified import Verdict
 from .fit import Result, history_capacity
 from .numerics import tuning
-from .protocols import Data, Params
+from .protocols import AnyModel, Data, Model, Params
 from .record import fields, record, static
 from .restart_jobs import Fitting, Jobs, Leader, best_of, draw, drive, eligible, prepare, start_key
 from .scheduler import lanes_for
+from .slots import Algorithm
 from .status import EMError, Status
 
 
@@ -154,14 +155,14 @@ def _finish(
 
 
 def fit_restarts(
-    model: Any,
+    model: AnyModel,
     key: jax.Array | None,
     x: Data,
     weights: jax.Array | None = None,
     *,
     num_restarts: int | None = None,
     init: Callable | Params | None = None,
-    algorithm: Any | None = None,
+    algorithm: Algorithm | Any | None = None,
     tol: jax.Array | float = 1e-6,
     max_steps: jax.Array | int = 1000,
     screen: Screen | None = None,
@@ -311,7 +312,7 @@ def _all_phases(
     return _finish(jobs, leader, kept, fitting.x, fitting.weights, checks.nans_are_debugged())
 
 
-def _starts(model: Any, init: Any, num_restarts: int | None) -> tuple[Params | None, Callable | None, int]:
+def _starts(model: Model, init: Any, num_restarts: int | None) -> tuple[Params | None, Callable | None, int]:
     """Stacked starts or a function that draws one, and how many restarts there are."""
     if init is None and model.init is None:
         raise TypeError("this model has no init: pass init=..., a function (key, x, weights) or stacked params")

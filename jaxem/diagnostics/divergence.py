@@ -8,9 +8,10 @@ import numpy as np
 
 from .. import checks, numerics
 from ..capabilities import complete, states
+from ..protocols import Family
 
 
-def kl(p: Any, q: Any, family: Any = None) -> jax.Array:
+def kl(p: Any, q: Any, family: Family | None = None) -> jax.Array:
     """KL(p ‖ q) = E_p[log p - log q] in nats: at least 0, 0 where the two are the same, and no distance.
 
     p, q: tables of probabilities (..., K), each a distribution along its last axis, which give (...); two records of

@@ -7,7 +7,7 @@ import jax
 
 from ..capabilities import states
 from ..data import Labelled, as_labelled
-from ..protocols import Data, Params
+from ..protocols import AnyModel, Data, Params
 
 _NEEDS = "free_energy needs a model with a discrete or normal posterior"
 
@@ -19,7 +19,7 @@ class FreeEnergy(NamedTuple):
     gap: jax.Array
 
 
-def free_energy(model: Any, params: Params, x: Data, q: Any, weights: jax.Array | None = None) -> FreeEnergy:
+def free_energy(model: AnyModel, params: Params, x: Data, q: Any, weights: jax.Array | None = None) -> FreeEnergy:
     """log p(x) = bound + gap for any distribution q of the latents; both in nats, summed over rows x weights (N,).
 
     q: an array (N, K) of responsibilities for one latent a row; for chains along sequences a `ChainPosterior`; for

@@ -10,8 +10,9 @@ from .. import checks, numerics
 from ..arguments import chosen, data_of, sees_all_rows
 from ..capabilities import fitted_model, informed
 from ..implicit import Given, equation
-from ..protocols import Data, Params
+from ..protocols import AnyModel, Data, Params
 from ..record import record
+from ..slots import Algorithm
 
 
 @record
@@ -38,7 +39,12 @@ class Sensitivity:
 
 
 def sensitivity(
-    model: Any, params: Params, x: Data, weights: jax.Array | None = None, *, algorithm: Any = None
+    model: AnyModel,
+    params: Params,
+    x: Data,
+    weights: jax.Array | None = None,
+    *,
+    algorithm: Algorithm | Any | None = None,
 ) -> Sensitivity:
     """What stands behind the derivatives of a fit that ended at `params`, as `em_fit(...).params`.
 

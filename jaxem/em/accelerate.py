@@ -292,7 +292,7 @@ def _combination(residuals: jax.Array, move: jax.Array, used: jax.Array, accepte
     return numerics.damped_least_squares(jnp.where(filled, residuals, 0), move, shrunk)
 
 
-def _checked(name: str, inner: Any) -> EM:
+def _checked(name: str, inner: EM | None) -> EM:
     """The algorithm, if its steps are a deterministic map of the parameters alone."""
     inner = EM() if inner is None else inner
     if not isinstance(inner, EM):

@@ -56,7 +56,7 @@ class CertifiedState:
     certified: whether the last verdict found no direction in which more is left.
     """
 
-    inner: Any
+    inner: State
     spent: jax.Array
     certified: jax.Array
 
@@ -89,7 +89,7 @@ class Certified:
     goes on from there, and else it has converged. Every verdict costs 30 E-steps, counted in `num_passes`.
     """
 
-    inner: Any
+    inner: Algorithm | Any
 
     def nature(self, model: AnyModel) -> Nature:
         return complete("algorithm", self.inner).nature(model)
@@ -138,7 +138,7 @@ class Certified:
         spent = state.num_passes + PASSES - jnp.where(found.better, 0, state.inner.num_passes)
         return CertifiedState(inner=inner, spent=spent, certified=found.certified), found.better
 
-    def _around(self, model: AnyModel, inner: Any) -> CertifiedState:
+    def _around(self, model: AnyModel, inner: State) -> CertifiedState:
         if not climbs(self.inner, model):
             raise ValueError(
                 "certified needs an algorithm whose every step climbs the log-likelihood of all rows, without draws, "
@@ -167,7 +167,7 @@ def certified(algorithm: Algorithm | Any | None = None) -> Certified:
     return Certified(inner=algorithm)
 
 
-def climbs(algorithm: Any, model: AnyModel) -> bool:
+def climbs(algorithm: Algorithm | Any, model: AnyModel) -> bool:
     """Whether every step of an algorithm climbs the log-likelihood of all rows, without draws."""
     nature = complete("algorithm", algorithm).nature(model)
     return nature.monotone and nature.complete and not nature.stochastic
@@ -206,7 +206,9 @@ class _Walk(NamedTuple):
     top: Params
 
 
-def verdict(problem: Problem, algorithm: Any, params: Params, height: jax.Array, allowed: jax.Array) -> Verdict:
+def verdict(
+    problem: Problem, algorithm: Algorithm | Any, params: Params, height: jax.Array, allowed: jax.Array
+) -> Verdict:
     """Look around parameters, where the objective is `height`, for more than `allowed` nats.
 
     One loop, so that a program holds the E-step once: first products with the Jacobian, whose basis grows, and then

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from ..latents import Exact
 from ..protocols import Model, Params, Problem
+from ..slots import Algorithm
 from .gather import e_step_on_all
 
 Coordinates = tuple[jax.Array, Callable[[jax.Array], Params]]
@@ -20,7 +21,7 @@ def coordinates(model: Model, params: Params) -> Coordinates:
     return theta, lambda flat: model.constrain(unravel(flat))
 
 
-def em_map(problem: Problem, algorithm: Any, params_of: Callable[[jax.Array], Params]) -> Callable:
+def em_map(problem: Problem, algorithm: Algorithm | Any, params_of: Callable[[jax.Array], Params]) -> Callable:
     """θ (P,) -> the coordinates after a step of its map: M(θ) = unconstrain(m_step(e_step(constrain(θ))))."""
 
     def mapped(theta: jax.Array) -> jax.Array:

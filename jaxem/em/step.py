@@ -73,9 +73,9 @@ class EM:
     never one step behind.
     """
 
-    expect: Any = Exact()
-    gather: Any = Full()
-    maximize: Any = ClosedForm()
+    expect: Expect = Exact()
+    gather: Gather | Any = Full()
+    maximize: Maximize | Any = ClosedForm()
 
     @property
     def slots(self) -> tuple[Expect, Gather, Maximize]:
@@ -208,7 +208,7 @@ class EM:
 
     def exactly(self, problem: Problem, state: EMState) -> EMState:
         """The state after an E-step on all rows, without draws."""
-        expect: Any = Exact() if self.slots[0].nature.stochastic else self.expect
+        expect: Expect = Exact() if self.slots[0].nature.stochastic else self.expect
         stats = e_step_on_all(problem, state.params, expect)
         return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import capabilities, checks, numerics, tree
-from ..protocols import Data, Params, Stats
+from ..protocols import Data, Family, Params, Stats
 
 # Small enough to vanish beside any real count, large enough not to underflow when it multiplies a parameter.
 PSEUDO_COUNT = 1e-18
@@ -58,7 +58,7 @@ def expected_score(natural: jax.Array, totals: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(used, totals * jnp.where(used, natural, 0), 0))
 
 
-def pooled(family: Any, neutral: Params, x: Data, weights: jax.Array | None, num_components: int) -> Params:
+def pooled(family: Family, neutral: Params, x: Data, weights: jax.Array | None, num_components: int) -> Params:
     """The M-step from all rows in one component, K times over. `neutral`: parameters of one component."""
     dtype = jax.tree.leaves(neutral)[0].dtype
     rows = jax.tree.leaves(x)[0].shape[0]
@@ -94,7 +94,7 @@ def available_moments(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.
     return mean, (sums + jnp.diag(unseen)) / jnp.sum(weights)
 
 
-def pseudo_rows(family: Any, x: Data, num_rows: float = 1.0) -> Stats:
+def pseudo_rows(family: Family, x: Data, num_rows: float = 1.0) -> Stats:
     """Pseudo-statistics: `num_rows` rows spread over the data, as a family's `prior` takes them.
 
     Every component is drawn towards the fit of all rows, with the weight of so many. The family is

@@ -1,12 +1,11 @@
 """One categorical latent a row: the posterior over components, and what is asked of rows once parameters are known.
 
-The latter are methods of a model whose `log_joint(params, x)` is log p(z_n = k, x_n), (K, N), and whose `gate` is not
-None where its weights depend on the row.
+The latter are methods of a `LabelModel`, or of a `MixtureModel`.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,39 @@ import numpy as np
 
 from .. import checks, numerics, parameters, tree
 from ..data import Gated, seen_by, split
-from ..protocols import Data, Params, Stats
+from ..protocols import Data, Family, Gate, Model, Params, Stats
 from ..record import record
+from ..slots import Expect
 from .expect import Exact, Hard, Sample
+
+
+class LabelModel(Model, Protocol):
+    """A model whose latent is one label a row."""
+
+    def log_joint(self, params: Params, x: Data) -> jax.Array:
+        """log p(z_n = k, x_n): (K, N)."""
+        ...
+
+
+class MixtureModel(LabelModel, Protocol):
+    """One whose labels name components of a family."""
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def gate(self) -> Gate | None:
+        """What weighs its components by the row; None where all rows have the same weights."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, Any]: ...
+
+    def check_count(self, params: Params) -> None:
+        """Raise for parameters of another number of components."""
+        ...
+
+    def sample_with_labels(self, key: jax.Array, params: Params, n: int, **features: Any) -> tuple[Data, jax.Array]: ...
 
 
 @record
@@ -75,7 +104,7 @@ class CategoricalPosterior:
         return numerics.weighted_sum(jnp.sum(jnp.where(used, q.responsibilities * logs, 0), axis=0), weights)
 
 
-def infer(log_joint: jax.Array, expect: Any) -> CategoricalPosterior:
+def infer(log_joint: jax.Array, expect: Expect) -> CategoricalPosterior:
     """The posterior from log p(z = k, x_n) (K, N), by Bayes' rule.
 
     Under Hard() the responsibilities are 0 or 1, and in place of log p(x_n) stands max_k log p(k, x_n);
@@ -116,7 +145,9 @@ def _draw(responsibilities: jax.Array, expect: Sample) -> jax.Array:
     return jnp.diff(below, axis=0, prepend=0) / jnp.asarray(used, total.dtype)
 
 
-def stats(model: Any, params: Params, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None) -> Stats:
+def stats(
+    model: LabelModel, params: Params, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
+) -> Stats:
     """The statistics under any responsibilities q (N, K); loglik stays that of `params`.
 
     q_function of them plus the entropy of q is the lower bound of Neal & Hinton (1998).
@@ -128,14 +159,14 @@ def stats(model: Any, params: Params, x: Data, responsibilities: jax.Array, weig
 
 @parameters.at_rows
 @jax.jit
-def log_prob(model: Any, params: Params, x: Data) -> jax.Array:
+def log_prob(model: LabelModel, params: Params, x: Data) -> jax.Array:
     """Marginal log-density log p(x_n) of each row, log p(x_n, label_n) of labelled ones: (N,)."""
     return _by_rows(model, params, x, lambda rows: numerics.normalize(model.log_joint(params, rows))[1])
 
 
 @parameters.at_rows
 @jax.jit
-def predictive(model: Any, params: Params, x: Data) -> jax.Array:
+def predictive(model: MixtureModel, params: Params, x: Data) -> jax.Array:
     """Log-density (N,) of every row, expected over the distributions of the parameters where these have some."""
     weights, components = model.parts["weights"], model.parts["components"]
 
@@ -151,25 +182,25 @@ def predictive(model: Any, params: Params, x: Data) -> jax.Array:
 
 @parameters.at_rows
 @jax.jit
-def responsibilities(model: Any, params: Params, x: Data) -> jax.Array:
+def responsibilities(model: LabelModel, params: Params, x: Data) -> jax.Array:
     """Responsibilities p(component k | x_n): (N, K)."""
     return _by_rows(model, params, x, lambda rows: numerics.normalize(model.log_joint(params, rows))[0].T)
 
 
 @parameters.at_rows
 @jax.jit
-def likeliest(model: Any, params: Params, x: Data) -> jax.Array:
+def likeliest(model: LabelModel, params: Params, x: Data) -> jax.Array:
     """The most probable component of each row: (N,), whole numbers."""
     return _by_rows(model, params, x, lambda rows: jnp.argmax(model.log_joint(params, rows), axis=0))
 
 
-def _by_rows(model: Any, params: Params, x: Data, function: Callable) -> jax.Array:
+def _by_rows(model: LabelModel, params: Params, x: Data, function: Callable) -> jax.Array:
     size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
     return tree.map_over_blocks(function, x, size)
 
 
 def sample(
-    model: Any,
+    model: MixtureModel,
     key: jax.Array,
     params: Params,
     n: int,
@@ -182,7 +213,7 @@ def sample(
 
 
 def sample_with_labels(
-    model: Any,
+    model: MixtureModel,
     key: jax.Array,
     params: Params,
     n: int,
@@ -214,7 +245,7 @@ def sample_with_labels(
 
 
 def drawn_rows(
-    family: Any, key: jax.Array, log_weights: jax.Array, params: Params, n: int, **given: Any
+    family: Family, key: jax.Array, log_weights: jax.Array, params: Params, n: int, **given: Any
 ) -> tuple[Data, jax.Array]:
     """n rows and their components, from log-weights (K,) or of every row (n, K), and the components' parameters."""
     key_labels, key_rows = jax.random.split(key)

@@ -16,6 +16,7 @@ from .. import checks
 from ..capabilities import complete
 from ..protocols import Data, Model, Nature, Params, Stats
 from ..record import record, static
+from ..slots import Expect
 
 
 @record(kw_only=False)
@@ -129,7 +130,7 @@ class Sample:
         return checks.random_key(self.key)
 
 
-def temperature(expect: Any) -> jax.Array | float:
+def temperature(expect: Expect) -> jax.Array | float:
     """The temperature of the posterior that an `expect` takes, 0 for `Hard()`; TypeError where it has none."""
     if isinstance(expect, Hard):
         return 0.0
@@ -141,7 +142,7 @@ def temperature(expect: Any) -> jax.Array | float:
     return 1.0 if expect.temperature is None else expect.temperature
 
 
-def e_step(model: Any, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> Stats:
+def e_step(model: Any, params: Params, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()) -> Stats:
     """Statistics expected under the posterior that `expect` gives, and the sum of its evidence: a model's E-step."""
     x = checks.present(model.units(x), weights)
     return model.statistics(params, x, complete("expect", expect).posterior(model, params, x), weights)

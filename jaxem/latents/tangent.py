@@ -10,7 +10,6 @@ follows from parameters alone.
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 from .. import numerics, tree
 from ..protocols import Data, Params, Stats
 from ..record import record
-from .categorical import CategoricalPosterior
+from ..slots import Expect
+from .categorical import CategoricalPosterior, LabelModel
 from .expect import Exact, temperature
 from .expect import e_step as e_step_of
 
@@ -39,7 +39,9 @@ class TangentStats:
     loglik: jax.Array
 
 
-def e_step(model: Any, params: Params, x: Data, weights: jax.Array | None = None, expect: Any = Exact()) -> Stats:
+def e_step(
+    model: LabelModel, params: Params, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
+) -> Stats:
     """The tangent of Q under a posterior that M-steps can make again; TypeError for any other `expect`."""
     degrees = temperature(expect)
     stats = e_step_of(model, params, x, weights, expect)
@@ -47,7 +49,7 @@ def e_step(model: Any, params: Params, x: Data, weights: jax.Array | None = None
 
 
 def statistics(
-    model: Any, params: Params, x: Data, posterior: CategoricalPosterior, weights: jax.Array | None = None
+    model: LabelModel, params: Params, x: Data, posterior: CategoricalPosterior, weights: jax.Array | None = None
 ) -> TangentStats:
     """The tangent of Q at `params` under any posterior; loglik is the sum of its evidence."""
     params = tree.no_whole_numbers(params, x)
@@ -62,13 +64,13 @@ def statistics(
     )
 
 
-def q_function(model: Any, params: Params, stats: TangentStats) -> jax.Array:
+def q_function(model: LabelModel, params: Params, stats: TangentStats) -> jax.Array:
     """The tangent at these parameters: Q itself where the statistics were taken."""
     return stats.level + _dot(stats.slope, params)
 
 
 def q_on_rows(
-    model: Any, params: Params, stats: TangentStats, x: Data, weights: jax.Array | None
+    model: LabelModel, params: Params, stats: TangentStats, x: Data, weights: jax.Array | None
 ) -> Callable[[Params], jax.Array]:
     """Q as a function of parameters, under the posterior at `params`: a pass over the rows for each value of it.
 

@@ -11,6 +11,7 @@ from ..latents.expect import Exact
 from ..latents.recognition import Recognition, recognised
 from ..protocols import Data, Model, Params, Stats
 from ..record import record, static
+from ..slots import Expect
 
 
 @record
@@ -40,7 +41,7 @@ class Amortised:
     posterior, as `free_energy` takes it.
     """
 
-    model: Any
+    model: Model
     network: Callable = static()
     start: Callable | None = static(default=None)
 
@@ -72,7 +73,7 @@ class Amortised:
         stats = model.statistics(params.generative, x, self.approximate(params, x), weights)
         return dataclasses.replace(params, generative=model.m_step(stats))
 
-    def infer(self, params: AmortisedParams, x: Data, expect: Any = Exact()) -> Any:
+    def infer(self, params: AmortisedParams, x: Data, expect: Expect = Exact()) -> Any:
         """The posterior of the generative model itself."""
         return self.generative.infer(params.generative, x, expect)
 
@@ -81,7 +82,7 @@ class Amortised:
         return self.generative.statistics(params.generative, x, posterior, weights)
 
     def e_step(
-        self, params: AmortisedParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+        self, params: AmortisedParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
     ) -> Stats:
         """The generative model's E-step."""
         return self.generative.e_step(params.generative, x, weights, expect)

@@ -5,7 +5,7 @@ each row touches its log-likelihood.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from ..latents import Exact
 from ..latents.linear_gaussian.weights import WeightsPosterior, weights_given
 from ..protocols import Data
 from ..record import record, static
+from ..slots import Expect
 
 # Nodes of the quadrature over what is not known of a linear predictor.
 _NODES, _SHARES = np.polynomial.hermite_e.hermegauss(32)
@@ -96,7 +97,7 @@ class BayesianLogisticRegression:
         covariance = jnp.diag(1 / jnp.broadcast_to(prior, square.shape))
         return BayesianLogisticParams(mean=jnp.zeros_like(square), covariance=covariance, weight_precision=prior)
 
-    def infer(self, params: BayesianLogisticParams, x: Data, expect: Any = Exact()) -> WeightsPosterior:
+    def infer(self, params: BayesianLogisticParams, x: Data, expect: Expect = Exact()) -> WeightsPosterior:
         """The weights given all rows under the bound that the parameters make; its `evidence` is the bound, (1,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for Bayesian regression; got {expect!r}")
@@ -133,7 +134,7 @@ class BayesianLogisticRegression:
         )
 
     def e_step(
-        self, params: BayesianLogisticParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+        self, params: BayesianLogisticParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
     ) -> BayesianLogisticStats:
         """The weights' moments, and the bound of log p(y); see `infer` and `statistics`."""
         parameters.shapes("params", self, params, x)

@@ -5,7 +5,7 @@ Letters: Z (N, P) features, y (N,) response, w (P,) weights, A = diag(weight_pre
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from ..latents import Exact, lanewise
 from ..latents.linear_gaussian.weights import Predictive, WeightsPosterior, weights_given
 from ..protocols import Data
 from ..record import record, static
+from ..slots import Expect
 
 METHODS = ("EM", "MacKay")
 
@@ -115,7 +116,7 @@ class BayesianLinearRegression:
         prior = 2 * len(scale) * scale / energy
         return self._params(x, prior if self.ard else jnp.mean(prior), 2 * x.count[0] / energy)
 
-    def infer(self, params: BayesianRegressionParams, x: Data, expect: Any = Exact()) -> WeightsPosterior:
+    def infer(self, params: BayesianRegressionParams, x: Data, expect: Expect = Exact()) -> WeightsPosterior:
         """The weights given all rows; its `evidence` is log p(y), (1,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for Bayesian regression; got {expect!r}")
@@ -164,7 +165,7 @@ class BayesianLinearRegression:
         params: BayesianRegressionParams,
         x: Data,
         weights: jax.Array | None = None,
-        expect: Any = Exact(),
+        expect: Expect = Exact(),
     ) -> BayesianRegressionStats:
         """The weights' moments, and log p(y); see `infer` and `statistics`."""
         parameters.shapes("params", self, params, x)

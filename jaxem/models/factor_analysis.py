@@ -18,6 +18,7 @@ from ..latents.linear_gaussian import StateMoments, factors, rotations
 from ..latents.linear_gaussian.factors import FactorPosterior
 from ..protocols import Data
 from ..record import fields, record, static
+from ..slots import Expect
 from . import factor_data as data
 from .factor_params import NOISE, FactorParams, freedom, heywood, hidden, likelihood_ratio_test
 from .factor_params import FactorAnalysisParams as FactorAnalysisParams
@@ -110,7 +111,7 @@ class FactorAnalysis:
         left = jnp.maximum(variance - jnp.sum(jnp.square(loadings), axis=1), _LEAST * variance)
         return self._params(mean, loadings, rest if isotropic else left)
 
-    def infer(self, params: FactorParams, x: Data, expect: Any = Exact()) -> FactorPosterior:
+    def infer(self, params: FactorParams, x: Data, expect: Expect = Exact()) -> FactorPosterior:
         """The posterior of the factors of every row; its `evidence` is log p(x_n), (N,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for a factor model; got {expect!r}")
@@ -145,12 +146,12 @@ class FactorAnalysis:
         return FactorStats(equation=equation, noise=count * noise, loglik=loglik)
 
     def e_step(
-        self, params: FactorParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+        self, params: FactorParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
     ) -> FactorStats:
         """Expected normal equations, and sum_n w_n log p(x_n); see `infer` and `statistics`."""
         x = data.read(checks.present(data.units(x), weights))
 
-        def given(model: FactorAnalysis) -> FactorStats:
+        def given(model: Any) -> FactorStats:
             return model.statistics(params, x, expect.posterior(model, params, x), weights)
 
         if not self.missing or isinstance(x, data.Roots):

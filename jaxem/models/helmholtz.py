@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from ..latents.categorical import CategoricalPosterior
 from ..latents.expect import Exact
 from ..protocols import Data
 from ..record import record, static
+from ..slots import Expect
 
 # Latent units whose configurations are enumerated: 2^16 numbers a row.
 _MOST_ENUMERATED = 16
@@ -173,7 +173,7 @@ class HelmholtzMachine:
         constant = prior - jnp.sum(jax.nn.softplus(logits), axis=-1)
         return constant[:, None] + numerics.product(logits, x, "kd,nd->kn")
 
-    def infer(self, params: HelmholtzParams, x: jax.Array, expect: Any = Exact()) -> CategoricalPosterior:
+    def infer(self, params: HelmholtzParams, x: jax.Array, expect: Expect = Exact()) -> CategoricalPosterior:
         """The exact posterior over all configurations; its `evidence` is log p(x_n), (N,)."""
         return categorical.infer(self.log_joint(params, x), expect)
 

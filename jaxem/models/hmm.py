@@ -17,7 +17,7 @@ from ..protocols import Data, Family, Params, Stats
 from ..record import fields, record, static
 from ..sequences import Sequences
 from ..slots import Expect
-from .imputation import filled_in
+from .imputation import impute_steps
 
 # Small enough to vanish beside any real count: a state that is never left keeps the transitions that it had.
 _PSEUDO_COUNT = 1e-18
@@ -227,18 +227,7 @@ class HMM:
     forecast = queries.forecast
     sample = queries.sample
     sample_with_states = queries.sample_with_states
-
-    @parameters.at_rows
-    def impute(self, params: HMMParams, x: Data) -> jax.Array:
-        """The observations, what is missing of them filled in by what is expected of it given all that is observed.
-
-        In the layout of the data; what is observed stays as it is, and what lies behind a sequence's end is of no use.
-        """
-        every, given = self.units(x), x.values if isinstance(x, Sequences) else x
-        shares = self.smooth(params, every).reshape(-1, self.num_states)
-        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every.values)
-        found = filled_in(self.family, tree.no_whole_numbers(params, rows).emissions, rows, shares, None, None)
-        return found.reshape(jnp.shape(jax.tree.leaves(given)[0]))
+    impute = impute_steps
 
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
         """What information criteria count: the steps of all sequences."""

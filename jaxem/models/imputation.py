@@ -1,19 +1,38 @@
 """Missing values filled in: by what is expected of them, or by draws, for multiple imputation."""
 
 import functools
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from .. import capabilities, checks, numerics, parameters, tree
 from ..data import split
-from ..protocols import Data, Params
+from ..latents.categorical import MixtureModel
+from ..latents.markov.queries import ChainModel
+from ..protocols import Data, Family, Params
+from ..sequences import Sequences
+
+
+class ValuedFamily(Family, Protocol):
+    """A family of rows whose missing values it can tell."""
+
+    def expected_values(self, params: Params, x: Data) -> jax.Array:
+        """What is expected of every row given what is observed of it, under every component: (N, K, D)."""
+        ...
+
+    def drawn_values(self, key: jax.Array, params: Params, x: Data, labels: jax.Array) -> jax.Array:
+        """Joint draws given what is observed, from the components of labels (N, M): (N, M, D)."""
+        ...
+
+    def completed(self, x: Data, values: jax.Array) -> jax.Array:
+        """The rows with these values (N, D) where they are missing, in their own shape."""
+        ...
 
 
 @parameters.at_rows
 def impute(
-    model: Any, params: Params, x: Data, *, key: jax.Array | None = None, num_draws: int | None = None
+    model: MixtureModel, params: Params, x: Data, *, key: jax.Array | None = None, num_draws: int | None = None
 ) -> jax.Array:
     """The rows with what is missing of them filled in; what is observed stays as it is. A method of mixtures.
 
@@ -25,8 +44,21 @@ def impute(
     return filled_in(model.family, tree.no_whole_numbers(params, x).components, split(x)[0], shares, key, num_draws)
 
 
+@parameters.at_rows
+def impute_steps(model: ChainModel, params: Params, x: Data) -> jax.Array:
+    """The observations, what is missing of them filled in by what is expected of it given all that is observed.
+
+    In the layout of the data; what is observed stays as it is, and what lies behind a sequence's end is of no use.
+    """
+    every, given = model.units(x), x.values if isinstance(x, Sequences) else x
+    rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every.values)
+    shares = model.smooth(params, every).reshape(tree.num_rows(rows), -1)
+    found = filled_in(model.family, tree.no_whole_numbers(params, rows).emissions, rows, shares, None, None)
+    return found.reshape(jnp.shape(jax.tree.leaves(given)[0]))
+
+
 def filled_in(
-    family: Any, params: Params, x: Data, shares: jax.Array, key: jax.Array | None, num_draws: int | None
+    family: Family, params: Params, x: Data, shares: jax.Array, key: jax.Array | None, num_draws: int | None
 ) -> jax.Array:
     """Values in place of the missing ones, from a family's components and their shares in every row (N, K).
 
@@ -45,7 +77,7 @@ def filled_in(
 
 
 @jax.jit
-def _means(family: Any, params: Params, x: Data, shares: jax.Array) -> jax.Array:
+def _means(family: ValuedFamily, params: Params, x: Data, shares: jax.Array) -> jax.Array:
     def block(data: tuple[Data, jax.Array]) -> jax.Array:
         x, shares = data
         values = family.expected_values(params, x)
@@ -56,7 +88,9 @@ def _means(family: Any, params: Params, x: Data, shares: jax.Array) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="num_draws")
-def _draws(key: jax.Array, family: Any, params: Params, x: Data, shares: jax.Array, num_draws: int) -> jax.Array:
+def _draws(
+    key: jax.Array, family: ValuedFamily, params: Params, x: Data, shares: jax.Array, num_draws: int
+) -> jax.Array:
     key_labels, key_values = jax.random.split(key)
     upto = jnp.cumsum(shares, axis=1)
     level = upto[:, -1:] * jax.random.uniform(key_labels, (shares.shape[0], num_draws), shares.dtype)

@@ -16,6 +16,7 @@ from ..parts import assembly
 from ..protocols import Data
 from ..record import record, static
 from ..sequences import Sequences
+from ..slots import Expect
 from . import linear_gaussian_data as data
 from .linear_gaussian_equations import equations_of, expected_stats, groups, join, pseudo_stats, split, system
 from .linear_gaussian_params import COVARIANCES, SHAPES, Layout, Terms, check_held, params_like, random_start
@@ -105,7 +106,7 @@ class LinearGaussianSSM:
         mean, variance = data.column_moments(x, weights, centred=self.emission_bias)
         return random_start(key, params_like(self.layout, x.values, inputs), mean, variance)
 
-    def infer(self, params: LinearGaussianSSMParams, x: Data, expect: Any = Exact()) -> Any:
+    def infer(self, params: LinearGaussianSSMParams, x: Data, expect: Expect = Exact()) -> Any:
         """The posterior of states and missing entries, in moments (`latents.linear_gaussian.Posterior`), or under
         Sample(n) n paths of states drawn from it (`DrawnPaths`).
 
@@ -130,7 +131,7 @@ class LinearGaussianSSM:
         return stats if posterior.params is params else self.rebase(stats, params)
 
     def e_step(
-        self, params: LinearGaussianSSMParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+        self, params: LinearGaussianSSMParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
     ) -> LinearGaussianSSMStats:
         """Expected statistics, with the sum of log p(x) over the sequences; see `infer` and `statistics`."""
         x = data.without_absent(self.units(x), weights)

@@ -15,6 +15,7 @@ from ..latents import Exact, lanewise
 from ..latents.linear_gaussian import StateMoments
 from ..protocols import Data
 from ..record import record, static
+from ..slots import Expect
 from . import mixed_data as data
 from . import mixed_effects
 from .mixed_data import GroupProducts
@@ -78,7 +79,7 @@ class LinearMixedModel:
             coefficients=line + move, random_covariance=jnp.diag(half), variance=0.5 * left / sums.count
         )
 
-    def infer(self, params: LinearMixedModelParams, x: Data, expect: Any = Exact()) -> EffectsPosterior:
+    def infer(self, params: LinearMixedModelParams, x: Data, expect: Expect = Exact()) -> EffectsPosterior:
         """The posterior of the random effects of every group; its `evidence` is log p(y_i), (G,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for a LinearMixedModel; got {expect!r}")
@@ -122,7 +123,7 @@ class LinearMixedModel:
         return mixed_effects.expected(params, data.units(x), posterior, weights)
 
     def e_step(
-        self, params: LinearMixedModelParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+        self, params: LinearMixedModelParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
     ) -> LinearMixedModelStats:
         """Expected statistics, and sum_i w_i log p(y_i), or the restricted likelihood; see `infer` and `statistics`."""
         x = checks.present(data.units(x), weights)

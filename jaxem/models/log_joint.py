@@ -13,6 +13,7 @@ from ..latents.categorical import CategoricalPosterior
 from ..latents.expect import Exact
 from ..protocols import Data, Params
 from ..record import record, static
+from ..slots import Expect
 
 
 @capabilities.completed("model")
@@ -47,7 +48,7 @@ class LogJointModel:
             )
         return joint
 
-    def infer(self, params: Params, x: Data, expect: Any = Exact()) -> CategoricalPosterior:
+    def infer(self, params: Params, x: Data, expect: Expect = Exact()) -> CategoricalPosterior:
         """The posterior over the latents of every row, by enumeration; its `evidence` is log p(x_n), (N,)."""
         return categorical.infer(self.log_joint(params, x), expect)
 

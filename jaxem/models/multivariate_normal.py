@@ -18,6 +18,7 @@ from ..latents.linear_gaussian import StateMoments, normals
 from ..parts import assembly
 from ..protocols import Data
 from ..record import record, static
+from ..slots import Expect
 from . import factor_data as data
 from .imputation import filled_in
 
@@ -151,7 +152,7 @@ class MultivariateNormal:
         free = dataclasses.replace(self, prior=None)
         return free.m_step(free.e_step(start, x, weights))
 
-    def infer(self, params: MultivariateNormalParams, x: Data, expect: Any = Exact()) -> ValuesPosterior:
+    def infer(self, params: MultivariateNormalParams, x: Data, expect: Expect = Exact()) -> ValuesPosterior:
         """The values given what is observed; its `evidence` is log p(x_n), (N,), or that of groups of rows (G,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for a MultivariateNormal; got {expect!r}")
@@ -210,7 +211,7 @@ class MultivariateNormal:
         return MultivariateNormalStats(moments=moments, loglik=numerics.weighted_sum(posterior.evidence, weights))
 
     def e_step(
-        self, params: MultivariateNormalParams, x: Data, weights: jax.Array | None = None, expect: Any = Exact()
+        self, params: MultivariateNormalParams, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
     ) -> MultivariateNormalStats:
         """Expected moments, and sum_n w_n log p(x_n); see `infer` and `statistics`."""
         x = data.read(checks.present(data.units(x), weights))

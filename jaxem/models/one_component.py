@@ -11,6 +11,7 @@ from ..latents import Exact
 from ..parts import assembly
 from ..protocols import Data, Family, Params, Stats
 from ..record import record
+from ..slots import Expect
 
 
 @record
@@ -78,7 +79,7 @@ class OneComponent:
         x, weights = tree.present(tree.one_precision(x), weights)
         return self.params_of({"family": self._part.pooled(x, weights, 1)})
 
-    def infer(self, params: Params, x: Data, expect: Any = Exact()) -> RowsPosterior:
+    def infer(self, params: Params, x: Data, expect: Expect = Exact()) -> RowsPosterior:
         """The posterior of what is latent in rows; its `evidence` is log p(x_n), (N,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for a family by itself; got {expect!r}")

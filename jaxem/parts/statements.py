@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import capabilities, parameters, tree
-from ..protocols import Data, Family, Model, Params, Stats
+from ..protocols import Data, Family, Model, Params, Part, Stats
 from ..record import fields, record, replace, static
 from . import conjugacy
 
@@ -55,7 +55,7 @@ def _argument_names(name: str, found: Any) -> list[str]:
     return list(inspect.signature(found).parameters)
 
 
-def blocks(inner: Any, params: Params) -> tuple[str, ...]:
+def blocks(inner: Part | Model, params: Params) -> tuple[str, ...]:
     """Names of parameters over each of which there is an exact conditional M-step, all others held where they are.
 
     None where one of the parameters has no such M-step: blocks cover all that is free.
@@ -66,7 +66,7 @@ def blocks(inner: Any, params: Params) -> tuple[str, ...]:
     return tuple(names) if all(set(names) - {name} <= holdable for name in names) else ()
 
 
-def m_step_for(inner: Any, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
+def m_step_for(inner: Part | Model, params: Params, stats: Stats, names: tuple[str, ...]) -> Params:
     """The M-step over these parameters alone, all others held where they are."""
     stated = capabilities.complete("stated", inner).stated
     kept = {name: value for name, value in fields(params).items() if name not in (*names, *stated)}
@@ -74,7 +74,7 @@ def m_step_for(inner: Any, params: Params, stats: Stats, names: tuple[str, ...])
     return Fixed(inner, held).m_step(stats) if held else inner.m_step(stats)
 
 
-def _refuse(inner: Any, what: str, names: Any, known: tuple[str, ...]) -> None:
+def _refuse(inner: Part | Model, what: str, names: Any, known: tuple[str, ...]) -> None:
     """Raise TypeError for names of parameters that an exact M-step cannot treat so."""
     stated = capabilities.complete("stated", inner).stated
     known = tuple(name for name in known if name not in stated)

@@ -16,6 +16,7 @@ from ... import numerics, tree
 from ...checks import told
 from ...record import record
 from ...sequences import Sequences
+from ...slots import Expect
 from .. import lanewise
 from ..expect import Exact, Sample
 from .affine import apply
@@ -90,7 +91,7 @@ class Posterior:
         return q
 
 
-def infer(params: Any, system: System, x: Sequences, expect: Any, parallel: bool) -> Any:
+def infer(params: Any, system: System, x: Sequences, expect: Expect, parallel: bool) -> Any:
     """The posterior under `expect`: moments under Exact(), paths under Sample(n); TypeError for any other.
 
     params: what the system was made of, which the posterior carries.

@@ -1,11 +1,10 @@
 """From a chain with its observations to the posterior of its states, in the arithmetic that is asked for."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from ... import numerics, tree
+from ...slots import Expect
 from ..expect import Exact, Hard, Sample
 from . import logs, parallel, paths, scaled
 from .chain import Chain
@@ -14,7 +13,7 @@ from .posterior import Paths, Smoothed
 FORMS = ("auto", "scaled", "log")
 
 
-def infer(chain: Chain, expect: Any, form: str, in_parallel: bool) -> tuple[Smoothed | Paths, jax.Array]:
+def infer(chain: Chain, expect: Expect, form: str, in_parallel: bool) -> tuple[Smoothed | Paths, jax.Array]:
     """The posterior of the states, and its evidence (T[, L]): terms whose sum over a sequence is its log-likelihood.
 
     Under Hard() all is given to the likeliest path (Viterbi), whose log-probability the evidence sums to;
@@ -77,5 +76,5 @@ def _again(chain: Chain) -> tuple[scaled.Found, jax.Array]:
     return logs.smoothed(chain), tree.varying(jnp.ones((), chain.log_likelihood.dtype), chain)
 
 
-def _unknown(expect: Any) -> TypeError:
+def _unknown(expect: Expect) -> TypeError:
     return TypeError(f"expect must be Exact(), Hard() or Sample() for a Markov chain; got {expect!r}")

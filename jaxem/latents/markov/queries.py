@@ -1,32 +1,71 @@
 """What is asked of sequences once parameters are known: their likelihood, their states, what comes next, and draws.
 
-Methods of a model whose `chain(params, x)` is the chain with the likelihoods of the observations in sequences x, whose
-`tables(params, read)` are where chains start and the rows of their transitions, distributions of these as `read` makes
-tables of them, and whose `form` and `parallel` name the arithmetic.
+Methods of a `ChainModel`.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from ... import checks, numerics, parameters, sequences, tree
 from ...priors import Dirichlet
-from ...protocols import Data, Params
+from ...protocols import Data, Family, Params
 from ...sequences import Sequences
+from .chain import Chain
 from .infer import log_filter
 from .paths import decode
+from .posterior import Posterior
 
 
-def evidence(model: Any, params: Params, x: Sequences) -> Sequences:
+class ChainModel(Protocol):
+    """A model whose latents are a Markov chain over states, as these methods of it see it.
+
+    form, parallel: the arithmetic of the recursions, as `HMM` has them.
+    """
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def form(self) -> str: ...
+
+    @property
+    def parallel(self) -> bool: ...
+
+    def units(self, x: Data) -> Sequences: ...
+
+    def infer(self, params: Params, x: Data) -> Posterior: ...
+
+    def smooth(self, params: Params, x: Data) -> jax.Array: ...
+
+    def chain(self, params: Params, x: Sequences) -> Chain:
+        """The chain with the likelihoods of the observations in sequences x."""
+        ...
+
+    def tables(self, params: Params, read: Callable[[Dirichlet], jax.Array] = ...) -> tuple[jax.Array, jax.Array]:
+        """Where chains start (K,), and the rows of transitions (K, K); of distributions, what `read` makes of them."""
+        ...
+
+    def check_count(self, params: Params) -> None:
+        """Raise for parameters of another number of states."""
+        ...
+
+    def sample_with_states(
+        self, key: jax.Array, params: Params, n: int, num_sequences: int | None = None
+    ) -> tuple[Data, jax.Array]: ...
+
+
+def evidence(model: ChainModel, params: Params, x: Sequences) -> Sequences:
     """log p(x_t | x_1..t-1) of every step (B, T)."""
     return x.holding(log_filter(model.chain(params, x), model.form, model.parallel)[1])
 
 
 @parameters.at_rows
 @jax.jit
-def log_prob(model: Any, params: Params, x: Data) -> jax.Array:
+def log_prob(model: ChainModel, params: Params, x: Data) -> jax.Array:
     """Log-likelihood log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
     terms = evidence(model, params, model.units(x))
     return terms.per_sequence(terms.values)
@@ -34,21 +73,21 @@ def log_prob(model: Any, params: Params, x: Data) -> jax.Array:
 
 @parameters.at_rows
 @jax.jit
-def filtered(model: Any, params: Params, x: Data) -> jax.Array:
+def filtered(model: ChainModel, params: Params, x: Data) -> jax.Array:
     """p(z_t = k | x_1..t): (T, K) for one sequence, (B, T, K) for several; 0 in the padding."""
     return model.units(x).in_layout(_filtered(model, params, x), 0, sequences.is_one(x))
 
 
 @parameters.at_rows
 @jax.jit
-def smoothed(model: Any, params: Params, x: Data) -> jax.Array:
+def smoothed(model: ChainModel, params: Params, x: Data) -> jax.Array:
     """p(z_t = k | x_1..T): (T, K) for one sequence, (B, T, K) for several; 0 in the padding."""
     return model.infer(params, x).states
 
 
 @parameters.at_rows
 @jax.jit
-def likeliest(model: Any, params: Params, x: Data) -> jax.Array:
+def likeliest(model: ChainModel, params: Params, x: Data) -> jax.Array:
     """The likeliest path of states: (T,) for one sequence, (B, T) for several; -1 in the padding."""
     path, _ = decode(model.chain(params, model.units(x)))
     return model.units(x).in_layout(path, -1, sequences.is_one(x))
@@ -56,7 +95,7 @@ def likeliest(model: Any, params: Params, x: Data) -> jax.Array:
 
 @parameters.at_rows
 @functools.partial(jax.jit, static_argnames="steps")
-def forecast(model: Any, params: Params, x: Data, steps: int) -> jax.Array:
+def forecast(model: ChainModel, params: Params, x: Data, steps: int) -> jax.Array:
     """p(z_T+h = k | x_1..T) for h = 1..steps after the end: (steps, K) for one sequence, (B, steps, K) for several.
 
     A forecast of observations is the mixture of the emissions with these weights. Packed sequences are taken
@@ -76,13 +115,13 @@ def forecast(model: Any, params: Params, x: Data, steps: int) -> jax.Array:
     return ahead[:, 0] if sequences.is_one(x) else jnp.moveaxis(ahead, 0, 1)
 
 
-def sample(model: Any, key: jax.Array, params: Params, n: int, num_sequences: int | None = None) -> Data:
+def sample(model: ChainModel, key: jax.Array, params: Params, n: int, num_sequences: int | None = None) -> Data:
     """A sequence of n steps (n, ...), or num_sequences of them (B, n, ...). `sample_with_states` tells states."""
     return sample_with_states(model, key, params, n, num_sequences)[0]
 
 
 def sample_with_states(
-    model: Any, key: jax.Array, params: Params, n: int, num_sequences: int | None = None
+    model: ChainModel, key: jax.Array, params: Params, n: int, num_sequences: int | None = None
 ) -> tuple[Data, jax.Array]:
     """Sequences, and the states (n,), or (B, n), that they went through."""
     checks.positive_integer("n", n)
@@ -108,6 +147,6 @@ def sample_with_states(
     return (x, states) if num_sequences is not None else jax.tree.map(lambda leaf: leaf[0], (x, states))
 
 
-def _filtered(model: Any, params: Params, x: Data) -> jax.Array:
+def _filtered(model: ChainModel, params: Params, x: Data) -> jax.Array:
     """p(z_t = k | x_1..t) (T, K[, B])."""
     return jnp.exp(log_filter(model.chain(params, model.units(x)), model.form, model.parallel)[0])
