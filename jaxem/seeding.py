@@ -91,19 +91,19 @@ def _pooled(part: Any, x: Data, num_components: int) -> Params:
     return capabilities.complete("part", part).pooled(x, None, num_components)
 
 
-def statistics(
+def estimates(
     parts: dict[str, Any],
     counts: dict[str, int],
     x: Data,
     membership: jax.Array,
     weights: jax.Array | None,
     smoothing: float,
-) -> dict[str, Stats]:
-    """Statistics of parts that look at rows, from numbers (N,) or responsibilities (N, K), in blocks of rows.
+) -> dict[str, Params]:
+    """Parameters of parts that look at rows, from numbers (N,) or responsibilities (N, K), in blocks of rows.
 
     counts: the number of components that every part starts with, all of them alike. The largest is K: some families
-    add components by themselves. Statistics are taken as often as a part says, twice where it does not: the first pass
-    centres them on the components' own means.
+    add components by themselves. M-steps are taken as often as a part says, twice where it does not: the first centres
+    statistics on the components' own means. One loop, so that a program holds them once.
     """
     dtype, count = tree.float_dtype(x), max(counts.values())
     pooled = {name: part.pooled(seen_by(name, x), weights, counts[name]) for name, part in parts.items()}
@@ -116,15 +116,11 @@ def statistics(
         given = given if inside is None else given * inside.astype(dtype)[None]
         return {name: part.stats(values[name], seen_by(name, x), given) for name, part in parts.items()}
 
-    def at(values: dict[str, Params]) -> dict[str, Stats]:
-        return tree.sum_over_blocks(functools.partial(of_block, values), (x, membership), weights, size)
-
     def again(_: int, values: dict[str, Params]) -> dict[str, Params]:
-        of = at(values)
+        of = tree.sum_over_blocks(functools.partial(of_block, values), (x, membership), weights, size)
         return {name: part.expanded(part.m_step(of[name]), of[name]) for name, part in parts.items()}
 
-    passes = max(part.start_passes for part in parts.values())
-    return at(jax.lax.fori_loop(0, passes - 1, again, pooled))
+    return jax.lax.fori_loop(0, max(part.start_passes for part in parts.values()), again, pooled)
 
 
 def params_from_responsibilities(
@@ -149,8 +145,7 @@ def estimated(model: Any, x: Data, membership: jax.Array, weights: jax.Array | N
     if labels is not None:
         numbered = membership.ndim == 1
         membership = jnp.where(labels < 0, membership, labels) if numbered else as_labelled(membership.T, x).T
-    of = statistics(model.parts, model.counts, rows, membership, weights, smoothing)
-    return model.params_of({name: part.expanded(part.m_step(of[name]), of[name]) for name, part in model.parts.items()})
+    return model.params_of(estimates(model.parts, model.counts, rows, membership, weights, smoothing))
 
 
 def standardize(points: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -180,10 +180,12 @@ class HMM:
         stats = HMMStats(
             initial=initial.on_support(starts + 1),
             transitions=transition.on_support(moves + 1),
-            emissions=emissions,
+            emissions=None,
             loglik=jnp.zeros((), starts.dtype),
         )
-        return self.expanded(self.m_step(stats), stats)
+        of = self.part_statistics(stats)
+        tables = {name: part.m_step(of[name]) for name, part in self.parts.items() if name != "emissions"}
+        return self.params_of({**tables, "emissions": emissions})
 
     def infer(self, params: HMMParams, x: Data, expect: Expect = Exact()) -> markov.Posterior:
         """The posterior of the states: its `states`, `pairs`, and `evidence`, log p(x) of every sequence."""

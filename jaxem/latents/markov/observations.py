@@ -38,8 +38,8 @@ def statistics(family: Family, emissions: Params, x: Sequences, states: jax.Arra
 
 def start(
     key: jax.Array, family: Family, x: Sequences, weights: jax.Array | None, num_states: int, method: str
-) -> tuple[jax.Array, jax.Array, Stats]:
-    """Counts of a random start: sequences that start in each state (K,), moves (K, K), and the family's statistics.
+) -> tuple[jax.Array, jax.Array, Params]:
+    """Counts of a random start: sequences that start in each state (K,), moves (K, K); and the family's parameters.
 
     Steps are given to states as rows are to components, whatever their order.
     """
@@ -50,13 +50,13 @@ def start(
         each = each * jnp.tile(weights.astype(dtype), x.num_steps)
     membership = seeding.membership(key, family, rows, each, num_states, method)
     parts, counts = {"emissions": capabilities.complete("part", family)}, {"emissions": num_states}
-    stats = seeding.statistics(parts, counts, rows, membership, each, seeding.SMOOTHING)["emissions"]
+    emissions = seeding.estimates(parts, counts, rows, membership, each, seeding.SMOOTHING)["emissions"]
     states = seeding.responsibilities(membership, num_states, seeding.SMOOTHING, dtype)
     states = (states * each[None]).reshape(num_states, x.num_steps, x.num_rows)
     links = x.links(dtype)
     before = states[:, :-1] * (jnp.ones((), dtype) if links is None else links[None])
     moves = numerics.product(before, states[:, 1:], "itb,jtb->ij")
-    return jnp.sum(states * x.starts().T[None], axis=(1, 2)), moves, stats
+    return jnp.sum(states * x.starts().T[None], axis=(1, 2)), moves, emissions
 
 
 def check(family: Family, x: Sequences, num_states: int) -> None:
