@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from . import stopping, tree
+from . import stopping, tree, watch
 from .capabilities import complete
 from .em import objective
 from .protocols import Data, Model, Params
@@ -38,7 +38,7 @@ def begin(
     return Progress(
         state=state,
         objective=value,
-        watch=stopping.watch(value, params),
+        watch=watch.begun(value, params),
         num_steps=jnp.zeros((), jnp.int32),
         status=status,
         largest_decrease=jnp.zeros_like(value),
@@ -79,7 +79,7 @@ def _certified(
     """A fit that seems to have ended, after the algorithm's own verdict: it has converged, or goes on elsewhere."""
     at_rest = (fit.status == Status.CONVERGED) | (fit.status == Status.STALLED)
     # At a maximum to begin with, gains and moves are rounding: there is nothing that a rule could go by.
-    quiet = (fit.status == Status.RUNNING) & (fit.watch.stalled >= _QUIET)
+    quiet = (fit.status == Status.RUNNING) & (watch.Watch.of(fit.watch).stalled >= _QUIET)
     at_rest = at_rest | (quiet & (terms.tol >= 0) & complete("state", fit.state).settled)
     allowed = allowance(fit.objective, model, terms.total, terms.tol)
 
@@ -93,7 +93,7 @@ def _certified(
             fit,
             state=state,
             objective=jnp.where(better, value, fit.objective),
-            watch=tree.where(better, stopping.watch(value, state.params), fit.watch),
+            watch=tree.where(better, watch.begun(value, state.params), fit.watch),
             status=jnp.where(better, Status.RUNNING, Status.CONVERGED).astype(jnp.int32),
         )
         ended = dataclasses.replace(fit, status=jnp.full_like(fit.status, Status.MAX_STEPS))

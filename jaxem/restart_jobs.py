@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import parameters, scheduler, stopping, tree
+from . import parameters, scheduler, stopping, tree, watch
 from .progress import advance, begin, ended
 from .protocols import Data, Model, Params
 from .record import record
@@ -141,7 +141,7 @@ def prepare(
             num_steps=jnp.zeros(num_restarts, jnp.int32),
             num_passes=jnp.zeros_like(unknown),
             largest_decrease=jnp.zeros_like(unknown),
-            watch=jax.vmap(stopping.watch)(unknown, starts),
+            watch=jax.vmap(watch.begun)(unknown, starts),
             history=jnp.zeros((num_restarts, kept_steps + 1), unknown.dtype),
         )
 
@@ -181,7 +181,7 @@ def _iteration(
             fit,
             num_steps=job.num_steps,
             largest_decrease=job.largest_decrease,
-            watch=stopping.resumed(job.watch),
+            watch=watch.resumed(job.watch),
         )
         return _noted(fit, jnp.pad(job.history, (0, capacity + 1 - len(job.history))))
 

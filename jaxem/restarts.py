@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import certificate, checks, implicit, parameters, stopping, tree
+from . import certificate, checks, implicit, parameters, tree, watch
 from .arguments import chosen, data_of, limits, sees_all_rows
 from .capabilities import fitted_model, informed
 from .em.certified import Verdict
@@ -111,12 +111,11 @@ def _handed_over(jobs: Jobs, kept: jax.Array | None) -> Jobs:
     """Restarts after a run in coarse arithmetic, those kept (all by default) set to run on without what it told."""
     again = jnp.ones_like(jobs.status, bool) if kept is None else kept
     # What a run in coarse arithmetic saw of gains and moves is believed only where it has converged.
-    fresh = jax.vmap(stopping.watch)(jnp.zeros_like(jobs.objective), jobs.params)
-    watch = tree.where(jobs.status == Status.CONVERGED, jobs.watch, fresh)
+    fresh = jax.vmap(watch.begun)(jnp.zeros_like(jobs.objective), jobs.params)
     return dataclasses.replace(
         jobs,
         status=jnp.where(again, Status.RUNNING, jobs.status),
-        watch=watch,
+        watch=tree.where(jobs.status == Status.CONVERGED, jobs.watch, fresh),
         num_steps=jnp.where(again, 0, jobs.num_steps),
         largest_decrease=jnp.where(again, 0, jobs.largest_decrease),
     )

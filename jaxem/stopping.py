@@ -19,16 +19,13 @@ from .protocols import Nature, Params
 from .record import record
 from .slots import State
 from .status import Status
+from .watch import ROUNDED, SEEN, Watch, begun, changed, moved, observe
 
 # Steps without visible progress after which an objective that has no moves to look at is at its resolution.
 PATIENCE = 4
 
-# A gain stands out of the rounding of the objective from so many units of that on, a ratio out of that of its terms.
-_SEEN = 2
+# A ratio of moves stands out of their rounding from so many units of that on.
 _MOVED = 8
-
-# Squared moves of up to so many times their rounding are nothing but that.
-_ROUNDED = 64
 
 # So many steps in a row have to find that little is left: where a fast mode has died, a slow one shows itself next.
 _CONFIRMED = 3
@@ -47,57 +44,12 @@ _DEAREST = 1e4
 
 
 @record
-class Watch:
-    """What the stopping rule remembers of a fit; what is not known yet is infinite.
-
-    Moves are squared, relative to the parameters, and kept as logarithms: what shrinks by a factor a step is then a
-    difference, and few functions are left to compute, and to compile.
-
-    gain: the last gain of the objective, a bound on it where M-steps stop short of their maximum.
-    ratio: of the last two gains.
-    record: the highest objective that stood out of the rounding.
-    stalled: steps since then.
-    mark: the move that later ones are compared with.
-    since: steps since the mark.
-    pace: steps in which moves shrank by a factor of e, when they last halved; inf where they grew.
-    move: the last move.
-    shrink: the ratio of the last two gains, as moves tell it.
-    turn: the last change of that.
-    rough: by how much such changes differ from step to step, on average: what of a ratio is noise.
-    seen: logarithm of the last gain that stood out of the rounding.
-    seen_move: the move that made it.
-    power: gains go with this power of squared moves, 1 in the interior of the domain and 1/2 towards its boundary.
-    near: steps in a row that found little enough left.
-    scale: of every array of the parameters, the largest entry that it has had.
-    rounding: squared length of a move by the rounding of the parameters, itself and not its logarithm.
-    """
-
-    gain: jax.Array
-    ratio: jax.Array
-    record: jax.Array
-    stalled: jax.Array
-    mark: jax.Array
-    since: jax.Array
-    pace: jax.Array
-    move: jax.Array
-    shrink: jax.Array
-    turn: jax.Array
-    rough: jax.Array
-    seen: jax.Array
-    seen_move: jax.Array
-    power: jax.Array
-    near: jax.Array
-    scale: Any
-    rounding: jax.Array
-
-
-@record
 class Progress:
-    """A fit under way: the algorithm's state, its objective, and what the stopping rule remembers."""
+    """A fit under way: the algorithm's state, its objective, and the numbers of what the stopping rule remembers."""
 
     state: Any
     objective: jax.Array
-    watch: Watch
+    watch: jax.Array
     num_steps: jax.Array
     status: jax.Array
     largest_decrease: jax.Array
@@ -139,93 +91,6 @@ class _Step:
     drop: jax.Array
 
 
-def watch(value: jax.Array, params: Params) -> Watch:
-    """A fit at its start: its objective, a scalar, and its parameters."""
-    none, zero = jnp.zeros((), jnp.int32), jnp.zeros_like(value)
-    names = ("gain", "ratio", "mark", "pace", "move", "shrink", "seen", "seen_move")
-    return Watch(
-        **dict.fromkeys(names, jnp.full_like(value, jnp.inf)),
-        record=value,
-        stalled=none,
-        since=none,
-        turn=zero,
-        rough=zero,
-        power=jnp.ones_like(value),
-        near=none,
-        scale=_scale(params),
-        rounding=zero,
-    )
-
-
-def _floats(params: Params) -> list[jax.Array]:
-    return [leaf for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size]
-
-
-def _scale(params: Params) -> list[jax.Array]:
-    return [jnp.max(jnp.abs(leaf)) for leaf in _floats(params)]
-
-
-def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array]:
-    """The squared length of a move, every array measured by the largest entry that it has had, or of its rounding.
-
-    Returns the watch with these entries and that rounding as they are now, and the length, a scalar.
-    """
-    dtype = watch.record.dtype
-    now = _scale(after)
-    scale = list(map(jnp.maximum, watch.scale, now))
-    total, rounding = jnp.zeros((), dtype), jnp.full((), jnp.finfo(dtype).tiny)
-    for a, b, size, largest in zip(_floats(before), _floats(after), now, scale, strict=True):
-        unit = jnp.where(largest > 0, largest, 1)
-        total += jnp.sum(jnp.square((b - a) / unit)).astype(dtype)
-        rounding += jnp.square(jnp.finfo(dtype).eps * size / unit).astype(dtype)
-    return dataclasses.replace(watch, scale=scale, rounding=rounding), jnp.maximum(total, rounding)
-
-
-def _ratio(new: jax.Array, old: jax.Array) -> jax.Array:
-    usable = jnp.isfinite(old) & (old != 0)
-    return jnp.where(usable, new / jnp.where(usable, old, 1), jnp.inf)
-
-
-def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, resolution: jax.Array) -> Watch:
-    """The watch after a step that brought the objective to `value`, by `gain`, and moved parameters by `move`."""
-    progress = value > watch.record + resolution
-    seen = (gain > _SEEN * resolution) & (move > _ROUNDED * watch.rounding)
-    move, log_gain = jnp.log(move), jnp.log(jnp.where(seen, gain, 1))
-    first = ~jnp.isfinite(watch.mark)
-    since = jnp.where(first, 0, watch.since + 1)
-    folds = watch.mark - move
-    halved, grown = folds >= math.log(2), folds < -math.log(2)
-    pace = jnp.where(halved & ~first, since / folds, jnp.where(grown, jnp.inf, watch.pace))
-    anew = first | halved | grown
-    # Taken anew whenever moves have halved, and averaged, since a single ratio of gains is rough.
-    apart = watch.seen_move - move
-    compared = seen & anew & jnp.isfinite(apart) & (apart > math.log(1.5))
-    power = jnp.clip((watch.seen - log_gain) / jnp.where(compared, apart, 1), 0.5, 1)
-    power = jnp.where(compared, 0.5 * (watch.power + power), watch.power)
-    marked = seen & (anew | jnp.isinf(watch.seen))
-    shrink = jnp.where(jnp.isinf(watch.move), jnp.inf, jnp.exp(power * (move - watch.move)))
-    turn = jnp.where(jnp.isfinite(watch.shrink), shrink - watch.shrink, 0)
-    return Watch(
-        gain=gain,
-        ratio=_ratio(gain, watch.gain),
-        record=jnp.where(progress, value, watch.record),
-        stalled=jnp.where(progress, 0, watch.stalled + 1),
-        mark=jnp.where(anew, move, watch.mark),
-        since=jnp.where(anew, 0, since),
-        pace=pace,
-        move=move,
-        shrink=shrink,
-        turn=turn,
-        rough=0.5 * (watch.rough + jnp.abs(turn - watch.turn)),
-        seen=jnp.where(marked, log_gain, watch.seen),
-        seen_move=jnp.where(marked, move, watch.seen_move),
-        power=power,
-        near=watch.near,
-        scale=watch.scale,
-        rounding=watch.rounding,
-    )
-
-
 def _series(ratio: jax.Array, before: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The sum of the geometric series that follows a term, relative to it, and the ratio that it was taken at.
 
@@ -244,7 +109,7 @@ def left_by_gains(before: Watch, now: Watch, resolution: jax.Array) -> tuple[jax
     """What is left to gain, told by the last gain and its ratio, and whether rounding leaves that credible."""
     series, slow = _series(now.ratio, before.ratio, 4 * resolution / jnp.abs(before.gain))
     # The error of a ratio must be small against its distance from 1.
-    return now.gain * series, now.gain * jnp.minimum(1 - slow, 1) > _SEEN * resolution
+    return now.gain * series, now.gain * jnp.minimum(1 - slow, 1) > SEEN * resolution
 
 
 def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.Array) -> jax.Array:
@@ -256,10 +121,10 @@ def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.A
     unseen = jnp.isinf(now.seen)
     worth = jnp.exp(jnp.where(unseen, now.move, now.seen + now.power * (now.move - now.seen_move)))
     gain = jnp.where(unseen, _DEAREST * total, 1) * worth
-    gain = jnp.minimum(gain, jnp.maximum(now.gain, 0) + _SEEN * resolution)  # more would have been seen
+    gain = jnp.minimum(gain, jnp.maximum(now.gain, 0) + SEEN * resolution)  # more would have been seen
     square = jnp.exp(now.move)
     # Moves of the size of their rounding shrink no more, however near the limit is.
-    folds = jnp.maximum(now.mark - now.move, jnp.where(square <= _ROUNDED * now.rounding, 0.1, 0))
+    folds = jnp.maximum(now.mark - now.move, jnp.where(square <= ROUNDED * now.rounding, 0.1, 0))
     direct = jnp.where((now.since >= _FEWEST) & (folds > 0), now.since / jnp.where(folds > 0, folds, 1), jnp.inf)
     # Moves that have not halved in so many steps are at least that slow.
     pace = jnp.where(jnp.isinf(now.pace), direct, jnp.maximum(now.pace, now.since / math.log(2)))
@@ -281,18 +146,13 @@ def confirm(before: Watch, now: Watch, near: jax.Array) -> tuple[Watch, jax.Arra
     return dataclasses.replace(now, near=count), count >= _CONFIRMED
 
 
-def resumed(now: Watch) -> Watch:
-    """The watch of a fit that is taken up again: what it has proved, it need not prove again at full length."""
-    return dataclasses.replace(now, near=jnp.minimum(now.near, 1))
-
-
 def kept(before: Progress, after: Progress) -> Progress:
     """A fit that was taken up again, after a step: the E-step at its start makes it forget nothing of what it saw."""
     waiting = complete("state", before.state).waiting
     if waiting is None:
         return after
-    seen = dataclasses.replace(before.watch, record=after.objective)
-    return dataclasses.replace(after, watch=tree.where(waiting, seen, after.watch))
+    seen = changed(before.watch, record=after.objective)
+    return dataclasses.replace(after, watch=jnp.where(waiting, seen, after.watch))
 
 
 def rests(now: Watch) -> jax.Array:
@@ -301,9 +161,9 @@ def rests(now: Watch) -> jax.Array:
     return ((now.since >= patience) | (now.rough > _SCATTER)) & (now.stalled >= patience)
 
 
-def forget(now: Watch, value: jax.Array, params: Params, settled: jax.Array | bool) -> Watch:
+def forget(now: Watch, value: jax.Array, params: Params, settled: jax.Array | bool) -> jax.Array:
     """The watch, or one that starts anew where the objective itself is still being changed."""
-    return now if settled is True else jax.tree.map(lambda a, b: jnp.where(settled, a, b), now, watch(value, params))
+    return now.numbers if settled is True else jnp.where(settled, now.numbers, begun(value, params))
 
 
 def judged(fit: Progress, state: State, value: jax.Array, terms: Terms) -> Progress:
@@ -315,10 +175,11 @@ def judged(fit: Progress, state: State, value: jax.Array, terms: Terms) -> Progr
     # The E-step at the start is no step: its gain and its move are not known.
     first = jnp.array(False) if waiting is None else waiting
     num_steps = fit.num_steps + ~first
-    moving, move = moved(fit.watch, fit.state.params, state.params)
+    before = Watch.of(fit.watch)
+    moving, move = moved(before, fit.state.params, state.params)
     finite = jnp.isfinite(move)  # where all parameters are
     move = jnp.where(first, jnp.inf, move)
-    step = _step(fit, state, value, terms, first)
+    step = _step(fit, before.gain, state, value, terms, first)
     if state.loglik is None:
         moving = dataclasses.replace(moving, record=jnp.zeros_like(value))
     else:
@@ -343,7 +204,7 @@ def judged(fit: Progress, state: State, value: jax.Array, terms: Terms) -> Progr
     )
 
 
-def _step(fit: Progress, state: State, value: jax.Array, terms: Terms, first: jax.Array) -> _Step:
+def _step(fit: Progress, last_gain: jax.Array, state: State, value: jax.Array, terms: Terms, first: jax.Array) -> _Step:
     dtype = fit.objective.dtype
     eps = jnp.finfo(dtype).eps
     if state.loglik is None:
@@ -360,7 +221,7 @@ def _step(fit: Progress, state: State, value: jax.Array, terms: Terms, first: ja
         drop = jnp.maximum(-gain, 0)
     if terms.nature.inexact:
         # One poor M-step does not end a fit: gains count by their envelope, which may halve in a step.
-        gain = jnp.fmax(gain, jnp.where(jnp.isfinite(fit.watch.gain), 0.5 * fit.watch.gain, -jnp.inf))
+        gain = jnp.fmax(gain, jnp.where(jnp.isfinite(last_gain), 0.5 * last_gain, -jnp.inf))
     summed = terms.likelihood and state.loglik is not None
     return _Step(height, gain, resolution, allowed, summed, fell, drop)
 

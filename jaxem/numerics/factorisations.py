@@ -85,7 +85,7 @@ def floored_cholesky(matrix: jax.Array, floor: jax.Array) -> tuple[jax.Array, ja
 def _eliminated(matrix: jax.Array, floor: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """`floored_cholesky` column by column; without a floor nothing is lifted."""
     columns = matrix.shape[-1]
-    index = jnp.arange(columns)
+    index = np.arange(columns)  # constants, by which XLA tells that two factorisations of one matrix are the same
 
     def eliminate(
         rest: jax.Array, at: jax.Array, pivot: jax.Array, lowest: jax.Array | None, j: jax.Array | int
@@ -130,7 +130,8 @@ def inverse_lower(factor: jax.Array) -> jax.Array:
     size = width << levels
     # Padded by a diagonal of ones. Barriers, since levels that are fused are computed again inside of one another.
     room = [(0, 0)] * (factor.ndim - 2) + [(0, size - columns)] * 2
-    padded = jnp.pad(factor, room) + to_rank(jnp.diag((np.arange(size) >= columns).astype(factor.dtype)), factor.ndim)
+    ones = to_rank(jnp.asarray(np.diag(np.arange(size) >= columns), factor.dtype), factor.ndim)
+    padded = factor if size == columns else jnp.pad(factor, room) + ones
     inverse = _substituted(_diagonal_blocks(padded, width))
     for _ in range(levels):
         inverse, corner = jax.lax.optimization_barrier(
@@ -155,6 +156,8 @@ def _inverse_lower_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) ->
 def _diagonal_blocks(matrix: jax.Array, width: int) -> jax.Array:
     """(..., D, D) -> (..., D / width, width, width)."""
     count = matrix.shape[-1] // width
+    if count == 1:
+        return matrix[..., None, :, :]
     blocks = matrix.reshape(*matrix.shape[:-2], count, width, count, width)
     return jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
 
