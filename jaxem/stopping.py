@@ -122,16 +122,16 @@ def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.A
     worth = jnp.exp(jnp.where(unseen, now.move, now.seen + now.power * (now.move - now.seen_move)))
     gain = jnp.where(unseen, _DEAREST * total, 1) * worth
     gain = jnp.minimum(gain, jnp.maximum(now.gain, 0) + SEEN * resolution)  # more would have been seen
-    square = jnp.exp(now.move)
+    per_length = jnp.exp(-0.5 * now.move)
     # Moves of the size of their rounding shrink no more, however near the limit is.
-    folds = jnp.maximum(now.mark - now.move, jnp.where(square <= ROUNDED * now.rounding, 0.1, 0))
+    folds = jnp.maximum(now.mark - now.move, jnp.where(ROUNDED * now.rounding * per_length**2 >= 1, 0.1, 0))
     direct = jnp.where((now.since >= _FEWEST) & (folds > 0), now.since / jnp.where(folds > 0, folds, 1), jnp.inf)
     # Moves that have not halved in so many steps are at least that slow.
     pace = jnp.where(jnp.isinf(now.pace), direct, jnp.maximum(now.pace, now.since / math.log(2)))
     # The sum 1 / (e^y - 1) of a geometric series of ratio e^-y; that of y by its own series, which is long enough.
     y = now.power / jnp.where(pace > 0, pace, 1)
     slowest = jnp.where(jnp.isinf(pace), jnp.inf, 1 / (y * (1 + y * (0.5 + y / 6))))
-    noise = _MOVED * jnp.finfo(square.dtype).eps * jax.lax.rsqrt(square)
+    noise = _MOVED * jnp.finfo(per_length.dtype).eps * per_length
     series, _ = _series(now.shrink, before.shrink, noise)
     # Parameters may be known far worse than their own size says, as a mean of nearly 0 is.
     told = jnp.abs(1 - now.shrink) > jnp.maximum(noise, 2 * now.rough)

@@ -117,11 +117,11 @@ def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array
     dtype = watch.record.dtype
     now = _scale(after, dtype)
     scale = jnp.maximum(watch.scale, now)
-    unit = jnp.where(scale > 0, scale, 1)
-    rounding = jnp.finfo(dtype).tiny + jnp.sum(jnp.square(jnp.finfo(dtype).eps * now / unit))
+    per_unit = 1 / jnp.where(scale > 0, scale, 1)
+    rounding = jnp.finfo(dtype).tiny + jnp.sum(jnp.square(jnp.finfo(dtype).eps * now * per_unit))
     total = jnp.zeros((), dtype)
-    for a, b, size in zip(_floats(before), _floats(after), unit, strict=True):
-        total += jnp.sum(jnp.square((b - a).astype(dtype) / size))
+    for a, b, factor in zip(_floats(before), _floats(after), per_unit, strict=True):
+        total += jnp.sum(jnp.square((b - a).astype(dtype) * factor))
     return dataclasses.replace(watch, scale=scale, rounding=rounding), jnp.maximum(total, rounding)
 
 

@@ -48,14 +48,7 @@ class Full:
 
     def moments(self, responsibilities: jax.Array, deviations: jax.Array) -> jax.Array:
         """sum_n r ddᵀ: (K, N), (K, D, N) -> (K, D, D)."""
-        weighted = responsibilities[:, None] * deviations
-        columns = deviations.shape[1]
-        if columns > tuning.UNROLLED_MOMENTS:
-            return numerics.product(weighted, deviations, "kin,kjn->kij")
-        entries = {
-            (i, j): jnp.sum(weighted[:, i] * deviations[:, j], axis=-1) for i in range(columns) for j in range(i + 1)
-        }
-        return _symmetric([[entries[max(i, j), min(i, j)] for j in range(columns)] for i in range(columns)])
+        return numerics.product(responsibilities[:, None] * deviations, deviations, "kin,kjn->kij")
 
     def whitener(self, covariance: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:
         """W (..., D, D) and log det(covariance) / 2 (...)."""
@@ -71,7 +64,7 @@ class Full:
     def square(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
         """dᵀ P d: (K, D, D), (K, D, N) -> (K, N)."""
         columns = deviations.shape[1]
-        if columns > tuning.UNROLLED_MOMENTS:
+        if columns > tuning.UNROLLED_SQUARES:
             return jnp.sum(jnp.square(self.whiten(whitener, deviations)), axis=1)
         total = jnp.zeros_like(deviations[:, 0])
         for i in range(columns):
@@ -100,7 +93,7 @@ class Full:
 
     def precision(self, whitener: jax.Array) -> jax.Array:
         """P = WᵀW."""
-        if whitener.shape[-1] > tuning.UNROLLED_MOMENTS:
+        if whitener.shape[-1] > tuning.UNROLLED_SQUARES:
             return numerics.product(whitener, whitener, "...ki,...kj->...ij")
         return jnp.sum(whitener[..., :, :, None] * whitener[..., :, None, :], axis=-3)
 
@@ -174,10 +167,6 @@ def _mean_of_triangles(matrix: jax.Array) -> jax.Array:
     return 0.5 * (matrix + jnp.swapaxes(matrix, -1, -2))
 
 
-def _symmetric(entries: list[list[jax.Array]]) -> jax.Array:
-    return jnp.stack([jnp.stack(row, axis=-1) for row in entries], axis=-2)
-
-
 def _log_inverse_gamma(variance: jax.Array, degrees_of_freedom: jax.Array, scale: jax.Array) -> jax.Array:
     """Inverse-gamma(nu/2, scale/2) log-density of a variance, normalised, elementwise."""
     shape = degrees_of_freedom / 2
@@ -220,7 +209,7 @@ class Diagonal:
 
     def square(self, whitener: jax.Array, deviations: jax.Array) -> jax.Array:
         columns = deviations.shape[1]
-        if columns > tuning.UNROLLED_MOMENTS:
+        if columns > tuning.UNROLLED_SQUARES:
             return jnp.sum(jnp.square(self.whiten(whitener, deviations)), axis=1)
         # Column by column the sum fuses with what comes before; as a reduction it runs many times slower.
         squares = [jnp.square(whitener[:, d, None] * deviations[:, d]) for d in range(columns)]

@@ -300,7 +300,7 @@ class Normal:
     def floats_per_row(self, params: NormalParams) -> int:
         """Temporaries of an E-step, in numbers a row."""
         count, columns = params.mean.shape
-        if self.shape.name == "full" and columns > tuning.UNROLLED_MOMENTS:
+        if self.shape.name == "full" and columns > tuning.UNROLLED_SQUARES:
             return count * columns + self.shape.degrees(columns)
         return 4 * count + columns
 

@@ -98,7 +98,7 @@ def log_prob(parts: Components, x: jax.Array, observed: jax.Array | None, form: 
 
     def complete() -> jax.Array:
         # In few columns the squares are written out, and fused with what follows: nothing is quicker.
-        if form == "auto" and x.shape[1] <= tuning.UNROLLED_MOMENTS:
+        if form == "auto" and x.shape[1] <= tuning.UNROLLED_SQUARES:
             return _whitened_log_prob(parts, rows)
         return _choose(form, _is_far(parts, rows), _expanded_log_prob, _whitened_log_prob, parts, rows)
 
@@ -115,7 +115,7 @@ def moments(parts: Components, x: jax.Array, observed: jax.Array | None, r: jax.
         whitened = functools.partial(_whitened_moments, parts.shape)
         expanded = functools.partial(_expanded_moments, parts.shape)
         far, arguments = _is_far(parts, rows), (parts.mean, rows, r)
-        if form == "auto" and x.shape[1] <= tuning.UNROLLED_MOMENTS:
+        if form == "auto" and x.shape[1] <= tuning.UNROLLED_SQUARES:
             # In few columns a product costs next to nothing: it is done in any case.
             found = numerics.repaired(
                 lambda far, *rest: (expanded(*rest), far), lambda _, *rest: whitened(*rest), far, *arguments
@@ -161,12 +161,8 @@ def _whitened_moments(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """count, first and second of `Sums`."""
     deviations = _deviations(mean, rows.values)
-    count = jnp.sum(r, axis=-1)
-    if mean.shape[-1] > tuning.UNROLLED_MOMENTS:
-        first = numerics.product(r, deviations, "kn,kdn->kd")
-    else:
-        first = jnp.sum(r[:, None] * deviations, axis=-1)
-    return count, first, shape.moments(r, deviations)
+    first = numerics.product(r, deviations, "kn,kdn->kd")
+    return jnp.sum(r, axis=-1), first, shape.moments(r, deviations)
 
 
 def _expanded_log_prob(parts: Components, rows: Rows) -> jax.Array:

@@ -53,8 +53,8 @@ SPECTRUM = 40
 # --- What is written out. Straight-line code fuses with its neighbours, as products and loops do not, but it grows with
 # the square of its size, and so does the time that it takes to compile.
 
-# Columns of quadratic forms and second moments of normal components. Benchmark: gaussian_mixture b, c (written out), a.
-UNROLLED_MOMENTS = 4
+# Columns of quadratic forms of normal components. Benchmark: gaussian_mixture b, c (written out), a.
+UNROLLED_SQUARES = 4
 
 # Columns of factorisations, and of the diagonal blocks that triangular inverses start from. Benchmark:
 # gaussian_mixture b (written out), a, e.
