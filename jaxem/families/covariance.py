@@ -126,7 +126,8 @@ class Full:
         was (...).
         """
         covariance = _mean_of_triangles(covariance)  # fused multiply-adds round its triangles apart
-        _, lift = numerics.floored_cholesky(covariance, lowest)
+        # What is not lifted has no slope in the floor, and a fit that rests on it, DEGENERATE, has no derivatives.
+        _, lift = numerics.floored_cholesky(*jax.lax.stop_gradient((covariance, lowest)))
         eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
         return covariance + lift[..., :, None] * numerics.to_rank(eye, covariance.ndim), jnp.any(lift > 0, axis=-1)
 
