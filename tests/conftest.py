@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Memory maps of a process, of which the system grants some 65 thousand, from which on compiled programs are dropped.
-_MANY_MAPS = 20_000
+_MANY_MAPS = 12_000
 
 
 def _maps() -> int:
