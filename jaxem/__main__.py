@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others here."""
 
     def error(self, message: str) -> NoReturn:
-        # The one place for a command is where people put the name of a file.
+        # People write the name of a file where a command is expected.
         command = re.search(r"invalid choice: '(.+)' \(choose from '?fit'?\)", message)
         if command is not None:
             raise Refusal(f"{command[1]!r} is no command; to fit a file, write python -m jaxem fit {command[1]}")
@@ -181,7 +181,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code. 2: refused, with one line on stderr; 130: interrupted."""
+    """Run the command line; the exit code. 1: no fit is an optimum; 2: refused, a line on stderr; 130: interrupted."""
     try:
         return _run(_parser().parse_args(arguments))
     except Refusal as refusal:

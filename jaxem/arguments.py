@@ -15,7 +15,7 @@ from .slots import Algorithm
 
 
 def chosen(model: Model, algorithm: Algorithm | Any | None) -> Algorithm:
-    """The algorithm, complete; where none is named, EM, or an accelerator where the model says that EM crawls."""
+    """The algorithm, complete; where none is named, EM, or an accelerator for a model with slow EM (`crawls`)."""
     if algorithm is None:
         step = EM(maximize=Expanded()) if model.expands else EM()
         algorithm = anderson(step) if model.crawls else step
@@ -29,8 +29,8 @@ def sees_all_rows(model: Model, algorithm: Algorithm) -> bool:
 
 
 def data_of(model: Model, x: Data, weights: jax.Array | None, sees_all: bool) -> tuple[Data, jax.Array | None]:
-    """Checked data in one precision and their weights: units, or, where all rows are seen together, what stands in
-    their place. Raises by name."""
+    """Checked data in one precision and their weights: the model's `units`, or, with `sees_all`, its `reduced` data.
+    Raises by name."""
     x, weights = checks.native((x, weights))
     model.check(x, weights)
     _plain_axes("x", x)

@@ -1,7 +1,7 @@
 """What a model, a part, a slot, an algorithm or a state may leave out, and what then stands in its place.
 
-Everything behind this file meets complete objects. The library's own classes are completed where they are defined
-(`completed`), a user's objects once, where they come in (`complete`); nobody else asks what an object has.
+All other code works with complete objects. The library's own classes are completed where they are defined
+(`completed`), a user's objects once, where they come in (`complete`); no other code asks what an object has.
 """
 
 import functools
@@ -21,7 +21,7 @@ C = TypeVar("C", bound=type)
 
 
 def _nature(slot: Any) -> Nature:
-    """What a slot says of itself by plain attributes."""
+    """The nature of a slot, from its plain attributes."""
     return Nature(
         stochastic=getattr(slot, "stochastic", False),
         monotone=getattr(slot, "monotone", True),
@@ -32,7 +32,7 @@ def _nature(slot: Any) -> Nature:
 
 
 def _nature_of_algorithm(algorithm: Any) -> Callable[[Model], Nature]:
-    """The same of an algorithm, which may say only with the model whether its M-steps are inexact."""
+    """The nature of an algorithm, whose `inexact` is a function of the model; not monotone unless it says so."""
     return lambda model: Nature(
         stochastic=getattr(algorithm, "stochastic", False),
         monotone=getattr(algorithm, "monotone", False),
@@ -65,7 +65,7 @@ def _sample_by_label(model: Any, key: jax.Array, params: Any, n: int) -> Any:
 def _one_step(
     algorithm: Algorithm, model: Model, params: Any, x: Any, weights: jax.Array | None = None
 ) -> tuple[Any, Any]:
-    """Where a step leads from parameters, and the state at these."""
+    """The parameters after one step from `params`, and the state at `params`."""
     state = algorithm.init(model, params, x, weights)
     return algorithm.step(model, state, x, weights).params, state
 
@@ -79,7 +79,7 @@ def _no_posterior(expect: Any) -> Any:
 
 
 def _none(_: Any) -> None:
-    """Where nothing can stand in, and the one who asks has to know."""
+    """None, where there is no default: the caller has to check for it."""
     return None
 
 
@@ -90,7 +90,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "check": lambda model: lambda x, weights=None: None,
         "params_like": lambda model: lambda x: None,
         "supports": lambda model: {},
-        # Rows are the units, they are what criteria count, and an E-step sees no more in all of them than in a part.
+        # Rows are the units, information criteria count them, and an E-step on all of them does no more than on a part.
         "units": lambda model: lambda x: x,
         "sample_size": lambda model: tree.total_weight,
         "partial": lambda model: lambda: model,
@@ -114,27 +114,28 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "coarse": lambda model: lambda: model,
         "floats_per_row": _none,
         "shared_floats_per_row": lambda model: lambda params, x: 0,
-        # Starts are given, the M-step is a climb of Q or has no need of it, and is one for all parameters.
+        # It draws no starts; it has no M-step, and Q is climbed; or it has no Q, and its M-step is enough.
         "init": _none,
         "m_step": _none,
         "q_function": _none,
-        # Statistics tell Q at all parameters: no M-step goes back to the rows.
+        # Statistics determine Q at all parameters: no M-step goes back to the rows.
         "q_on_rows": _none,
         # It has no recognition network, and no M-step under the posterior of one.
         "recognise": _none,
         "wake": _none,
-        # Latents of a row are one label, by which `log_joint` is looked up.
+        # The latent of a row is one label, the index into `log_joint`.
         "complete_log_prob": lambda model: functools.partial(_log_joint_of, model),
         "sample_with_latents": lambda model: functools.partial(_sample_by_label, model),
+        # There is one M-step for all parameters, and none for blocks of them.
         "blocks": _none,
         "m_step_for": _none,
-        # Parameters are not drawn; where it has parts, as these are.
+        # It does not draw parameters itself; a model with `parts` has them drawn part by part.
         "draw": _none,
         "parts": _none,
     },
     # A family of observations, or another part of the parameters; see `protocols.Part` and `protocols.Family`.
     "part": {
-        # Its start from all rows, under the name that it had before.
+        # Its parameters from all rows; an older part calls this method `init`.
         "pooled": lambda part: part.init,
         # Its statistics have no reference to be moved.
         "rebase": lambda part: lambda stats, params: stats,
@@ -157,7 +158,7 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "start_passes": lambda part: 2,
         # Its columns are not correlated given the component: to integrate missing entries out takes next to nothing.
         "correlated": lambda part: False,
-        # Its parameters are values and no distributions: they are as expected, and predictive densities their own.
+        # Its parameters are values, not distributions: each is its own expectation, and `log_prob` is predictive.
         "distributed": lambda part: False,
         "expected": lambda part: lambda params: params,
         "predictive": lambda part: part.log_prob,
@@ -184,10 +185,10 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         # Those that its M-step can hold: the separable ones, and those that it can be given.
         "holdable": lambda inner: (*getattr(inner, "separable", ()), *_given_names(inner)),
         "check_held": lambda inner: lambda values: None,
-        # Those that all components can share, and the common value, None where it is that of the pooled statistics.
+        # Those that all components can share, and their common value; None: the M-step of the pooled statistics.
         "shareable": lambda inner: (),
         "share": lambda inner: None,
-        # Whether what is shared changes the M-step of others: `m_step_given` is then told, as `shared`.
+        # Whether sharing some changes the M-step of others: these names are then passed on, as `shared`.
         "shares_jointly": lambda inner: False,
         # Its M-steps are taken as they are.
         "expanded": lambda inner: lambda params, stats, **statements: params,
@@ -225,20 +226,20 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "begin": lambda algorithm: algorithm.init,
         # Its own step is a map whose fixed points are its limits.
         "limit": lambda algorithm: functools.partial(_one_step, algorithm),
-        # Where it seems to have ended is not looked at again.
+        # Where a fit seems to have ended, no further check is made.
         "certify": _none,
         # The log-likelihood that its states show is that of all rows at their parameters.
         "evaluated": lambda algorithm: lambda model, state, x, weights=None: state,
     },
     # A state of an algorithm, or what a slot remembers.
     "state": {
-        # Its statistics are there, its M-steps leave nothing of Q, and its objective stays what it is.
+        # Its first E-step is made, its M-steps reach the maximum of Q, and its objective does not change.
         "waiting": _none,
         "missed": lambda state: 0.0,
         "settled": lambda state: True,
-        # Nobody has looked for a direction in which more is left.
+        # No direction of further ascent has been looked for.
         "certified": lambda state: False,
-        # What is still to be gained is for the loop to tell.
+        # The loop estimates what is still to be gained.
         "left": _none,
     },
     "statistics": {
@@ -246,13 +247,13 @@ _DEFAULTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "loglik": _none,
     },
     "optimizer": {
-        # It is none.
+        # An object without these is no optimiser.
         "init": _none,
         "update": _none,
     },
 }
 
-# What is of use only together.
+# Each of these attributes is of use only together with another.
 _PAIRS = {"unconstrain": "constrain", "constrain": "unconstrain", "blocks": "m_step_for", "m_step_for": "blocks"}
 
 # Methods that give another form of an object, which is as complete.
@@ -337,11 +338,11 @@ def states(completed: Any, *names: str) -> bool:
 
 
 def informed(model: Any, x: Any) -> Any:
-    """The complete model in its form for such data: where it can be seen that nothing is missing, less is compiled."""
+    """The complete model in its form for such data: where these are known to be complete, less is compiled."""
     if not tree.nothing_missing(x):
         return model
     form = model.without_missing()
-    # A wrapper of a user's own that hands on all it does not have would be left with what is inside of it.
+    # A user's wrapper that delegates unknown attributes would give the form of the inner model, without the wrapper.
     return form if type(original(form)) is type(original(model)) else model
 
 
@@ -354,6 +355,6 @@ def fitted_model(model: Any) -> Model:
 
 
 def fitting_algorithm(algorithm: Any) -> Algorithm:
-    """The algorithm, complete. Raises TypeError unless it can be one: with `init` and `step`, made and not named."""
+    """The algorithm, complete. Raises TypeError unless it can be one: an instance, with `init` and `step`."""
     checks.made("algorithm", algorithm, states(algorithm, "init", "step"), "an algorithm, as EM() or squarem()")
     return complete("algorithm", algorithm)

@@ -1,7 +1,7 @@
-"""The certificate of the best of many restarts: a look around it, and the fit that goes on where there is more.
+"""The certificate of the best of many restarts: a verdict on it, and the fit that goes on from any higher point found.
 
-The restarts themselves run without one: of a thousand, all but one would be looked at for nothing, and what most of
-them have left is less than what they are behind.
+The restarts themselves run without one: for all but the best it would be wasted, and most of them are further below the
+best than a verdict could raise them.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from .status import Status
 
 
 def possible(fitting: Fitting) -> bool:
-    """Whether fits of this kind can be looked at: they climb a likelihood, by a map with a Jacobian."""
+    """Whether fits of this kind can be certified: they climb a likelihood, by a map with a Jacobian."""
     model = fitting.model
     return model.likelihood and model.m_step is not None and climbs(fitting.algorithm, model)
 
 
 def looked_at(fitting: Fitting, best: Result, tol: jax.Array | float) -> tuple[Result, Verdict]:
-    """A fit with what a verdict says of it, and that verdict, which it has paid for."""
+    """The verdict on a fit, and the fit with it: `certified` is set, and its E-steps are added to `num_passes`."""
     problem = pose(fitting.model, fitting.x, fitting.weights)
     allowed = allowance(best.objective, fitting.model, problem.total.astype(best.objective.dtype), tol)
     found = verdict(problem, complete("algorithm", fitting.algorithm), best.params, best.objective, allowed)
@@ -36,7 +36,7 @@ def looked_at(fitting: Fitting, best: Result, tol: jax.Array | float) -> tuple[R
 
 
 def gone_on(fitting: Fitting, best: Result, params: Params, tol: jax.Array | float, max_steps: Any) -> Result:
-    """The fit that goes on from higher `params` until it is certified, with all that it did before."""
+    """The fit that goes on from higher `params` until it is certified; its counts and history continue those before."""
     rest = max(int(max_steps) - int(best.num_steps), 0)
     algorithm = certified(fitting.algorithm)
     more = em_fit(fitting.model, params, fitting.x, fitting.weights, algorithm=algorithm, tol=tol, max_steps=rest)

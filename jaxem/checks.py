@@ -169,7 +169,7 @@ def observed_columns(name: str, absent: np.ndarray) -> None:
 def present(x: Any, weights: Any) -> Any:
     """The data, rows of weight 0 replaced by one of positive weight: such rows are absent, whatever they hold.
 
-    Data of another number of rows than weights are left to be refused.
+    Where weights are not one a row, the data are returned as they are, for later checks to refuse.
     """
     if weights is None or any(np.shape(leaf)[:1] != np.shape(weights) for leaf in jax.tree.leaves(x)):
         return x
@@ -211,8 +211,8 @@ def _while(variable: contextvars.ContextVar, value: bool) -> Iterator[None]:
 # Within it data are checked as ones that known parameters are applied to: one row is enough, whatever it lacks.
 without_estimation = functools.partial(_while, _ESTIMATING, False)
 
-# Within it `present` takes traced data as they are: rows were replaced at the entry of a fit, by `tree.present`. In
-# every E-step that would take a tenth of its time.
+# Within it `present` takes traced data as they are: rows were replaced at the entry of a fit, by `tree.present`. To
+# replace them again in every E-step would take a tenth of its time.
 all_present = functools.partial(_while, _PRESENT, True)
 
 
@@ -222,7 +222,7 @@ def _all_finite(value: Any) -> bool:
         with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
             return bool(jnp.isfinite(jnp.sum(value)))
     with np.errstate(over="ignore", invalid="ignore"):
-        # A sum, and no product: the threads of BLAS wait for more, and would hold the cores that the fit needs next.
+        # A sum, not a dot product: the threads of BLAS would spin afterwards, on the cores that the fit needs next.
         return bool(np.isfinite(np.sum(np.asarray(value))))
 
 
@@ -322,7 +322,7 @@ def complete_family(value: Any) -> None:
 
 
 def made(name: str, value: Any, known: bool, what: str, remedy: str = "") -> None:
-    """Raise TypeError for what is not `what` (`known` tells), for a class or function that makes it, or no pytree."""
+    """Raise TypeError unless the value is `known` to be `what`, is no class or function, and is a pytree."""
     if isinstance(value, type) or inspect.isroutine(value):
         raise TypeError(f"{name} must be {what}; got {told(value)}: call it, {value.__name__}(...)")
     if not known:

@@ -54,13 +54,13 @@ class Gated:
 
 
 def seen_by(part: str, rows: Any) -> Any:
-    """The rows as a mixture's part sees them: what they carry for a gate is not the components'."""
+    """The rows as the mixture's `part` takes them: features of a gate go to the gate ("weights") alone."""
     return rows.x if isinstance(rows, Gated) and part != "weights" else rows
 
 
 @record(kw_only=False)
 class Moments:
-    """First and second moments of complete rows, in place of the rows: all that a normal likelihood sees of them.
+    """First and second moments in place of complete rows: the sufficient statistics of a normal likelihood.
 
     mean: (D,).
     covariance: (D, D), about the mean, with divisor count.
@@ -69,8 +69,8 @@ class Moments:
     For models whose statistics are first and second moments (`FactorAnalysis`, `PPCA`, `MultivariateNormal`).
     Likelihoods, fits and criteria are those of the rows. Moments of G groups of rows have a leading axis on all three,
     (G, D), (G, D, D) and (G,), and row weights then count groups.
-    Entries of a covariance are rounded relative to the variances of their columns: in float32 it tells what a nearly
-    singular covariance leaves of a column only down to some 1e-6 of its variance, where rows would tell more.
+    Entries of a covariance are rounded relative to the variances of their columns: in float32 the variance of a column
+    given the others is resolved only down to some 1e-6 of its own variance, where rows would resolve more.
     """
 
     mean: jax.Array
@@ -99,8 +99,8 @@ def group_rows(values: Any, groups: Any) -> GroupedRows:
     """Rows (N, ...), or a pytree of arrays that share them, of groups of any sizes: nothing is padded.
 
     groups: (N,), the group of every row: numbers or text, in any order. Groups come in the order of their sorted names,
-    which is `numpy.unique(groups)`, and weights (G,) and what is found of groups go by it; rows of a group keep theirs.
-    Raises ValueError or TypeError where they are not one name a row.
+    `numpy.unique(groups)`; weights (G,) and results for groups follow it. Rows of a group keep their own order.
+    Raises ValueError or TypeError where groups are not one name a row.
     """
     names = np.asarray(groups)
     rows = tree.num_rows(values)
@@ -154,10 +154,10 @@ def pooled(x: Moments, weights: jax.Array | None = None) -> Moments:
 
 @jax.jit
 def moments_of(x: jax.Array, weights: jax.Array | None = None) -> Moments:
-    """Moments of complete rows (N, D), as one group, block by block about a centre: NaN in the mean of a column that
-    has one.
+    """Moments of complete rows (N, D), as one group, block by block about a centre. A column with a NaN has the mean
+    NaN.
 
-    Rows without weights are all alike: the mean of a thousand of them, spread over all, is as good a centre as any.
+    Without weights the centre is the mean of some thousand rows at regular intervals, which is near enough.
     """
     x, weights = tree.present(checks.matrix("x", x), weights)
     total = tree.total_weight(x, weights)
@@ -189,7 +189,7 @@ def as_moments(x: Any, weights: jax.Array | None, missing: bool) -> tuple[Any, j
         if rows <= columns or (missing and not checks.is_concrete(x)):
             return x, weights
         found = moments_of(x, weights)
-        # While something else is traced, the moments of rows that are at hand may not be: then the rows are looked at.
+        # Under an outer trace the moments of concrete rows may be traced: then the rows are searched for NaN.
         if checks.is_concrete(x) and checks.has_nan(found.mean if checks.is_concrete(found) else x):
             return x, weights
     return Moments(found.mean, found.covariance, jnp.ones_like(found.count)), found.count

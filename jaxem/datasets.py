@@ -72,7 +72,7 @@ def dyestuff() -> tuple[np.ndarray, np.ndarray]:
 def dyestuff2() -> tuple[np.ndarray, np.ndarray]:
     """Artificial yields (30,), float64, of six batches (30,), integers.
 
-    Their means differ less than the spread within them accounts for: the variance between batches is estimated as 0.
+    Means of batches differ less than the spread within batches accounts for: the variance between is estimated as 0.
 
     Source: Box & Tiao (1973), Bayesian Inference in Statistical Analysis, table 5.1.4.
     """

@@ -18,10 +18,10 @@ from .slots import Algorithm
 from .status import EMError, Status
 from .stopping import Progress
 
-# Steps of history kept when max_steps is traced, and the size that all shorter fits share one compilation at.
+# Steps of history kept when max_steps is traced, and for all shorter fits, which so share one compilation.
 HISTORY = 1000
 
-# Numbers of history at most, of all fits that run at a time: 64 MB in float32.
+# The most entries of history that all fits running side by side may have together: 64 MB in float32.
 _LONGEST_HISTORY = 1 << 24
 
 
@@ -31,15 +31,15 @@ class Result:
 
     params: the fitted parameters.
     objective: log-likelihood + log-prior of exactly these params.
-    loglik: the first of the two.
+    loglik: the log-likelihood of these params.
     num_steps: EM steps taken.
     num_passes: E-steps, counted in passes over the data, that of the start included, and one for the last objective
         where an algorithm has not seen all rows.
     status: a `Status` as an int32 array.
-    history: (max_steps + 1,), the objective after i steps: the first 1001 where max_steps is traced, and 2**24 at the
-        most, of all restarts that run side by side. Past the end it is NaN, or the last objective again where
-        `jax_debug_nans` would stop at a NaN. Before the last step it is the algorithm's own account of it, where that
-        sees a part of the rows at a time, or a tempered posterior.
+    history: (max_steps + 1,), the objective after i steps: the first 1001 where max_steps is traced, and at most 2**24
+        for all restarts that run side by side. Past the end it is NaN, or the last objective again where
+        `jax_debug_nans` would stop at a NaN. Before the last step it is the algorithm's running estimate, where the
+        algorithm uses a part of the rows at a time, or a tempered posterior.
     largest_decrease: the largest fall of the objective in one step, 0 if it never fell.
     certified: whether it converged, and no direction was found in which more than tol is left (see `certified`).
     """
@@ -56,7 +56,7 @@ class Result:
 
     @property
     def converged(self) -> jax.Array:
-        """Whether what is left to gain is at most tol; False for every other ending."""
+        """Whether what is left to gain is estimated to be at most tol; False for every other ending."""
         return self.status == Status.CONVERGED
 
     def check(self) -> "Result":
@@ -145,9 +145,9 @@ def em_fit(
 
     Derivatives of params, objective and loglik with respect to all that is given, in forward and reverse mode and of
     any order, are those of the limit (see `jaxem.implicit`): nothing of the loop is kept, and where the fit has not
-    CONVERGED they are NaN. Of the start only that matters which stays where it is, as parameters in none of the blocks
-    of `Conditional`. Where tol and max_steps are plain numbers and tol is negative, derivatives are those of so many
-    steps from the start. A row of weight 0 is absent, and has no slope in its weight.
+    CONVERGED they are NaN. The start enters only by what no step moves, as parameters in none of the blocks of
+    `Conditional`. Where tol and max_steps are not traced and tol is negative, derivatives are those of max_steps steps
+    from the start. A row of weight 0 is absent, and the derivative in its weight is 0.
 
     Raises ValueError or TypeError for bad input when called eagerly; under jit see `Result.status`. Raises TypeError
     for derivatives of the limit of an algorithm that is random to the end.

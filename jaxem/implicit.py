@@ -1,10 +1,10 @@
 """The derivative of a fit: that of its limit, whatever steps led there; or of a fixed number of steps, unrolled.
 
 A limit is a fixed point θ = T(θ, φ) of the EM map T, which depends on all that is given: data, weights, priors, held
-values, φ. By the implicit function theorem dθ = (I - J)⁻¹ dT, with J the Jacobian of the map and dT what it moves by
-where φ alone moves. That is one linear system, solved by products with J, of which each costs about an E-step: the
-loop itself is not differentiated, and memory does not grow with the number of its steps. The objective needs no
-solution: at a maximum it moves as it does where one step is taken at given parameters.
+values, φ. By the implicit function theorem dθ = (I - J)⁻¹ dT, with J = ∂T/∂θ and dT = ∂T/∂φ dφ. That is one linear
+system, solved by products with J, of which each costs about an E-step: the loop itself is not differentiated, and
+memory does not grow with the number of its steps. The objective f needs no solution: at a maximum in θ its derivative
+is ∂f/∂φ dφ (the envelope theorem); where held parameters move, ∂f/∂θ dT is added.
 (Krantz & Parks, The Implicit Function Theorem, section 3.3; for EM's J, Dempster, Laird & Rubin 1977, section 3.)
 """
 
@@ -32,7 +32,11 @@ Values = list[jax.Array]
 
 @record
 class Given:
-    """All that a limit depends on; of the start, where it is known, what no step moves."""
+    """All that a limit depends on.
+
+    model, algorithm, x, weights: those of the fit.
+    start: the start, where it is known; the limit depends on those of its leaves that no step moves.
+    """
 
     model: Model
     algorithm: Algorithm
@@ -43,7 +47,7 @@ class Given:
 
 @record
 class Limit:
-    """What of a fit has a derivative."""
+    """The fields of a fit that have derivatives."""
 
     params: Params
     objective: jax.Array
@@ -53,8 +57,8 @@ class Limit:
 def differentiable(result: Any, given: Given, fixed: tuple[Params, jax.Array | None, int] | None) -> Any:
     """The result of a loop on constants, with derivatives of its params, objective and loglik.
 
-    They are those of its limit, or, where the number of steps is fixed, as in (start, key, steps), those of the steps.
-    How the loop got there counts as a constant.
+    They are those of its limit; or, where `fixed` is (start, key, number of steps), those of these steps. The path of
+    the loop counts as a constant.
     """
     found = Limit(params=result.params, objective=result.objective, loglik=result.loglik)
     if fixed is None:
@@ -66,7 +70,7 @@ def differentiable(result: Any, given: Given, fixed: tuple[Params, jax.Array | N
 
 
 def of_limit(given: Given, found: Limit, status: jax.Array) -> Limit:
-    """What a loop on constants has `found`, with the derivatives of a limit of `given` where it came to one, else NaN.
+    """What a loop on constants has `found`, with the derivatives of the limit of `given`: NaN unless CONVERGED.
 
     Raises TypeError, where it is differentiated, for an algorithm that is random to the end.
     """
@@ -76,15 +80,15 @@ def of_limit(given: Given, found: Limit, status: jax.Array) -> Limit:
 def of_steps(
     given: Given, params: Params, key: jax.Array | None, found: Limit, status: jax.Array, num_steps: int
 ) -> Limit:
-    """The same with the derivatives of so many steps from `params`, NaN where the loop ended before."""
+    """The same with the derivatives of `num_steps` steps from `params`: NaN unless it ended as MAX_STEPS."""
     start = (given, params, key)
     return _steps(start, found, status, num_steps) if not checks.is_concrete(start, found) else found
 
 
 def equation(given: Given, params: Params) -> tuple[jax.Array, Callable, Callable]:
-    """What defines the limit at `params`: coordinates θ (P,), what makes a pytree of these, and θ -> 0 at the limit.
+    """The equation r(θ) = 0 that defines the limit: θ (P,) at `params`, the function that unravels it, and r.
 
-    The latter is what a step moves parameters by, or, without an M-step, the slope of the objective per unit of weight.
+    r(θ) is what a step moves parameters by, or, without an M-step, the gradient of the objective per unit of weight.
     """
     given = _present(given)
     theta, unravel = ravel_pytree(complete("model", given.model).unconstrain(params) if _climbs(given) else params)
@@ -94,19 +98,19 @@ def equation(given: Given, params: Params) -> tuple[jax.Array, Callable, Callabl
 
 
 def unknown(given: Given, found: Any) -> Any:
-    """What a loop on constants has found, with derivatives that are NaN: nobody should take them for 0."""
+    """What a loop on constants has found, with derivatives that are NaN, since they are unknown and not 0."""
     return _unknown(given, found) if not checks.is_concrete(given) else found
 
 
 def _moving(tangents: Any) -> tuple[tuple[int, ...], list[jax.Array]]:
-    """Which leaves of what is given move, and along what."""
+    """The numbers of the leaves whose tangents are not symbolic zeros, and these tangents."""
     moves = jax.tree.leaves(tangents, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
     places = tuple(place for place, move in enumerate(moves) if not isinstance(move, SymbolicZero))
     return places, [moves[place] for place in places]
 
 
 def _known_to_move(tangent: Limit) -> None:
-    """Raise TypeError for a loop that moves by itself: all that it is handed counts as a constant there."""
+    """Raise TypeError where a loop's result has a tangent: its arguments were constants, so it is from a closure."""
     if _moving(tangent)[0]:
         raise TypeError(
             "a fit is differentiated with respect to something that its model's functions close over: it cannot know. "
@@ -188,7 +192,7 @@ def _unrolled(
     places: tuple[int, ...],
     num_steps: int,
 ) -> tuple[Limit, Limit]:
-    """Where so many steps lead, and how that moves where some of the leaves of the start do."""
+    """The fit after `num_steps` steps, and its tangent; moves: the tangents of the leaves at `places`."""
 
     def run(values: Values) -> Limit:
         given, params, key = _with(leaves, places, values, structure)
@@ -217,7 +221,7 @@ def _moves(
     structure: Any,
     places: tuple[int, ...],
 ) -> Limit:
-    """How a limit moves where some of the leaves of what is given do."""
+    """The tangent of a limit; moves: the tangents of the leaves at `places` of what is given."""
 
     def given(values: Values) -> Given:
         return _present(_with(leaves, places, values, structure))
@@ -232,7 +236,7 @@ def _moves(
     )
     model, *_, start = structure.children()
     if any(place < model.num_leaves or place >= len(leaves) - start.num_leaves for place in places):
-        slope = slope + change(right)[1]  # what is held moves where the objective is not level
+        slope = slope + change(right)[1]  # held parameters move, and the objective is not stationary in them
     known = status == Status.CONVERGED
     along, slope = _where_known(known, along), _where_known(known, slope)
     params, params_move = jax.jvp(lambda theta: system.params(theta, values), (theta,), (along,))
@@ -245,9 +249,9 @@ def _moves(
 
 
 def _where_known(known: jax.Array, move: jax.Array) -> jax.Array:
-    """A move, or NaN, and no plausible number, in place of one that is not known.
+    """A tangent, or NaN where it is not known.
 
-    In both modes what is not asked for stays 0: a fit that failed spoils nothing where a loss leaves it out.
+    In both modes a zero stays 0: a failed fit that a loss leaves out does not make the loss's gradient NaN.
     """
 
     def told(_: Any, move: jax.Array) -> jax.Array:
@@ -258,25 +262,25 @@ def _where_known(known: jax.Array, move: jax.Array) -> jax.Array:
 
 
 def _present(given: Given) -> Given:
-    """What is given as a fit sees it: a row of weight 0 is absent, and so is the slope in its weight."""
+    """The arguments as a fit uses them: a row of weight 0 is absent, and the derivative in its weight is 0."""
     x, weights = tree.present(given.x, given.weights)
     weights = None if weights is None else jnp.where(weights > 0, weights, 0)
     return dataclasses.replace(given, x=x, weights=weights)
 
 
 def _climbs(given: Given) -> bool:
-    """Whether the model has no M-step but its slope."""
+    """Whether the model has no M-step, so that Q is climbed by gradients."""
     return complete("model", given.model).m_step is None
 
 
 @dataclasses.dataclass(frozen=True)
 class _System:
-    """What defines a limit as an implicit function of the values that move.
+    """The equation of a limit, which makes it an implicit function of the values that move.
 
     theta: its coordinates (P,).
     params: parameters from (theta, values).
-    at: (theta, values) -> what is 0 at the limit (P,), and the objective. The latter is level at a limit, so that it
-        moves as it does where theta moves by the former alone: as far as parameters are held, and no further.
+    at: (theta, values) -> the residual r (P,), 0 at the limit, and the objective f. At a limit f is stationary in all
+        of theta that is not held, and what is held moves by dr: the derivative of f is ∂f/∂values + ∂f/∂θ dr.
     """
 
     theta: jax.Array
@@ -285,7 +289,7 @@ class _System:
 
 
 def _fixed_point(given: Callable[[Values], Given], params: Params, _: Values) -> _System:
-    """A fixed point of the EM map: what a step moves parameters by is 0."""
+    """A fixed point of the EM map: the residual is what a step moves parameters by."""
     theta, unravel = ravel_pytree(params)
 
     def at(theta: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
@@ -299,7 +303,7 @@ def _fixed_point(given: Callable[[Values], Given], params: Params, _: Values) ->
 
 
 def _held_at_start(after: Params, params: Params, start: Params | None) -> Params:
-    """What a step hands on as it is, as `Conditional` does with what is in none of its blocks, is that of the start."""
+    """Leaves that a step returns as the same objects, as `Conditional` those in none of its blocks, are the start's."""
     leaves, structure = jax.tree.flatten(after)
     both = list(zip(jax.tree.leaves(params), jax.tree.leaves(start), strict=False))
     if len(both) != len(leaves):
@@ -309,7 +313,7 @@ def _held_at_start(after: Params, params: Params, start: Params | None) -> Param
 
 
 def _stationary(given: Callable[[Values], Given], params: Params, values: Values) -> _System:
-    """A point where the objective is level, in unconstrained coordinates: of models without an M-step of their own."""
+    """A stationary point of the objective, in unconstrained coordinates: for models without an M-step of their own."""
     theta, unravel = ravel_pytree(complete("model", given(values).model).unconstrain(params))
 
     def params_of(theta: jax.Array, values: Values) -> Params:

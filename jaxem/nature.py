@@ -23,7 +23,7 @@ class Nature:
 
     @staticmethod
     def of(natures: "Iterable[Nature]") -> "Nature":
-        """What is made of such slots; where one is random, the objective may fall."""
+        """The nature of an algorithm with these slots; where one is random, the objective may fall."""
         natures = tuple(natures)
         stochastic = any(each.stochastic for each in natures)
         return Nature(

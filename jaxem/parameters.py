@@ -70,7 +70,7 @@ def spreads(name: str, values: np.ndarray) -> None:
 
 
 def _inside(name: str, values: np.ndarray, inside: np.ndarray, must: str, remedy: str = "", what: str = "") -> None:
-    """Raise ValueError with the first of the values that are not inside; what: what these are of the parameter."""
+    """Raise ValueError with the first of the values that are not inside; what: what to call it, as "a sum of "."""
     if np.all(inside):
         return
     place = tuple(np.argwhere(~inside)[0].tolist())

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from . import numerics, special
 from .record import record
 
-# Where log(x) of an x that is 0 lies: exp() of it is 0 in every precision.
+# Minus this stands for log(0): its exp() is 0 in every precision.
 _FAR_OUT = 1e4
 
 
@@ -75,12 +75,12 @@ class Dirichlet:
         return like(self.concentration, counts.shape, counts.dtype) - 1
 
     def posterior(self, counts: jax.Array, support: Any = None) -> "Dirichlet":
-        """Given counts (..., K); where a support (..., K) is False (0), there is no probability."""
+        """The posterior given counts (..., K); where a support (..., K) is False (0), its concentration is 0."""
         total = like(self.concentration, counts.shape, counts.dtype) + counts
         return Dirichlet(total if support is None else jnp.where(jnp.asarray(support) != 0, total, 0))
 
     def posterior_mode(self, counts: jax.Array, support: Any = None) -> jax.Array:
-        """The mode given counts (..., K), which are added to concentration - 1: what is vanishingly small stays."""
+        """The mode given counts (..., K), as counts + (concentration - 1), which does not lose tiny counts."""
         extra = self.pseudo_counts(counts)
         extra = extra if support is None else jnp.where(jnp.asarray(support) != 0, extra, 0)
         counts = jnp.maximum(counts + extra, 0)
@@ -104,7 +104,7 @@ class Dirichlet:
         return jnp.where(inside, special.digamma(jnp.where(inside, concentration, 1)) - total, -jnp.inf)
 
     def weighed(self) -> jax.Array:
-        """exp(E[log p]), what p counts for where densities are taken in expectation: its sum is below 1."""
+        """exp(E[log p]), which stands for p in variational responsibilities: its sum is below 1."""
         return jnp.exp(self.expected_log())
 
     def kl(self, other: "Dirichlet") -> jax.Array:
@@ -162,13 +162,13 @@ class Beta:
         return like(self.a, shape, dtype) - 1, like(self.b, shape, dtype) - 1
 
     def posterior(self, outcomes: tuple[jax.Array, jax.Array]) -> "Beta":
-        """Given successes and failures."""
+        """The posterior given successes and failures."""
         successes, failures = outcomes
         shape, dtype = successes.shape, successes.dtype
         return Beta(like(self.a, shape, dtype) + successes, like(self.b, shape, dtype) + failures)
 
     def posterior_mode(self, outcomes: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """The mode given successes and failures, which are added to a - 1 and b - 1: what vanishes beside 1 stays."""
+        """The mode given successes and failures, as successes + (a - 1) and so on, which does not lose tiny counts."""
         more, less = self.pseudo_counts(outcomes[0])
         successes, failures = jnp.maximum(outcomes[0] + more, 0), jnp.maximum(outcomes[1] + less, 0)
         return numerics.safe_divide(successes, successes + failures)
@@ -232,13 +232,13 @@ class GammaPrior:
         return like(self.shape, values.shape, values.dtype) - 1, like(self.rate, values.shape, values.dtype)
 
     def posterior(self, seen: tuple[jax.Array, jax.Array]) -> "GammaPrior":
-        """Given events, and the exposure that they were seen in."""
+        """The posterior given events, and the exposure that they were seen in."""
         events, exposure = seen
         shape, dtype = events.shape, events.dtype
         return GammaPrior(like(self.shape, shape, dtype) + events, like(self.rate, shape, dtype) + exposure)
 
     def posterior_mode(self, seen: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """The mode given events and exposure; events are added to shape - 1: what vanishes beside 1 stays."""
+        """The mode given events and exposure, with events + (shape - 1), which does not lose tiny counts."""
         more, longer = self.pseudo_counts(seen[0])
         return jnp.maximum(seen[0] + more, 0) / (seen[1] + longer)
 

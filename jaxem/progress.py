@@ -76,9 +76,9 @@ def _certified(
     weights: jax.Array | None,
     terms: stopping.Terms,
 ) -> Progress:
-    """A fit that seems to have ended, after the algorithm's own verdict: it has converged, or goes on elsewhere."""
+    """A fit that seems to have ended, after the algorithm's verdict: converged, or to go on from a higher point."""
     at_rest = (fit.status == Status.CONVERGED) | (fit.status == Status.STALLED)
-    # At a maximum to begin with, gains and moves are rounding: there is nothing that a rule could go by.
+    # A fit that begins at a maximum has gains and moves of rounding alone, which no stopping rule can use.
     quiet = (fit.status == Status.RUNNING) & (watch.Watch.of(fit.watch).stalled >= _QUIET)
     at_rest = at_rest | (quiet & (terms.tol >= 0) & complete("state", fit.state).settled)
     allowed = allowance(fit.objective, model, terms.total, terms.tol)

@@ -1,4 +1,4 @@
-"""What the rooms promise each other. Nothing here is inherited; anything of this shape fits.
+"""The interfaces of models, posteriors and parts. Nothing here is inherited; any object with these members fits.
 
 What an object may leave out, and what then stands in its place, is written down in `capabilities.py`.
 """
@@ -38,8 +38,8 @@ class Model(Protocol):
 
     @property
     def q_on_rows(self) -> Any:
-        """(params, stats, x, weights) -> Q as a function of parameters, where `q_function` is but its tangent at
-        `params`, which all statistics are of; None where statistics tell Q at all parameters."""
+        """(params, stats, x, weights) -> Q as a function of parameters, where `q_function` is only its tangent at
+        `params`, the parameters of the E-step; None where statistics determine Q at all parameters."""
         ...
 
     @property
@@ -49,7 +49,7 @@ class Model(Protocol):
 
     @property
     def wake(self) -> Any:
-        """(params, x, weights) -> params, the M-step under that q; None where there is none."""
+        """(params, x, weights) -> params, the M-step under the q of `recognise`; None where there is none."""
         ...
 
     def complete_log_prob(self, params: Params, x: Data, z: Any) -> jax.Array:
@@ -87,16 +87,16 @@ class Model(Protocol):
 
     @property
     def expands(self) -> bool:
-        """Whether it is part of a larger model with the same likelihoods, whose M-step `expanded` makes of its own."""
+        """Whether it is part of a larger model with the same likelihoods, as PX-EM needs it; see `expanded`."""
         ...
 
     def expanded(self, params: Params, stats: Stats, held: tuple[str, ...] = ()) -> Params:
-        """The parameters of an M-step, and in them what the M-step of the larger model adds where nothing is held."""
+        """The larger model's M-step, reduced to this one, from the own M-step's params; as they are where `held`."""
         ...
 
     @property
     def likelihood(self) -> bool:
-        """Whether the objective is one; else it has no unit of its own."""
+        """Whether the objective is a log-likelihood (+ log-prior), in nats; else it has no unit of its own."""
         ...
 
     @property
@@ -172,8 +172,8 @@ class Model(Protocol):
 class Posterior(Protocol):
     """A distribution of a model's latents: what its `infer` returns and its `statistics` take.
 
-    `free_energy` and law 13 ask for what is beside the evidence, which a posterior may leave out. Where there is `kl(q,
-    weights)`, KL(q ‖ this), it is the gap between log-likelihood and bound; without, their difference is.
+    Only `free_energy` and the law "lower bound" need more than the evidence; a posterior may leave it out. The gap
+    between log-likelihood and bound is `kl(q, weights)`, KL(q ‖ this), where there is one, and else their difference.
     """
 
     @property
@@ -186,7 +186,7 @@ class Posterior(Protocol):
         ...
 
     def given(self, q: Any) -> "Posterior":
-        """What a user gave as distribution of the same latents, in this form and with this evidence."""
+        """A user's distribution q of the same latents, in this form and with this evidence."""
         ...
 
 
@@ -196,7 +196,12 @@ AnyModel = Model | Any
 
 @record
 class Problem:
-    """What is to be fitted: a complete model and its data, with a leading axis of independent units; see `pose`."""
+    """What is to be fitted; see `pose`.
+
+    model: complete.
+    x: its data, with a leading axis of independent units.
+    weights: (N,), or None.
+    """
 
     model: Model
     x: Data
@@ -215,8 +220,8 @@ class Problem:
 class Part(Protocol):
     """A named piece of the parameters, independent of the others given the statistics.
 
-    What it may have beside, and what else takes its place, stands in `capabilities`: `rebase`, where statistics have
-    a reference; `supports`, where values lie (name -> a check of `parameters`, or one if it is an array); and others.
+    Its optional members, and their defaults, stand in `capabilities`: `rebase`, where statistics have a reference;
+    `supports`, where values lie (name -> a check of `parameters`, or the check itself for an array); and others.
     """
 
     def m_step(self, stats: Stats) -> Params:
@@ -293,7 +298,7 @@ class Gate(Part, Protocol):
         ...
 
     def log_prob(self, params: Params, x: Data) -> jax.Array:
-        """log p(component k | row n): (K, N), or (K, 1) where rows have no part in it."""
+        """log p(component k | row n): (K, N), or (K, 1) where it does not depend on the row."""
         ...
 
     def stats(self, params: Params, x: Data, responsibilities: jax.Array) -> Stats:

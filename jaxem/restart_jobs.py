@@ -101,7 +101,7 @@ def start_key(key: jax.Array, number: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="function", inline=True)
 def draw(model: Model, function: Callable | None, key: jax.Array, x: Data, weights: jax.Array | None) -> Params:
-    """A start by `function`, or by the model's own `init`; under jit for its trace to be remembered."""
+    """A start by `function`, or by the model's own `init`; jitted, so that its trace is cached."""
     return (model.init if function is None else function)(key, x, weights)
 
 
@@ -170,7 +170,7 @@ def drive(
 def _iteration(
     fitting: Fitting, jobs: Jobs, tol: jax.Array | float, max_steps: jax.Array | int, capacity: int
 ) -> scheduler.Iteration:
-    """EM as the scheduler sees it."""
+    """The fit of one restart, as an `Iteration` of the scheduler."""
     model, algorithm, x, weights = fitting.model, fitting.algorithm, fitting.x, fitting.weights
 
     def load(every: tuple[Jobs, Leader], slot: jax.Array) -> _Lane:

@@ -48,9 +48,9 @@ class Screen:
 class Restarts:
     """How every restart ended, and the best of them in full.
 
-    best: the Result of the restart with the highest objective among those that converged or ran out of steps (if all
-        failed, the highest of the failed: look at its status), and that were not screened out; certified, where that
-        was asked for.
+    best: the Result of the restart with the highest objective among those that converged, stalled or ran out of steps,
+        and were not screened out (if there is none, the highest of all: look at its status); certified, where that was
+        asked for.
     index: which restart that is.
     total_weight: what objectives are divided by to compare them per row.
 
@@ -98,7 +98,7 @@ class Restarts:
 
 @functools.partial(jax.jit, static_argnames="screen")
 def _survivors(jobs: Jobs, screen: Screen) -> tuple[Jobs, jax.Array]:
-    """All restarts, the best of them set to run on unless they have ended; and which those best are (R,)."""
+    """All restarts, the best of them set to run on if they ran out of steps; and which are among the best (R,)."""
     total = jobs.status.shape[0]
     rank = jnp.argsort(jnp.argsort(-jnp.where(eligible(jobs.status), jobs.objective, -jnp.inf)))
     kept = rank < max(1, round(screen.keep * total))
@@ -108,9 +108,9 @@ def _survivors(jobs: Jobs, screen: Screen) -> tuple[Jobs, jax.Array]:
 
 @jax.jit
 def _handed_over(jobs: Jobs, kept: jax.Array | None) -> Jobs:
-    """Restarts after a run in coarse arithmetic, those kept (all by default) set to run on without what it told."""
+    """Restarts after a run in coarse arithmetic, those kept (all by default) set to run anew from where it led."""
     again = jnp.ones_like(jobs.status, bool) if kept is None else kept
-    # What a run in coarse arithmetic saw of gains and moves is believed only where it has converged.
+    # The gains and moves of a run in coarse arithmetic are trusted only where it has converged.
     fresh = jax.vmap(watch.begun)(jnp.zeros_like(jobs.objective), jobs.params)
     return dataclasses.replace(
         jobs,
@@ -175,14 +175,14 @@ def fit_restarts(
     algorithm, tol, max_steps: as in `em_fit`, for every restart by itself.
     screen: short runs first, and only the best of them to convergence.
     block_size: how many restarts run side by side; chosen from shapes and backend when None.
-    certify: whether the best, if it converged, is looked at once more, in 30 E-steps (see `certified`). Where more is
-        found it goes on until it is certified; a traced call only reports, `best.certified` is False then. Algorithms
-        that are random, and models that are no likelihoods, are not certified.
+    certify: whether the best, if it converged, is certified, in up to 30 E-steps (see `certified`). From a higher point
+        that is found the fit goes on; a traced call only reports it, by `best.certified`. Not certified are
+        models without a likelihood or an M-step, and algorithms whose steps do not climb the likelihood of all rows.
 
     Restart i draws from `jax.random.fold_in(key, i)` alone, whatever R and block_size are. A restart that fails ends
     with its own status, never wins, and does not touch its neighbours. Where the model has a `coarse()` form, a large
-    job runs with that first, and then every restart runs on to convergence with the model itself. What is reported is
-    that second run, but num_passes counts both.
+    job of a monotone algorithm runs with it first, screen included, and then the restarts that are kept run to
+    convergence with the model itself. What is reported of these is that second run, but num_passes counts both.
 
     `best` has the derivatives of its limit, as those of `em_fit`; those of all else are NaN.
 
@@ -216,7 +216,7 @@ def fit_restarts(
 
 
 def _of_one(index: jax.Array, given: implicit.Given, function: Callable | None, key: jax.Array) -> implicit.Given:
-    """All that the limit of one restart depends on: with its own start, where something can move that."""
+    """All that the limit of one restart depends on, with its own start where this may have a derivative."""
     if checks.is_concrete(given) or (given.start is None and function is None):
         return dataclasses.replace(given, start=None)  # a model's own starts are constants
     if given.start is None:
@@ -246,7 +246,7 @@ def _shown(best: Result, max_steps: Any) -> Result:
 
 
 def _certified(fitting: Fitting, runs: Restarts, tol: jax.Array | float, max_steps: jax.Array | int) -> Restarts:
-    """The restarts, with what a verdict says of the best; it goes on where that can be seen to be worth it."""
+    """The restarts, with a verdict on the best, which goes on where a concrete verdict found a higher point."""
     known = checks.is_concrete(runs.best.status)
     if not certificate.possible(fitting) or (known and int(runs.best.status) != Status.CONVERGED):
         return runs

@@ -34,7 +34,7 @@ def start(*methods: str) -> Callable:
         @functools.wraps(init)
         def checked(self: Any, key: jax.Array, x: Data, weights: jax.Array | None = None, **options: Any) -> Params:
             if methods:
-                # Always given, so that the default by its name is no other program.
+                # Always passed on, so that the default, given or left out, is one compiled program.
                 options = {"method": methods[0], **options}
                 checks.choice("method", options["method"], methods)
             self, x, weights = tree.constants((self, *checks.native((x, weights))))
@@ -74,7 +74,7 @@ def membership(
 
 
 def responsibilities(membership: jax.Array, count: int, smoothing: float, dtype: Any) -> jax.Array:
-    """Responsibilities (K, N) from numbers (N,) or responsibilities (N, K), a part of every row spread over all."""
+    """Responsibilities (K, N) from numbers (N,) or responsibilities (N, K), the part `smoothing` spread evenly."""
     given = membership[None] == jnp.arange(count)[:, None] if membership.ndim == 1 else membership.T
     return (1 - smoothing) * given.astype(dtype) + smoothing / count
 
@@ -87,7 +87,7 @@ def params_like(part: Any, x: Data, num_components: int) -> Params:
 
 @functools.partial(jax.jit, static_argnames="num_components")
 def _pooled(part: Any, x: Data, num_components: int) -> Params:
-    """The whole data as one component, K times over; under jit for its trace to be remembered."""
+    """The whole data as one component, K times over; jitted, so that its trace is cached."""
     return capabilities.complete("part", part).pooled(x, None, num_components)
 
 
@@ -102,8 +102,9 @@ def estimates(
     """Parameters of parts that look at rows, from numbers (N,) or responsibilities (N, K), in blocks of rows.
 
     counts: the number of components that every part starts with, all of them alike. The largest is K: some families
-    add components by themselves. M-steps are taken as often as a part says, twice where it does not: the first centres
-    statistics on the components' own means. One loop, so that a program holds them once.
+    add components by themselves. M-steps are taken as often as the part that needs most says (`start_passes`), which is
+    twice by default: the first centres statistics on the components' own means. One loop, so that a program holds them
+    once.
     """
     dtype, count = tree.float_dtype(x), max(counts.values())
     pooled = {name: part.pooled(seen_by(name, x), weights, counts[name]) for name, part in parts.items()}
@@ -178,7 +179,7 @@ def _first(key: jax.Array, weights: jax.Array | None, points: jax.Array) -> jax.
 def _one_seed(
     key: jax.Array, weights: jax.Array | None, points: jax.Array, num_seeds: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Squared distances to the nearest seed (N,), which that is (N,), and the seeds (K,), after the first is drawn."""
+    """With the first seed drawn: squared distances to the nearest seed (N,), its number (N,), and the seeds (K,)."""
     first = _first(jax.random.fold_in(key, 0), weights, points)
     return (
         _distances(points, first),
@@ -219,7 +220,7 @@ def kmeans_plusplus(
 def greedy_kmeans_plusplus(
     key: jax.Array, points: jax.Array, weights: jax.Array | None, num_seeds: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`kmeans_plusplus` that draws 2 + log K candidates for every seed and takes the one that helps most.
+    """`kmeans_plusplus` with 2 + log K candidates for every seed, of which the one with the smallest cost is taken.
 
     This is the variant that Arthur & Vassilvitskii recommend, and scikit-learn's default.
     """

@@ -97,7 +97,7 @@ class Sequences:
     def rows(self) -> tuple[Any, jax.Array]:
         """All steps as rows (T B, ...), time first, and which of them (T B,) are observed.
 
-        Those that are not repeat one that is, so that a family which takes no missing entries never sees one.
+        Unobserved steps repeat an observed one, so that a family which takes no missing entries is given none.
         """
 
         def flat(leaf: jax.Array) -> jax.Array:
@@ -163,7 +163,7 @@ def pad_sequences(sequences: Sequence[Any]) -> Sequences:
 
 
 def pack_sequences(sequences: Sequence[Any], num_rows: int | None = None) -> Sequences:
-    """The same for lengths that differ much: several sequences a row, so that next to nothing is padding.
+    """Sequences (T_i, ...) packed, several to a row: for lengths that differ much, with next to no padding.
 
     num_rows: B; None for as many rows as the longest sequence allows. Sequences go, the longest first, into the row
     that has the most room. Raises as `pad_sequences` does.
@@ -222,7 +222,7 @@ def as_sequences(x: Any) -> Sequences:
 def missing(rows: Any, numpy: Any = jnp) -> Any:
     """Which rows (N,) hold nothing but NaN; arrays of whole numbers have no rows that are missing as a whole.
 
-    numpy: the module that looks, NumPy itself where values are at hand and nothing should be compiled.
+    numpy: the module that computes it; NumPy itself where values are concrete and nothing should be compiled.
     """
 
     def nothing(leaf: jax.Array) -> jax.Array:
@@ -239,7 +239,7 @@ def is_one(x: Any) -> bool:
 
 
 def check(x: Any, weights: Any = None) -> Sequences:
-    """Data as `Sequences`; raises ValueError or TypeError for shapes or lengths that cannot be. Values are not read."""
+    """Data as `Sequences`; raises ValueError or TypeError for impossible shapes or lengths. Values are not checked."""
     if isinstance(x, list) or (isinstance(x, tuple) and len(x) > 2):
         raise TypeError(
             f"x must be an array, a pair of arrays as a tuple, or Sequences; got a {type(x).__name__} of {len(x)}: "

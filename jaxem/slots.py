@@ -1,4 +1,4 @@
-"""What an algorithm's slots, its states, and algorithms themselves promise; as `protocols` for models and parts.
+"""The interfaces of an algorithm's slots, of its states, and of algorithms; as `protocols` for models and parts.
 
 What an object may leave out, and what then stands in its place, is written down in `capabilities.py`.
 """
@@ -20,7 +20,7 @@ class Expect(Protocol):
     def posterior(self, model: Model, params: Params, x: Data) -> Any: ...
 
     def at(self, step: jax.Array, key: jax.Array | None) -> "Expect":
-        """What it is in one step of an algorithm, with the key of its draws."""
+        """This slot in one step of an algorithm, as a schedule may change it, with the key of its draws."""
         ...
 
     def fold(self, number: jax.Array | int) -> "Expect":
@@ -49,11 +49,11 @@ class Gather(Protocol):
         ...
 
     def rounds(self, problem: Problem) -> int:
-        """How many M-steps and `step`s make one turn; `index` counts them."""
+        """How many rounds, of an M-step and a `step` each, one EM step takes; `index` is the number of the round."""
         ...
 
     def passes(self, problem: Problem) -> float:
-        """Passes over the data in a turn."""
+        """Passes over the data in these rounds."""
         ...
 
     def step(
@@ -66,7 +66,7 @@ class Gather(Protocol):
 class Maximize(Protocol):
     """How parameters are made from statistics; `state` is what the slot remembers between steps.
 
-    Where M-steps are known to have left something of Q, their state shows it as `missed`.
+    Where M-steps are known to stay below the maximum of Q, their state shows by how much, as `missed`.
     """
 
     @property
@@ -75,7 +75,7 @@ class Maximize(Protocol):
     def init(self, problem: Problem, params: Params) -> Any: ...
 
     def rounds(self, problem: Problem, params: Params) -> int:
-        """How many E-steps and `step`s make one turn."""
+        """How many rounds, of a `step` and an E-step each, one EM step takes; `index` is the number of the round."""
         ...
 
     def step(
@@ -102,7 +102,7 @@ class State(Protocol):
 
     @property
     def waiting(self) -> jax.Array | None:
-        """Whether the E-step at the start is yet to be made, by the next step alone; None where it always is made."""
+        """Whether the E-step at the start is yet to be made: the next step is that alone. None where it never waits."""
         ...
 
     @property
@@ -112,12 +112,12 @@ class State(Protocol):
 
     @property
     def missed(self) -> jax.Array | float:
-        """What M-steps are known to have left of Q."""
+        """By how much the last M-step is known to be below the maximum of Q + log-prior, in nats."""
         ...
 
     @property
     def settled(self) -> jax.Array | bool:
-        """False while the objective itself is still being changed."""
+        """False while a schedule still changes the objective itself."""
         ...
 
     @property
@@ -134,7 +134,7 @@ class Algorithm(Protocol):
         ...
 
     def limit(self, model: Model, params: Params, x: Data, weights: jax.Array | None = None) -> tuple[Params, Any]:
-        """Where a smooth map leads from `params` whose fixed points are where this algorithm ends; the state there."""
+        """T(params), for a smooth map T whose fixed points are this algorithm's limits, and the state at `params`."""
         ...
 
     @property
@@ -150,7 +150,7 @@ class Algorithm(Protocol):
     def begin(
         self, model: Model, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> Any:
-        """The state that a compiled fit begins with: `init`, or one that is `waiting`, so that it holds one E-step."""
+        """The state that a compiled fit begins with: `init`, or one that is `waiting`, to compile one E-step only."""
         ...
 
     def step(self, model: Model, state: Any, x: Data, weights: jax.Array | None = None) -> Any: ...

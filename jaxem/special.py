@@ -43,12 +43,12 @@ def digamma(a: jax.Array) -> jax.Array:
 
 
 def gamma_entropy_gap(a: jax.Array) -> jax.Array:
-    """a digamma(a) - lgamma(a) - a, a > 0: about (log(a / 2 pi) - 1) / 2 for large a, whose terms it does not form."""
+    """a digamma(a) - lgamma(a) - a, a > 0, without these large terms: about (log(a / 2 pi) - 1) / 2 for large a."""
     return 0.5 * jnp.log(a / (2 * math.pi)) - stirling_error(a) - 0.5 - a * digamma_error(a)
 
 
 def draw_log_gamma(key: jax.Array, shape: jax.Array) -> jax.Array:
-    """Logarithms of gamma variates of these shapes and rate 1, in their precision: JAX's own default is another."""
+    """Logarithms of gamma variates of these shapes and rate 1, in the dtype of `shape`, which is not JAX's default."""
     return jax.random.loggamma(key, shape, dtype=shape.dtype)
 
 
@@ -84,15 +84,15 @@ def solve(function: Callable[[jax.Array], jax.Array], target: jax.Array, start: 
 
 
 def _raises(a: jax.Array) -> int:
-    """How often an argument is raised by 1, and from where on Stirling's series is exact to rounding.
+    """How often a small argument is raised by 1; from this number on Stirling's series is exact to rounding.
 
-    What is taken off for the raised ones is of that size, and so is its rounding: no more of them than it takes.
+    The terms that undo the raises are of this size, and so is their rounding error: it is no larger than needed.
     """
     return 8 if jnp.finfo(jnp.result_type(a)).eps < 1e-9 else 4
 
 
 def _raised(a: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Where recurrences lead back to, and where Stirling's series holds: a and a + count, or 1 and a for a large a."""
+    """Where recurrences lead back to, and where Stirling's series is taken: a and a + count, or 1 and a for large a."""
     return jnp.where(a < count, a, 1), jnp.where(a < count, a + count, a)
 
 

@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """Why the iteration stopped. Results hold it as an int32 array, one entry a restart."""
+    """Why the iteration stopped (REMEDIES explains each). Results hold it as an int32 array, one entry a restart."""
 
     RUNNING = -1
     CONVERGED = 0

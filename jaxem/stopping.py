@@ -1,9 +1,10 @@
-"""When a fit stops, and what that is called.
+"""When a fit stops, and with which status.
 
-What is left to gain is a geometric series: the last gain, and the rate at which gains shrink. Both are read from the
-objective for as long as its gains stand out of its rounding. An objective is a long sum, so that its rounding hides
+What is left to gain is a geometric series, given by the last gain and the rate at which gains shrink. Both are taken
+from the objective for as long as its gains exceed its rounding. An objective is a long sum, so that its rounding hides
 gains long before a slow fit is done, above all in float32. Parameters are resolved far better: near a maximum a
-gain goes as the square of its move, and a move of 1e-7 is seen where a gain of 1e-14 is not: moves then stand for it.
+gain goes as the square of its move, and a move of 1e-7 is visible where a gain of 1e-14 is not. Moves then replace
+gains.
 """
 
 import dataclasses
@@ -21,31 +22,40 @@ from .slots import State
 from .status import Status
 from .watch import ROUNDED, SEEN, Watch, begun, changed, moved, observe
 
-# Steps without visible progress after which an objective that has no moves to look at is at its resolution.
+# Steps without visible progress after which an objective that is no long sum, whose moves are not used, is at its
+# resolution; half of them where it is no likelihood.
 PATIENCE = 4
 
-# A ratio of moves stands out of their rounding from so many units of that on.
+# A ratio of moves is used where it differs from 1 by more than so many units of its rounding.
 _MOVED = 8
 
-# So many steps in a row have to find that little is left: where a fast mode has died, a slow one shows itself next.
+# So many steps in a row have to find that little is left: after a fast mode has died out, a slow one may appear.
 _CONFIRMED = 3
 
-# What is extrapolated from moves counts so many times.
+# The safety factor on what is extrapolated from moves.
 _CAUTION = 4
 
-# Steps over which moves are compared before they tell of a rate, and without any shrinking of moves before they rest;
-# the scatter of their ratios from which on moves are nothing but rounding.
+# The fewest steps over which moves give a rate; the fewest steps without shrinking after which moves are at rest; the
+# scatter of their ratios above which moves are nothing but rounding.
 _FEWEST = 4
 _REST = 64
 _SCATTER = 0.25
 
-# Nats a unit of weight that a squared relative move of 1 is worth, at the most, where no gain has been seen yet.
+# The most that a squared relative move of 1 may gain, in nats per unit of weight, as long as no gain has been seen.
 _DEAREST = 1e4
 
 
 @record
 class Progress:
-    """A fit under way: the algorithm's state, its objective, and the numbers of what the stopping rule remembers."""
+    """A fit under way.
+
+    state: the algorithm's.
+    objective: its objective, -inf while the state waits for its first E-step.
+    watch: the numbers of a `Watch`, what the stopping rule remembers.
+    num_steps: steps so far.
+    status: RUNNING, or why it ended.
+    largest_decrease: the largest fall of the objective in one step so far.
+    """
 
     state: Any
     objective: jax.Array
@@ -59,8 +69,8 @@ class Progress:
 class Terms:
     """What a fit is judged by.
 
-    nature: what its algorithm is.
-    likelihood: whether its objective is one, a long sum with a unit of its own.
+    nature: that of its algorithm.
+    likelihood: whether its objective is a log-likelihood, a long sum with a unit of its own.
     total: the weight of all rows.
     tol, max_steps: its limits, as in `em_fit`.
     """
@@ -76,10 +86,13 @@ class Terms:
 class _Step:
     """What one step did.
 
-    height, gain: what is to rise, the objective (where it is not known, the move), and by how much it rose.
-    resolution, allowed: what of a gain is rounding, and how much may be left to gain.
-    summed: whether the objective is a long sum, whose rounding hides what parameters still show.
-    fell, drop: whether it fell by more than rounding, where it never should, and by how much.
+    height: the objective; where it is not known, the largest relative move of a parameter.
+    gain: by how much the objective rose; where it is not known, the same move.
+    resolution: the part of a gain that may be rounding.
+    allowed: how much may be left to gain.
+    summed: whether the objective is a long sum, whose rounding hides progress that parameters still show.
+    fell: whether the objective fell by more than rounding, under an algorithm that never lowers it.
+    drop: by how much it fell, 0 if it rose.
     """
 
     height: jax.Array
@@ -96,8 +109,8 @@ def _series(ratio: jax.Array, before: jax.Array, noise: jax.Array) -> tuple[jax.
 
     Aitken's estimate, ratio / (1 - ratio) (McLachlan & Krishnan, The EM Algorithm and Extensions, section 4.9). Taken
     is the slower of the last two ratios, so that one lucky ratio does not stop a slow fit. A ratio that rises by more
-    than its noise tells of a slower mode taking over: it is carried on for as long as the fit has to go,
-    1 / (1 - ratio) steps, at a rise that grows as fast.
+    than its noise is a sign of a slower mode taking over: the rise is extrapolated over the steps that the fit has to
+    go, 1 / (1 - ratio), and grows by the same factor.
     """
     slow = jnp.maximum(ratio, before)
     rise = jnp.where(jnp.isfinite(before), jnp.maximum(ratio - before - noise, 0), 0)
@@ -106,40 +119,40 @@ def _series(ratio: jax.Array, before: jax.Array, noise: jax.Array) -> tuple[jax.
 
 
 def left_by_gains(before: Watch, now: Watch, resolution: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What is left to gain, told by the last gain and its ratio, and whether rounding leaves that credible."""
+    """What is left to gain, by the last gain and its ratio, and whether rounding leaves that credible."""
     series, slow = _series(now.ratio, before.ratio, 4 * resolution / jnp.abs(before.gain))
     # The error of a ratio must be small against its distance from 1.
     return now.gain * series, now.gain * jnp.minimum(1 - slow, 1) > SEEN * resolution
 
 
 def left_by_moves(before: Watch, now: Watch, resolution: jax.Array, total: jax.Array) -> jax.Array:
-    """What is left to gain where gains drown in rounding: what the last move is worth, and those to come.
+    """What is left to gain where gains drown in rounding: the gain that belongs to the last move, and to those to come.
 
-    Moves shrink as their last ratio tells, where that stands out of its own rounding, and no faster than they have
-    halved: over many steps the rounding of slow moves averages out.
+    The rate of moves is their last ratio, where that exceeds its own rounding, and no faster than the pace at which
+    they last halved: over many steps the rounding of slow moves averages out.
     """
     unseen = jnp.isinf(now.seen)
     worth = jnp.exp(jnp.where(unseen, now.move, now.seen + now.power * (now.move - now.seen_move)))
     gain = jnp.where(unseen, _DEAREST * total, 1) * worth
     gain = jnp.minimum(gain, jnp.maximum(now.gain, 0) + SEEN * resolution)  # more would have been seen
     per_length = jnp.exp(-0.5 * now.move)
-    # Moves of the size of their rounding shrink no more, however near the limit is.
+    # Moves of the size of their rounding shrink no more, however near the limit is: a little shrinking is assumed.
     folds = jnp.maximum(now.mark - now.move, jnp.where(ROUNDED * now.rounding * per_length**2 >= 1, 0.1, 0))
     direct = jnp.where((now.since >= _FEWEST) & (folds > 0), now.since / jnp.where(folds > 0, folds, 1), jnp.inf)
     # Moves that have not halved in so many steps are at least that slow.
     pace = jnp.where(jnp.isinf(now.pace), direct, jnp.maximum(now.pace, now.since / math.log(2)))
-    # The sum 1 / (e^y - 1) of a geometric series of ratio e^-y; that of y by its own series, which is long enough.
+    # The sum 1 / (e^y - 1) of a geometric series of ratio e^-y, with e^y - 1 by three terms: no less than the sum.
     y = now.power / jnp.where(pace > 0, pace, 1)
     slowest = jnp.where(jnp.isinf(pace), jnp.inf, 1 / (y * (1 + y * (0.5 + y / 6))))
     noise = _MOVED * jnp.finfo(per_length.dtype).eps * per_length
     series, _ = _series(now.shrink, before.shrink, noise)
-    # Parameters may be known far worse than their own size says, as a mean of nearly 0 is.
+    # The rounding of parameters may be far above that of their own size, as for a mean near 0: hence `rough`.
     told = jnp.abs(1 - now.shrink) > jnp.maximum(noise, 2 * now.rough)
     return _CAUTION * gain * jnp.maximum(slowest, jnp.where(told, series, 0))
 
 
 def confirm(before: Watch, now: Watch, near: jax.Array) -> tuple[Watch, jax.Array]:
-    """Whether a fit that seems to be near its limit is: at once where it shrinks steadily, else after a few steps."""
+    """Whether a fit that seems near its limit is: at once where gains shrink steadily, else after _CONFIRMED steps."""
     change = jnp.abs(now.ratio - before.ratio)
     steady = change < 0.1 * jnp.minimum(jnp.abs(now.ratio), jnp.abs(1 - now.ratio))
     count = jnp.where(near, jnp.where(steady, _CONFIRMED, now.near + 1), 0)
@@ -147,7 +160,7 @@ def confirm(before: Watch, now: Watch, near: jax.Array) -> tuple[Watch, jax.Arra
 
 
 def kept(before: Progress, after: Progress) -> Progress:
-    """A fit that was taken up again, after a step: the E-step at its start makes it forget nothing of what it saw."""
+    """A resumed fit after a step. The E-step at its start is no step, and leaves its watch as it was but the record."""
     waiting = complete("state", before.state).waiting
     if waiting is None:
         return after
@@ -156,7 +169,7 @@ def kept(before: Progress, after: Progress) -> Progress:
 
 
 def rests(now: Watch) -> jax.Array:
-    """Whether neither the objective nor the moves tell of a fit that still goes on."""
+    """Whether neither the objective nor the moves have shown progress for long enough."""
     patience = jnp.maximum(_REST, 8 * jnp.where(jnp.isinf(now.pace), 0, now.pace))
     return ((now.since >= patience) | (now.rough > _SCATTER)) & (now.stalled >= patience)
 
@@ -208,12 +221,12 @@ def _step(fit: Progress, last_gain: jax.Array, state: State, value: jax.Array, t
     dtype = fit.objective.dtype
     eps = jnp.finfo(dtype).eps
     if state.loglik is None:
-        # Without an objective the parameters themselves are watched: their moves shrink like its gains.
+        # Without an objective moves of the parameters take the place of gains: both shrink geometrically.
         gain = height = jnp.where(first, jnp.inf, _largest_move(fit.state.params, state.params, dtype))
         resolution, allowed = jnp.asarray(4 * eps, dtype), jnp.asarray(terms.tol, dtype)
         fell, drop = jnp.array(False), jnp.zeros((), dtype)
     else:
-        # A log-likelihood is rounded in units of one nat a row; another objective has no unit of its own.
+        # The rounding of a log-likelihood is that of one nat a row at least; another objective has no unit of its own.
         size = jnp.maximum(jnp.abs(value), terms.total if terms.likelihood else 0)
         height, gain = value, value - fit.objective
         resolution, allowed = 2 * eps * size, terms.tol * terms.total
@@ -238,7 +251,7 @@ def _at_rest(before: Watch, now: Watch, step: _Step, told: State, terms: Terms) 
             left = jnp.where(credible, left, left_by_moves(before, now, resolution, terms.total))
             visible = visible | ~credible
     left = jnp.maximum(left, told.missed)
-    # Rounding errors of rows average out in all that parameters see of them.
+    # Rounding errors of rows average out in the statistics, on which alone parameters depend.
     floor = resolution / jnp.sqrt(jnp.maximum(terms.total, 1)) if step.summed else resolution
     near = (left <= jnp.maximum(step.allowed, floor)) & visible
     if terms.nature.stochastic:  # gains are noise, and say nothing

@@ -47,7 +47,7 @@ class _Case:
 
     @functools.cached_property
     def e_step(self) -> Callable:
-        """The model's E-step, compiled once a shape: with weights, where it takes any, since those of 1 are none."""
+        """The model's E-step, compiled once a shape: where it takes weights, with weights of 1 in place of none."""
         dtype, run = tree.float_dtype(self.x), jax.jit(lambda *given: self.model.e_step(*given))
         return lambda params, x, weights=None: run(
             params, x, np.ones(tree.num_rows(x), dtype) if weights is None and self.weighted else weights
@@ -123,7 +123,7 @@ def check_model(
 ) -> tuple[str, ...]:
     """Check every law that applies to this model at these parameters and data.
 
-    Give some tens of rows (the brute-force laws use the first few) and parameters at which every
+    Give some tens of rows (the law "brute force" uses the first three) and parameters at which every
     component has rows. skip: names of laws that an approximate E-step does not keep.
     Returns the names of the laws that were checked. Raises AssertionError naming the broken law,
     ValueError for an unknown name in `skip`.

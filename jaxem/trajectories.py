@@ -19,8 +19,8 @@ class Trajectory:
     """States of an algorithm, leading axis S = 1 + num_steps // thin: the start, and every thin-th after it.
 
     params: the parameters.
-    objective: (S,), log-likelihood + log-prior of exactly these, as far as the algorithm tells: where it sees a part of
-        the rows at a time, or a tempered posterior, its own account of it.
+    objective: (S,), log-likelihood + log-prior of exactly these; the algorithm's running estimate, where it uses a part
+        of the rows at a time, or a tempered posterior.
     """
 
     params: Params
@@ -40,9 +40,9 @@ def trajectory(
 ) -> Trajectory:
     """Run an algorithm for `num_steps` steps, and keep the states: a trace of EM, a sample by `gibbs()`.
 
-    algorithm: None is what `em_fit` takes then. key: drives algorithms that are random. thin: how many steps there are
-    between the states that are kept. Nothing ends it before its last step, nor does it look at what goes wrong. It is
-    one `lax.scan`, and so goes under `jit`, `vmap` and `grad` over params, data and key.
+    algorithm: None for the default of `em_fit`. key: drives algorithms that are random. thin: how many steps there are
+    between the states that are kept; steps after the last of these are not taken. It never stops early, and does not
+    check for failures. It is one `lax.scan`, and so goes under `jit`, `vmap` and `grad` over params, data and key.
     Raises TypeError or ValueError for bad input when called eagerly.
     """
     model = fitted_model(model)

@@ -58,7 +58,7 @@ def constants(a: Tree) -> Tree:
 
 
 def varying(a: Tree, *like: Tree) -> Tree:
-    """The start of a loop over data `like`, as one that varies from shard to shard as they do.
+    """The start `a` of a loop over data `like`, marked as varying from shard to shard as these do.
 
     Inside of a `shard_map` the carry of a loop has to do so; elsewhere it is returned as it is.
     """

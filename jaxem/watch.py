@@ -21,28 +21,28 @@ ROUNDED = 64
 class Watch:
     """What the stopping rule remembers of a fit; what is not known yet is infinite.
 
-    Numbers, which a fit under way holds as one vector: every array of its own is kernels of its own, to select it where
-    fits run side by side, and to write it away.
+    A fit under way holds these numbers as one vector: as separate arrays each would need kernels of its own, to be
+    selected where fits run side by side, and to be stored.
 
-    Moves are squared, relative to the parameters, and kept as logarithms: what shrinks by a factor a step is then a
-    difference, and few functions are left to compute, and to compile.
+    Moves are squared, relative to the parameters, and kept as logarithms: ratios are then differences, and fewer
+    functions have to be computed and compiled.
 
     gain: the last gain of the objective, a bound on it where M-steps stop short of their maximum.
     ratio: of the last two gains.
-    record: the highest objective that stood out of the rounding.
+    record: the objective when it last rose by more than its rounding.
     stalled: steps since then.
     mark: the move that later ones are compared with.
     since: steps since the mark.
     pace: steps in which moves shrank by a factor of e, when they last halved; inf where they grew.
     move: the last move.
     shrink: the ratio of the last two gains, as moves tell it.
-    turn: the last change of that.
-    rough: by how much such changes differ from step to step, on average: what of a ratio is noise.
-    seen: logarithm of the last gain that stood out of the rounding.
+    turn: the last change of `shrink`.
+    rough: by how much such changes differ from step to step, on average: the noise of a ratio.
+    seen: logarithm of the last gain above its rounding, of those at a new mark and the first.
     seen_move: the move that made it.
     power: gains go with this power of squared moves, 1 in the interior of the domain and 1/2 towards its boundary.
     near: steps in a row that found little enough left.
-    rounding: squared length of a move by the rounding of the parameters, itself and not its logarithm.
+    rounding: squared length of a move by the rounding of the parameters, not its logarithm.
     scale (A,): of every array of the parameters, the largest entry that it has had.
     """
 
@@ -66,7 +66,7 @@ class Watch:
 
     @classmethod
     def of(cls, numbers: jax.Array) -> "Watch":
-        """From the vector."""
+        """The watch that a vector of `numbers` holds."""
         names = [field.name for field in dataclasses.fields(cls)][:-1]
         return cls(**dict(zip(names, numbers[: len(names)], strict=True)), scale=numbers[len(names) :])
 
@@ -82,7 +82,7 @@ class Watch:
 
 
 def begun(value: jax.Array, params: Params) -> jax.Array:
-    """A fit at its start: its objective, a scalar, and its parameters."""
+    """The watch, as a vector, of a fit at its start, with this objective, a scalar, and these parameters."""
     zero = jnp.zeros_like(value)
     names = ("gain", "ratio", "mark", "pace", "move", "shrink", "seen", "seen_move")
     return Watch(
@@ -110,7 +110,7 @@ def _scale(params: Params, dtype: Any) -> jax.Array:
 
 
 def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array]:
-    """The squared length of a move, every array measured by the largest entry that it has had, or of its rounding.
+    """The squared length of a move, every array relative to the largest entry that it has had; at least its rounding.
 
     Returns the watch with these entries and that rounding as they are now, and the length, a scalar.
     """
@@ -141,7 +141,7 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
     halved, grown = folds >= math.log(2), folds < -math.log(2)
     pace = jnp.where(halved & ~first, since / folds, jnp.where(grown, jnp.inf, watch.pace))
     anew = first | halved | grown
-    # Taken anew whenever moves have halved, and averaged, since a single ratio of gains is rough.
+    # The power is taken anew whenever moves have halved, and averaged, since a single ratio of gains is noisy.
     apart = watch.seen_move - move
     compared = seen & anew & jnp.isfinite(apart) & (apart > math.log(1.5))
     power = jnp.clip((watch.seen - log_gain) / jnp.where(compared, apart, 1), 0.5, 1)
@@ -171,12 +171,12 @@ def observe(watch: Watch, value: jax.Array, gain: jax.Array, move: jax.Array, re
 
 
 def changed(numbers: jax.Array, **values: jax.Array) -> jax.Array:
-    """The vector of a watch with one of its fields set: one elementwise kernel, where to take it apart is many."""
+    """The vector of a watch with one of its fields set, in one elementwise kernel; to take it apart needs many."""
     ((name, value),) = values.items()
     names = [field.name for field in dataclasses.fields(Watch)]
     return jnp.where(np.arange(len(numbers)) == names.index(name), value.astype(numbers.dtype), numbers)
 
 
 def resumed(numbers: jax.Array) -> jax.Array:
-    """The watch of a fit that is taken up again: what it has proved, it need not prove again at full length."""
+    """The watch of a fit that is resumed: its count of steps near the limit is kept as 1 at most, to be confirmed."""
     return changed(numbers, near=jnp.minimum(Watch.of(numbers).near, 1))

@@ -1,4 +1,4 @@
-"""The bootstrap: how the parameters of a fit vary over data as these might have been."""
+"""The bootstrap: how the parameters of a fit vary over resampled data."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from ..slots import Algorithm
 from ..status import Status
 from .prepared import posed
 
-# How much worse every other assignment of labels has to be: in a tie two components cannot be told apart.
+# The confidence above which a match is clear: in a tie two components cannot be told apart.
 _CLEARLY = 0.1
 
 
@@ -31,8 +31,8 @@ class Bootstrap:
     estimate: the parameters that were given.
     params: the refitted ones, leading axis R.
     status: (R,), a `Status` each.
-    confidence: (R,), of the match of components: by how much of itself the next best assignment is worse, from 0, a
-        tie, to 1. 1 where the model has no labels to match.
+    confidence: (R,), of the match of components: 1 - its cost / the cost of the best match with two of them exchanged,
+        from 0, a tie, to 1. 1 where the model has no labels to match.
     matched: (R,), whether the match is clear, and could be made.
     """
 
@@ -110,15 +110,15 @@ def bootstrap(
 ) -> Bootstrap:
     """Refit `params`, the end of a fit, to `num_samples` resamples of the data, all in one compiled program.
 
-    A resample is the same units (rows, sequences, groups) with weights that are how often each was drawn; of data with
-    weights, so many draws as these sum to. parametric: it is drawn from the model at `params` instead, by its
-    `sample(key, params, n)`, with the entries missing that are missing in x.
+    A resample is the same units (rows, sequences, groups), weighted by how often each was drawn; data with weights are
+    drawn from in proportion to these, as often as they sum to. parametric: it is drawn from the model at `params`
+    instead, by its `sample(key, params, n)`, with the entries missing that are missing in x.
     algorithm, tol, max_steps: as in `em_fit`. Every refit starts at `params`.
 
-    Labels: what a refit's posterior makes of the original rows is assigned to what the fit's makes of them, component
-    by component, and its parameters are put in that order, by one EM step under the posterior so ordered.
-    Refits that fail, or whose components cannot be told apart, are counted and take no part in what is told of the
-    others. Factors may turn from refit to refit: only what does not depend on a rotation has an error then.
+    Labels: a refit's components are matched to those of the fit by their responsibilities for the original rows, at
+    the least cost, and its parameters are put in that order by one EM step under the posterior so ordered.
+    Refits that fail, or whose components cannot be told apart, are counted and left out of standard errors and
+    intervals. Factors may rotate from refit to refit: only errors of what a rotation leaves as it is have a meaning.
     Efron (1979), Annals of Statistics 7; for mixtures McLachlan & Peel (2000), Finite Mixture Models, section 2.16.
     Raises ValueError or TypeError for bad input, and for a parametric bootstrap of what the model does not sample.
     """
@@ -174,7 +174,7 @@ def _refits(
     num_samples: int,
     lanes: int,
 ) -> Bootstrap:
-    """All of it, `lanes` refits at a time; given: the data as they came in, whose likes are drawn from the model."""
+    """The bootstrap, `lanes` refits at a time; given: the data as they came in, for a parametric one, or None."""
     model = problem.model
 
     def one(key: jax.Array) -> tuple[Params, jax.Array, jax.Array, jax.Array]:
@@ -200,7 +200,7 @@ def _resampled(problem: Problem, key: jax.Array) -> Problem:
 
 
 def _drawn(problem: Problem, params: Params, given: Data, key: jax.Array) -> Problem:
-    """Data from the model, with the holes of these."""
+    """Data drawn from the model, with the missing entries (NaN, or -1 of whole numbers) of those given."""
 
     def holed(new: jax.Array, old: jax.Array) -> jax.Array:
         old = jnp.asarray(old)
@@ -214,7 +214,7 @@ def _drawn(problem: Problem, params: Params, given: Data, key: jax.Array) -> Pro
 
 
 def _matched(problem: Problem, params: Params, drawn: Problem, found: Params) -> tuple[Params, jax.Array, jax.Array]:
-    """Refitted parameters in the order of the fit's components, with the confidence of that, and whether it is one."""
+    """Refitted parameters in the order of the fit's components; the confidence of that match, and if it is clear."""
     model = problem.model
     sure = jnp.ones((), tree.float_dtype(problem.x)), jnp.array(True)
     if not states(model, "infer", "statistics"):
@@ -262,7 +262,7 @@ def _confidence(cost: jax.Array, order: jax.Array) -> jax.Array:
     count = len(order)
     if count == 1:
         return jnp.ones((), cost.dtype)
-    chosen_cost = cost[:, order]  # that of component k being the one of k' is in [k, k']
+    chosen_cost = cost[:, order]  # [k, k']: the cost of matching k with the refit's component that k' is matched with
     alone = jnp.diagonal(chosen_cost)
     best = jnp.sum(alone)
     swapped = best - alone[:, None] - alone[None] + chosen_cost + chosen_cost.T

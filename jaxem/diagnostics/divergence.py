@@ -20,8 +20,8 @@ def kl(p: Any, q: Any, family: Family | None = None) -> jax.Array:
     family: whose parameters they are, as in `kl(p, q, Poisson())`: parameters alone do not tell, since several families
         have them under the same names.
 
-    Infinite where q gives no room to what p does. KL(p ‖ q) makes a q that is fitted cover p, KL(q ‖ p) makes it keep
-    to one of p's modes; EM's bound lacks KL(q ‖ posterior), see `free_energy`.
+    Infinite where p has mass and q has none. To minimise KL(p ‖ q) makes q cover p, to minimise KL(q ‖ p) makes it keep
+    to one of p's modes; EM's bound is KL(q ‖ posterior) below the log-likelihood, see `free_energy`.
     Kullback & Leibler (1951), On information and sufficiency; Bishop (2006), sections 1.6.1 and 10.1.2.
     Raises TypeError for what has no closed form, such as mixtures, and ValueError for tables that are no distributions.
     """

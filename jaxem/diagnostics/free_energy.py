@@ -24,10 +24,10 @@ def free_energy(model: AnyModel, params: Params, x: Data, q: Any, weights: jax.A
 
     q: an array (N, K) of responsibilities for one latent a row; for chains along sequences a `ChainPosterior`; for
     normal latents of rows or groups `StateMoments(means, covariances)`; or what the model's `infer` returned, at other
-    parameters or under another `expect`, as linear-Gaussian chains and missing values have it alone.
+    parameters or under another `expect`, which is the only form for linear-Gaussian chains and missing values.
 
     The E-step makes the gap 0 by q = posterior(params, x), the M-step raises the bound over params: so EM
-    climbs one function of two arguments. The gap is infinite where q gives room to latents that are impossible.
+    climbs one function of two arguments. The gap is infinite where q gives mass to latents that are impossible.
     Labelled rows keep their label, whatever q says. Neal & Hinton (1998), section 2.
     Raises TypeError for a model without a discrete or normal posterior, ValueError for a q that is no distribution.
     """

@@ -20,8 +20,8 @@ from .prepared import posed
 
 METHODS = ("observed", "oakes", "sem", "sandwich", "complete")
 
-# Information on a coordinate that bends, a logarithm or a log-odds, below which its value is at its end: a standard
-# error of 1000 there spans all that numbers can hold.
+# Information on a nonlinear coordinate, a logarithm or a log-odds, below which its parameter is on the boundary: a
+# standard error of 1000 there spans all that floating-point numbers can hold.
 _AT_ITS_END = 1e-6
 
 
@@ -53,14 +53,14 @@ def information(
 
     method:
         "observed": minus the Hessian of log-likelihood + log-prior, by derivatives of the E-step.
-        "oakes": the same from Q alone: ∂²Q/∂θ'² + ∂²Q/∂θ∂θ' at θ' = θ (Oakes 1999, JRSS B 61). Derivatives go forward
-            through the E-step, so that memory does not grow with the rows.
-        "sem": complete information times I - J, J the Jacobian of the EM map (Meng & Rubin 1991, JASA 86), exact where
-            SEM has differences. At a limit only.
-        "sandwich": A B⁻¹ A, A observed and B the sum of squared scores of all units, whose inverse is the covariance of
-            estimates where the model is not the truth (Huber 1967; White 1982).
-        "complete": of data with their latents, minus the Hessian of Q + log-prior. What is lost of it is the missing
-            information (Louis 1982, JRSS B 44).
+        "oakes": the same by Q + log-prior alone: -(∂²Q/∂θ'² + ∂²Q/∂θ∂θ') at θ' = θ (Oakes 1999, JRSS B 61). Derivatives
+            go forward through the E-step, so that memory does not grow with the rows.
+        "sem": complete information times I - J, J the Jacobian of the EM map (Meng & Rubin 1991, JASA 86), by exact
+            derivatives where SEM takes differences. At a limit only.
+        "sandwich": A B⁻¹ A, with A the observed information and B the sum of s sᵀ over the scores s of all units; its
+            inverse is the covariance of estimates where the model is misspecified (Huber 1967; White 1982).
+        "complete": of data with their latents, minus the Hessian of Q + log-prior. It exceeds the observed information
+            by the missing information (Louis 1982, JRSS B 44).
     Raises ValueError for another method, TypeError for a model that has no log-likelihood, or, where Q is needed, no
     `q_function`; and for bad input when called eagerly.
     """
@@ -113,7 +113,7 @@ def _asked(model: AnyModel, params: Params, x: Data, weights: jax.Array | None, 
 
 
 def _columns(times: Callable[[jax.Array], jax.Array], theta: jax.Array) -> jax.Array:
-    """The matrix of a linear map, a symmetric one up to rounding, one product at a time."""
+    """The matrix of a linear map that is symmetric up to rounding, one product at a time; symmetrised."""
     matrix = jax.lax.map(times, jnp.eye(len(theta), dtype=theta.dtype))
     return 0.5 * (matrix + matrix.T)
 
@@ -178,7 +178,8 @@ class _Directions:
 
     ends: (P,), coordinates at their end.
     vectors: (P, P), the eigenvectors of the scaled information, in columns.
-    flat, rising: (P,), which of them have no information, and less than none.
+    flat: (P,), which eigenvectors have no information above the noise.
+    rising: (P,), which of them have negative information, below the noise.
     """
 
     ends: jax.Array
@@ -211,14 +212,14 @@ def _errors(problem: Problem, params: Params, method: str) -> tuple[Params, Para
     scaled = jnp.where(ends[:, None] | ends[None], 0, matrix * unit[:, None] * unit[None])
     spectrum, vectors = numerics.symmetric_eigen(scaled + jnp.diag(ends.astype(scaled.dtype)))
     slope = jax.grad(height_map(problem, params_of))(theta) * jnp.where(ends, 0, unit)
-    # Along a bent direction that the likelihood does not see, a slope that the fit has left looks like curvature.
+    # Along a curved direction that is not identified, a gradient that the fit has left appears as curvature.
     rounding = jnp.sqrt(jnp.finfo(theta.dtype).eps)
     noise = rounding + jnp.linalg.norm(slope) / jnp.sqrt(jnp.maximum(problem.total, 1))
     flat = spectrum <= noise
     found = _Directions(ends=ends, vectors=vectors, flat=flat, rising=spectrum < -noise)
     along_each = numerics.product(jnp.where(ends[None], 0, slopes * unit[None]), vectors, "mp,pq->mq")
     variance = jnp.sum(jnp.where(flat[None], 0, along_each**2 / jnp.where(flat, 1, spectrum)[None]), axis=1)
-    # What a coordinate at its end would change, if it were elsewhere.
+    # Parameters that would change if the inert coordinates were 0.
     back = jnp.abs(read(jnp.where(inert, 0, theta)) - read(theta)) > 0
     flags = _flags(found, slopes, along_each, back)
     flags = jnp.where(jnp.all(jnp.isfinite(matrix)), flags, ErrorFlag.NONFINITE)
@@ -230,8 +231,8 @@ def _errors(problem: Problem, params: Params, method: str) -> tuple[Params, Para
 def _flags(found: _Directions, slopes: jax.Array, along_each: jax.Array, back: jax.Array) -> jax.Array:
     """An `ErrorFlag` for every parameter.
 
-    slopes: (parameters, coordinates); along_each: of them, along the eigenvectors; back: whether an inert coordinate
-    would move the parameter.
+    slopes: (parameters, coordinates), the derivatives; along_each: those along the eigenvectors; back: whether the
+    inert coordinates would move the parameter from elsewhere.
     """
     rounding = jnp.sqrt(jnp.finfo(slopes.dtype).eps)
     largest = jnp.max(jnp.abs(slopes), axis=1, initial=0)

@@ -1,4 +1,4 @@
-"""Data and parameters as what comes after a fit takes them."""
+"""Data and parameters in the form that diagnostics take."""
 
 from typing import Any
 

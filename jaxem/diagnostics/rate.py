@@ -54,8 +54,8 @@ def missing_information(
     num_directions: how many, Q; by default 5, or as many as there are unconstrained coordinates. Where these are more
         than 40, fractions after the first are known less exactly.
 
-    A direction that is missing altogether, with the fraction 1, is one that the likelihood does not depend on: a
-    rotation of factors, say. What rests on its boundary does not move, and has the fraction 0.
+    A direction with the fraction 1, whose information is all missing, is one that the likelihood does not depend on: a
+    rotation of factors, say. Parameters on a boundary do not move, and have the fraction 0.
     Raises as `convergence_rate` does.
     """
     if num_directions is not None:

@@ -17,19 +17,19 @@ from ..slots import Algorithm
 
 @record
 class Sensitivity:
-    """What stands behind the derivatives of a fit, at its parameters; scalars.
+    """Conditions of the linear system behind the derivatives of a fit, at its parameters; scalars.
 
     distance: how far the limit still is, to first order, (I - J)⁻¹ (T(θ) - θ) relative to the largest entry of each
         array of parameters. Derivatives are about as wrong as that; where it is not small, this is no limit.
-    residual: what the linear system I - J leaves of a right-hand side within its range, relative to it. Where it is
+    residual: |b - (I - J) v| / |b| of the solution v found for a b in the range of I - J. Where such a residual is
         above the square root of the dtype's eps, derivatives are NaN.
     smallest: the smallest |1 - eigenvalue of J|, 1 minus the rate at which EM ends. What moves one step by ε may move
         the limit by ε / smallest. Of models without an M-step the smallest curvature of the objective per unit of
         weight.
     condition: the largest of these over the smallest.
 
-    Redundant directions, along which nothing is decided (as those in which factors turn), are left out: those of which
-    J leaves no more than the parameters' own rounding, or distance.
+    Redundant directions, along which nothing is decided (as rotations of factors), are left out: those whose eigenvalue
+    of I - J is at most eps^0.75, or 10 times the relative length of the step T(θ) - θ that is left.
     """
 
     distance: jax.Array
@@ -46,7 +46,7 @@ def sensitivity(
     *,
     algorithm: Algorithm | Any | None = None,
 ) -> Sensitivity:
-    """What stands behind the derivatives of a fit that ended at `params`, as `em_fit(...).params`.
+    """Conditions of the linear system behind the derivatives of a fit that ended at `params`, as `em_fit(...).params`.
 
     weights (N,) and algorithm: those of the fit. It costs some tens of E-steps. Of more than `tuning.KRYLOV` parameters
     eigenvalues are estimates from a Krylov space, in which the outermost come first (Saad, Numerical Methods for Large
@@ -76,7 +76,7 @@ def sensitivity(
 
 @jax.jit
 def _looked_at(given: Given, params: Params) -> tuple[jax.Array, jax.Array, numerics.Krylov, jax.Array]:
-    """Distance and residual of a limit, the space that its system leads to, and which eigenvalues are rounding."""
+    """Distance and residual of a limit, the Krylov space of its system, and the size below which eigenvalues are 0."""
     theta, unravel, rest = equation(given, params)
     left, change = jax.linearize(rest, theta)
 
@@ -90,7 +90,7 @@ def _looked_at(given: Given, params: Params) -> tuple[jax.Array, jax.Array, nume
         ]
         return jnp.max(jnp.stack(shares))
 
-    # An image of anything is within the range, and has no part in what is redundant.
+    # An image under I - J is within its range, and has no part along redundant directions.
     right = times(jax.random.normal(jax.random.key(0), theta.shape, theta.dtype))
     _, residual, _ = numerics.solved(times, right)
     to_limit, *_ = numerics.solved(times, left)

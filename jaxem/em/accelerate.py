@@ -1,4 +1,4 @@
-"""Accelerators: wrappers that take EM for a map of parameters, and extrapolate where its steps lead."""
+"""Accelerators: wrappers that extrapolate EM, taken as a map of parameters, towards its fixed point."""
 
 import dataclasses
 import math
@@ -84,7 +84,7 @@ class Squarem:
         model = problem.model
 
         def turn(index: jax.Array, carry: tuple[SquaremState, Params, Params, jax.Array]) -> tuple:
-            """An EM step; the third of a cycle is extrapolated. One program for all three, since E-steps are long."""
+            """An EM step; the third of a cycle is extrapolated. A loop, so that a program holds one E-step for all."""
             state, first, second, gain = carry
             inner = state.inner
             mapped, remembering = self.inner.maximized(problem, inner)
@@ -111,7 +111,7 @@ class Squarem:
     def _extrapolated(
         self, model: Model, state: SquaremState, first: Params, second: Params, third: Params, gain: jax.Array
     ) -> tuple[Params, SquaremState]:
-        """The proposal from three points, and the state with what they tell of the map."""
+        """The proposal from three points, and the state with the cap, rate and bound that follow from them."""
         along = _difference(second, first)
         bend = _difference(_difference(third, second), along)
         size, curve = _dot(along, along), _dot(bend, bend)
@@ -148,11 +148,11 @@ class AndersonState:
 
     inner: the EM state.
     steps: (M, P), differences of the parameters of successive steps.
-    residuals: (M, P), differences of EM's moves there.
+    residuals: (M, P), differences of EM's moves M(p) - p at these.
     point: (P,), the parameters of the step before.
-    move: (P,), where EM moved them.
+    move: (P,), EM's move M(p) - p there.
     used: how many differences are in memory, -1 before the first step.
-    accepted: how many extrapolations have been taken; the more there are, the less is damped.
+    accepted: how many extrapolations have been taken; the more there are, the weaker is the damping.
     refused: whether the last extrapolation was refused.
     plain: whether the last step was EM's own.
     rate: the rate of convergence of EM's slowest mode that has been seen.
@@ -186,7 +186,7 @@ class Anderson:
     and the step goes where that combination points: p + f - (S + F)ᵀ g, where g minimises |f - Fᵀ g|² + damping |g|²,
     over at most `memory` differences S of parameters and F of moves. Once there are so many, all are forgotten. Damping
     starts strong and fades as steps are taken. What of a step leads outside of the domain is taken from EM's. A step
-    that raises the objective by less than EM is bound to, as Q tells, is refused: the state stays, and the next step is
+    that raises the objective by less than the rise of Q under EM is refused: the state stays, and the next step is
     EM's.
     After Henderson & Varadhan (2019), Damped Anderson acceleration with restarts and monotonicity
     control for accelerating EM and EM-like algorithms, J. Computational and Graphical Statistics 28.
@@ -336,8 +336,8 @@ def _proposed(inner: EM, problem: Problem, state: EMState, params: Params) -> EM
 def _into_domain(model: Model, aim: Params, safe: Params) -> Params:
     """The parameters aimed at, with what is outside of the domain taken from `safe` ones, which are inside.
 
-    The bijection tells what is outside: its coordinates are NaN. The way back puts what has drifted, such as a sum of
-    probabilities or the length of a direction, on the domain again. Boundaries, such as a probability of 0, are inside.
+    What is outside has unconstrained coordinates that are NaN. `constrain` projects what has drifted, such as a sum of
+    probabilities or the length of a direction, onto the domain. Boundaries, such as a probability of 0, are inside.
     """
     theta, inside = model.unconstrain(aim), model.unconstrain(safe)
     back = model.constrain(jax.tree.map(lambda there, here: jnp.where(jnp.isnan(there), here, there), theta, inside))
@@ -345,10 +345,10 @@ def _into_domain(model: Model, aim: Params, safe: Params) -> Params:
 
 
 def _least_gain(inner: EM, model: Model, state: EMState, mapped: Params) -> jax.Array | None:
-    """What an EM step raises Q + log-prior by, and so the objective by at least; None for models without Q.
+    """The rise of Q + log-prior in an EM step, a lower bound on that of the objective; None for models without Q.
 
-    Where the rounding of Q hides that, it is half the slope along the move: Q is level at the step's end, so that for
-    short moves the mean slope is half of the first.
+    Where the rounding of Q hides it, it is half the slope along the move: Q is stationary at the step's end, so that
+    for short moves the mean slope is half of the first.
     """
     if model.q_function is None:
         return None
@@ -367,8 +367,8 @@ def _left(gain: jax.Array, rate: jax.Array, before: jax.Array) -> jax.Array:
     """An upper estimate of what is still to be gained, from what one EM step gains and the rate of the slowest mode.
 
     A mode of rate r at a distance d from the maximum has d² h / 2 to gain, where h is the curvature of the objective.
-    That of Q is h / (1 - r), so that the rise of Q over an EM step is (1 - r) d² h / 2. A rate that rises tells of
-    slower modes to come: it is carried on as in the loop's own rule (`stopping.py`). before: the rate a step ago.
+    That of Q is h / (1 - r), so that the rise of Q over an EM step is (1 - r) d² h / 2. A rate that rises is a sign of
+    slower modes to come: it is extrapolated as in the loop's own rule (`stopping.py`). before: the rate a step ago.
     """
     slow = rate + jnp.where(rate < 1, jnp.maximum(rate - before, 0) / jnp.where(rate < 1, 1 - rate, 1) ** 2, 0)
     return jnp.where(slow < 1, gain / jnp.where(slow < 1, 1 - slow, 1), jnp.inf)
@@ -380,7 +380,7 @@ def _visible(value: jax.Array, gain: jax.Array) -> jax.Array:
 
 
 def _rate(before: jax.Array, cross: jax.Array, size: jax.Array) -> jax.Array:
-    """The rate of EM's slowest mode: what the last differences tell, or the slowest before, which is forgotten slowly.
+    """The rate of EM's slowest mode: that of the last differences, or, if slower, that before, slowly forgotten.
 
     cross: the product of the last difference of parameters with that of moves; size: the first of them squared. Where
     moves grow, as they do away from a saddle, the rate is 1; it is remembered as that of a slow mode, as at the start.

@@ -20,18 +20,18 @@ from .step import EM, EMState, of_inner
 # Steps at which a schedule is looked at before it is used; the last stands for the end.
 _PROBED = (0, 1, 2, 5, 10, 100, 10**6)
 
-# The fraction of the way back to the start that a step above temperature 1 is drawn.
+# The fraction of the way back to the start by which a step above temperature 1 pulls the parameters.
 _DRAW = 0.1
 
 
 @completed("maximize")
 @record(kw_only=False)
 class _Drawn:
-    """An M-step whose parameters are drawn towards a start.
+    """An M-step whose parameters are pulled towards a start.
 
     inner: the M-step itself.
     start: the unconstrained coordinates of the start.
-    hot: whether they are drawn; else the M-step is taken as it is.
+    hot: whether they are pulled; else the M-step is taken as it is.
     """
 
     inner: Maximize
@@ -88,9 +88,9 @@ class Annealed:
     High temperatures blur the likelihood until it has one optimum, which is followed as it sharpens. Temperatures below
     1 on the way, as in anti-annealing, are allowed. The objective is the tempered one until temperature 1 is reached
     (see `Exact`), and a fit does not converge before. It works best where the width of components is held, or has a
-    prior. Components that have merged at high temperatures are parted again: every step above temperature 1 draws the
+    prior. Components that have merged at high temperatures are parted again: every step above temperature 1 pulls the
     parameters a tenth of the way back to the start, in unconstrained coordinates. Where the EM map attracts, the next
-    step undoes that; where it repels, components that were drawn apart go on to part.
+    step undoes that; where it repels, components that were pulled apart go on to part.
     Ueda & Nakano (1998), Deterministic annealing EM algorithm, Neural Networks 11.
     """
 

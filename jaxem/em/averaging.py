@@ -23,12 +23,12 @@ class AveragedState:
     """What averaging remembers.
 
     inner: the EM state.
-    mean: statistics averaged over the steps since `start`.
-    params: their M-step.
+    mean: statistics averaged over the steps since `start`, later ones with more weight.
+    params: the M-step of `mean`.
     anchor: params when the number of averaged steps was last a power of two.
     rise: how much Q rose between the last two anchors.
-    renewed: how many times over the averaged steps have replaced the statistics that they began with.
-    left: what is still to be gained, told by how far the average has moved.
+    renewed: the sum of the rates of the averaged steps: how many times over they have replaced the statistics.
+    left: an estimate of what is still to be gained, from how much Q changed between anchors.
     """
 
     inner: EMState
@@ -51,7 +51,7 @@ class Averaged:
     start: how many steps are left out.
 
     Statistics are averaged, not parameters, so that the result is in the domain. Their weights grow with the step, so
-    that the way there is soon forgotten (Shamir & Zhang 2013, with eta = 1). Whenever the number of steps has doubled,
+    that early steps are soon forgotten (Shamir & Zhang 2013, with eta = 1). Whenever the number of steps has doubled,
     the average is compared with the one before. The rise of Q between them shrinks from one doubling to the next once
     the average has settled, and grows while it still drifts. The series of rises therefore estimates what is left to
     gain, and a fit has converged when that is at most `tol` per unit of weight. Statistics that small rates have hardly

@@ -1,4 +1,4 @@
-"""A certificate for where a fit would stop: that no direction is left in which it has yet to move."""
+"""A certificate for where a fit would stop: that no direction of further ascent is found around it."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -20,26 +20,26 @@ from .step import EM, objective
 # Products with the Jacobian of the EM map that look for its slowest modes.
 _PRODUCTS = 8
 
-# Steps of EM that are looked ahead, as doublings: 16,384.
+# Steps of EM that are extrapolated ahead, as doublings: 16,384.
 _DOUBLINGS = 14
 
-# Points lie where thousands of EM steps would lead, or at a part of that way, and so far along the slowest mode; where
-# that grows, most of them along it, as the way off a saddle may be a narrow curve. Lengths are relative to the
-# coordinate that moves most, and none is above 1.
+# Points that are tried: at these fractions of the way to where thousands of EM steps would lead (_AHEAD), and at these
+# lengths along the slowest mode (_ALONG). Where that mode grows, most are along it, as the way off a saddle may be a
+# narrow curve. Lengths are relative to the coordinate that moves most, and none is above 1.
 _AHEAD, _ALONG = (1.0, 0.5, 0.125), (0.1, -0.1, 0.02, -0.02)
 _AHEAD_OF_SADDLES, _ALONG_SADDLES = (1.0,), (0.02, -0.02, 0.004, -0.004, 0.1, -0.1)
 
-# A mode whose rate lies so near to 1 hardly grows nor shrinks, as where components of one covariance are nearly alike.
-# A way up is then of higher order, and bends away from any straight line: an EM step leads back to it, and where it
-# leads from each of the last points is tried too (there is a place for that behind each). There are several such modes,
-# and the way is a mixture of them: that which is left of a random vector after so many products, as doublings.
+# A mode with rate - 1 in _LEVEL hardly grows or shrinks, as where components of one covariance are nearly alike. A way
+# up is then a curve that bends away from any straight line, and an EM step leads back to it: so the image under EM of
+# each of the last two points is tried too, in the places _SETTLED, which have the length 0. There are several such
+# modes, and the way is along a mixture of them: what 2 ** _MIXED products leave of a random vector.
 _LEVEL, _MIXED = (-3e-5, 5e-3), 6
 _ALONG_LEVELS, _ALONG_MIXED, _SETTLED = (0.02, -0.02), (0.3, 0.0, -0.1, 0.0), (4, 6)
 
 # Points that are tried.
 _POINTS = len(_AHEAD) + len(_ALONG)
 
-# E-steps of a verdict: two for a product, or for a point with the product that goes with it.
+# E-steps of a verdict, at most: two for a product, or for a point with the product that goes with it.
 PASSES = 2 * (_PRODUCTS + _POINTS)
 
 # A gain of this part of what is allowed is followed, as the beginning of more; along a mode that grows it is enough.
@@ -52,8 +52,8 @@ class CertifiedState:
     """What certification remembers.
 
     inner: the state of the algorithm that is certified.
-    spent: passes over the data of the verdicts so far, and of what was before a fit went on elsewhere.
-    certified: whether the last verdict found no direction in which more is left.
+    spent: passes over the data of the verdicts so far, and of the states that were left for a higher point.
+    certified: whether the last verdict found no direction of further ascent.
     """
 
     inner: State
@@ -77,16 +77,17 @@ class CertifiedState:
 @completed("algorithm")
 @record
 class Certified:
-    """An algorithm whose CONVERGED is looked at before it is believed.
+    """An algorithm that is CONVERGED only after a verdict on the point where it would stop.
 
     inner: the algorithm.
 
-    Gains and moves tell nothing of a direction in which a fit has not moved yet: off a saddle, or along the slowest
-    mode. Where the inner algorithm would stop, the slowest modes of the EM map are looked for by Arnoldi's method, in
+    Gains and moves show nothing of a direction in which a fit has not moved yet: off a saddle, or along the slowest
+    mode. Where the inner algorithm would stop, the slowest modes of the EM map are found by Arnoldi's method, in
     products with its Jacobian from a random vector. Points are then tried where thousands of more steps would lead, and
     on both sides along the slowest mode, or along a mixture of those that hardly move; a way up is followed. Where the
-    best of them is higher by more than `tol` per unit of weight, or by a part of that along a mode that grows, the fit
-    goes on from there, and else it has converged. Every verdict costs 30 E-steps, counted in `num_passes`.
+    best of them is higher by more than `tol` per unit of weight, or by a part of that where a mode grows, the fit
+    goes on from there, and else it has converged. Every verdict counts as 30 E-steps in `num_passes`; of fewer than 8
+    coordinates it takes fewer.
     """
 
     inner: Algorithm | Any
@@ -156,7 +157,7 @@ class Certified:
 
 
 def certified(algorithm: Algorithm | Any | None = None) -> Certified:
-    """An algorithm, `EM()` by default, that says CONVERGED only where no direction is left to gain in; see `Certified`.
+    """An algorithm, `EM()` by default, that is CONVERGED only where no ascent is found around; see `Certified`.
 
     Raises TypeError for one that is certified already; its fits raise TypeError or ValueError where steps are random or
     do not climb the log-likelihood of all rows, and for a model without a log-likelihood or an M-step.
@@ -175,11 +176,11 @@ def climbs(algorithm: Algorithm | Any, model: AnyModel) -> bool:
 
 @record
 class Verdict:
-    """What a look around parameters found.
+    """The result of the search around parameters.
 
-    params: the highest point, where it is better.
+    params: the highest point that was tried, the parameters themselves included.
     better: whether it is higher than the parameters by more than was allowed.
-    certified: whether nothing is, and the Jacobian could be seen.
+    certified: whether it is not, and the Jacobian and the objective are finite.
     rate: of the slowest mode.
     """
 
@@ -209,11 +210,11 @@ class _Walk(NamedTuple):
 def verdict(
     problem: Problem, algorithm: Algorithm | Any, params: Params, height: jax.Array, allowed: jax.Array
 ) -> Verdict:
-    """Look around parameters, where the objective is `height`, for more than `allowed` nats.
+    """Search around parameters, where the objective is `height`, for a point that is more than `allowed` nats higher.
 
     One loop, so that a program holds the E-step once: first products with the Jacobian, whose basis grows, and then
-    the points that follow from it. Where a point is higher the next one is further on: from where an EM step leads from
-    there, which is back on the curve that slow modes follow, along the step as the Jacobian there turns it.
+    the points that follow from it. After a higher point the next one is further on. It starts from the image of that
+    point under EM, back on the curve that slow modes follow, and goes along the Jacobian there times the last step.
     """
     model, height = problem.model, jnp.asarray(height)
     theta, params_of = coordinates(model, params)
@@ -238,8 +239,8 @@ def verdict(
             lambda: (steps, rate),
         )
         higher = here > walk.highest
-        # A little is gained ahead of most fits, and says nothing of a mode that grows. Where none does and the way is
-        # long, as from a boundary that repels, whatever can be seen is followed.
+        # Ahead of most fits a little can be gained, so that more is asked for there; unless no mode grows and the way
+        # is of full length, as from a boundary that repels: then any visible gain is followed.
         count = jnp.where(_grows(rate) | _level(rate), len(_AHEAD_OF_SADDLES), len(_AHEAD))
         ahead = (number < width + count) & (_grows(rate) | (_size(theta, steps[0]) < 0.99))
         on = jnp.where(ahead, here - height > beginning, here - walk.highest > visible)
@@ -276,11 +277,11 @@ def _steps(theta: jax.Array, move: jax.Array, basis: jax.Array, image: jax.Array
     inside = numerics.leading_direction(image)
     square = jnp.sum(jnp.square(inside))
     rate = jnp.sum(numerics.product(inside, image, "m,mk->k") * inside) / jnp.where(square > 0, square, 1)
-    # Where so many more steps lead, if the map is linear: nearly Newton's step, and bounded where nothing pulls back.
+    # Where so many more steps lead, if the map is linear: nearly Newton's step, and bounded where I - J is singular.
     inward = numerics.product(basis, move, "mp,p->m")
     onward = numerics.product(numerics.series(image, inward, _DOUBLINGS), basis, "m,mp->p")
     mode, mixed = (_along(theta, onward, way, basis) for way in (inside, numerics.power_of(image, _MIXED)[:, 0]))
-    # A series of a mode that grows may have no end.
+    # The series of a mode that grows may overflow.
     onward = jnp.where(jnp.all(jnp.isfinite(onward)), _shortened(theta, onward), mode)
 
     def points(*ways: tuple[jax.Array, tuple[float, ...]]) -> jax.Array:
@@ -314,5 +315,5 @@ def _size(theta: jax.Array, step: jax.Array) -> jax.Array:
 
 
 def _shortened(theta: jax.Array, step: jax.Array) -> jax.Array:
-    """A step (P,) from theta (P,), no longer than what steps may be."""
+    """A step (P,) from theta (P,), shortened to a `_size` of 1 at most."""
     return step / jnp.maximum(_size(theta, step), 1)

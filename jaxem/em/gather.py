@@ -15,7 +15,7 @@ from ..slots import Expect
 
 
 def pose(model: Model | Any, x: Data, weights: jax.Array | None) -> Problem:
-    """What comes in, as the steps see it: the model complete, its data with a leading axis of independent units."""
+    """The problem as the steps take it: the model complete, its data with a leading axis of independent units."""
     model = complete("model", model)
     return Problem(model=informed(model, x), x=model.units(x), weights=weights)
 
@@ -29,8 +29,8 @@ def some_rows(problem: Problem, x: Data, weights: jax.Array | None) -> Problem:
 def e_step_on_all(problem: Problem, params: Params, expect: Expect, block_size: int | None = None) -> Stats:
     """The E-step on all rows, `block_size` of them in memory at a time.
 
-    None: in blocks where the temporaries of an E-step outgrow fast memory, if the model tells these (`floats_per_row`).
-    Under jit for it to be traced once for all the places of a program, and programs, that it stands in.
+    None: in blocks where the temporaries of an E-step outgrow fast memory, if the model has `floats_per_row`.
+    Jitted, so that it is traced once for all its calls, in one program and in several.
     """
     model, x = problem.model, problem.x
     if block_size is None and model.floats_per_row is not None:

@@ -1,4 +1,4 @@
-"""The EM step as a map of unconstrained coordinates, whose derivatives tell what a fit has not seen."""
+"""The EM step and the objective as functions of unconstrained coordinates, and products with their Jacobians."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,5 +43,5 @@ def height_map(problem: Problem, params_of: Callable[[jax.Array], Params]) -> Ca
 
 
 def along(function: Callable[[jax.Array], jax.Array], theta: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """vector -> the derivative of a function of coordinates along it: its Jacobian, as products."""
+    """vector -> the Jacobian at theta of a function of coordinates, times the vector."""
     return lambda vector: jax.jvp(function, (theta,), (vector,))[1]

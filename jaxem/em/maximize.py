@@ -16,7 +16,7 @@ from ..parts import conjugacy
 from ..protocols import Model, Nature, Params, Problem, Stats
 from ..record import record, static
 
-# Fractions of its length at which a gradient step that would lower Q is tried again.
+# Fractions of its length at which a gradient step is tried; the longest that does not lower Q is taken.
 _SHORTER = tuple(2.0**-power for power in (0, 1, 2, 3, 5, 8, 12, 20))
 
 # Steps of conjugate gradients by which what an M-step left of Q is estimated.
@@ -26,8 +26,8 @@ _CURVATURES = 10
 @completed("maximize")
 @record
 class ClosedForm:
-    """The model's own M-step; for a model without one, `Gradient()`, where Q takes a pass over the rows without the
-    line search of its L-BFGS: the lengths that are tried side by side are one."""
+    """The model's own M-step; for a model without one, `Gradient()`. Where Q itself takes a pass over the rows, its
+    L-BFGS has no line search: the lengths that `Gradient` tries side by side replace it."""
 
     def init(self, problem: Problem, params: Params) -> Any:
         return _climber(problem.model).init(problem, params) if problem.model.m_step is None else None
@@ -43,11 +43,11 @@ class ClosedForm:
 @completed("maximize")
 @record
 class Expanded:
-    """PX-EM: the M-step of a larger model with the same likelihoods, whose more parameters are then absorbed.
+    """PX-EM: the M-step of a larger model with the same likelihoods, whose additional parameters are then absorbed.
 
-    Where a model says how (`expanded`); elsewhere its own M-step. Steps never lower the objective, as EM's, and
-    are held up no more by where the latents lie and how they are scaled: a factor model's loadings follow the spread
-    that its factors were found to have, in place of waiting for it to become 1.
+    For models with `expanded`; for others it is their own M-step. Steps never lower the objective, as EM's, and are no
+    longer slowed by the location and scale of the latents: a factor model's loadings absorb the estimated covariance of
+    its factors at once, which in EM tends to I only slowly.
     Liu, Rubin & Wu (1998), Parameter expansion to accelerate EM: the PX-EM algorithm, Biometrika 85.
     """
 
@@ -71,7 +71,7 @@ class Draw:
     With `Sample(1)` in the E-step that is data augmentation (Tanner & Wong 1987; Diebolt & Robert 1994): a state's
     parameters are a Markov chain whose distribution tends to the posterior, and which never settles; see `gibbs` and
     `trajectory`. With `Exact()` parameters are drawn as if expected latents had been seen, which is no such chain.
-    For all models whose parts have conjugate priors; for those of probabilities, none is the flat one.
+    For all models whose parts have conjugate priors; a part of probabilities without a prior has the flat one.
     Raises TypeError for models with a part that cannot be drawn, or without a key.
     """
 
@@ -114,7 +114,7 @@ class Gradient:
     The optimiser's state is carried from one EM step to the next. A step that would lower Q is shortened, down to a
     millionth, or refused, and then the optimiser starts anew: so no EM step lowers the objective (Dempster, Laird &
     Rubin 1977, section 3: GEM). A gradient step uses the statistics at hand, and does not touch the data, unless the
-    model has no statistics that tell Q (`from_log_joint`).
+    model has no statistics that determine Q (`from_log_joint`).
     Raises TypeError for what is no optax optimiser, for models without `q_function`, and for states of
     another optimiser; ValueError for num_steps below 1.
     """

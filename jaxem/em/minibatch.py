@@ -22,7 +22,7 @@ class PowerRate:
     """rate(k) = (k + delay)^-power for the k-th update, k = 1, 2, ...: a step size that lets stochastic EM settle.
 
     power: in (1/2, 1], the conditions of Robbins & Monro; near 1/2 it learns fast, at 1 it averages.
-    delay: how many updates the rate is ahead, so that the first ones are no larger than what follows.
+    delay: how many updates the rate is ahead, so that the first ones are not much larger than those that follow.
     Raises ValueError for another power, or a negative delay.
     """
 
@@ -129,7 +129,7 @@ class Anchored:
 @completed("gather")
 @record(kw_only=False)
 class VarianceReduced:
-    """Stepwise EM whose noise vanishes at the maximum: it converges linearly at a constant rate.
+    """Stepwise EM whose noise vanishes at the maximum: it converges linearly with a constant `rate`.
 
     A step is a pass over the batches, and then a full E-step at the parameters p0 that it has led to, the anchor of the
     next pass. The statistics S0 there correct every batch of that pass:
@@ -198,7 +198,7 @@ class Pieces:
     """What incremental EM remembers of every piece of the data, leading axis one a piece.
 
     stats: its statistics.
-    slack: its log-likelihood minus its Q, both at the parameters that its posterior is of: the entropy of that.
+    slack: its log-likelihood minus its Q, both at the parameters of its posterior: the entropy of that posterior.
     """
 
     stats: Stats
@@ -248,7 +248,7 @@ class Incremental:
     def _piece(
         self, problem: Problem, params: Params, expect: Expect, index: jax.Array | int
     ) -> tuple[Stats, jax.Array]:
-        """Statistics of one piece, and the entropy of its posterior, which its free energy holds beside Q."""
+        """Statistics of one piece, and the entropy of its posterior: its free energy is Q plus this entropy."""
         model, x, weights, rows = problem.model, problem.x, problem.weights, problem.rows
         if self.num_blocks > rows:
             raise ValueError(f"num_blocks must be at most the number of rows, {rows}; got {self.num_blocks}")

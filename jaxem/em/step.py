@@ -22,7 +22,7 @@ from .maximize import ClosedForm
 class EMState:
     """Parameters, and the statistics and log-likelihood at exactly these parameters.
 
-    Where a gather sees a part of the rows at a time, statistics and log-likelihood are its running account of all rows.
+    Where a gather uses a part of the rows at a time, statistics and log-likelihood are its running estimates.
 
     params: the parameters.
     stats: expected statistics at these.
@@ -51,12 +51,12 @@ class EMState:
 
     @property
     def missed(self) -> jax.Array | float:
-        """What the last M-step is known to have left of Q + log-prior."""
+        """By how much the last M-step is known to be below the maximum of Q + log-prior."""
         return complete("state", self.maximize).missed
 
 
 def of_inner(name: str) -> Any:
-    """What a wrapper's state shows of the EM state inside it."""
+    """A property of a wrapper's state, which has the value of this field of the EM state inside it."""
     return property(operator.attrgetter(f"inner.{name}"))
 
 
@@ -83,7 +83,7 @@ class EM:
         return complete("expect", self.expect), complete("gather", self.gather), complete("maximize", self.maximize)
 
     def nature(self, model: AnyModel) -> Nature:
-        """What its slots make of it; without an m_step of the model's, M-steps stop short of the maximum."""
+        """The nature of its slots together; it is inexact also where the model has no m_step."""
         own = Nature.of(slot.nature for slot in self.slots)
         climbs = complete("model", model).m_step is None
         return dataclasses.replace(own, inexact=own.inexact or climbs)
@@ -91,9 +91,9 @@ class EM:
     def limit(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None
     ) -> tuple[Params, EMState]:
-        """Where the EM map whose fixed points are its limits leads from `params`, and the state at these.
+        """T(params), for the EM map T whose fixed points are its limits, and the state at `params`.
 
-        All rows are seen in every step, and M-steps end where they aim.
+        T uses all rows in every step, and the model's own M-step in place of an inexact one.
         """
         _, gather, maximize = self.slots
         whole = dataclasses.replace(
@@ -103,7 +103,7 @@ class EM:
         )
         problem = pose(model, x, weights)
         start = state = whole.started(problem, params, None)
-        # One round after the other, not a loop of them: what no round moves is then seen to be handed on as it is.
+        # Unrolled: leaves that no round moves are then returned as the same objects, which `implicit` looks for.
         for index in range(whole.slots[2].rounds(problem, params)):
             state = state if index == 0 else whole.moved(problem, state, params)
             params, state = whole.maximized(problem, state, index)
@@ -118,9 +118,9 @@ class EM:
     def begin(
         self, model: AnyModel, params: Params, x: Data, weights: jax.Array | None = None, key: jax.Array | None = None
     ) -> EMState:
-        """A state whose E-step is left to the next `step`, where that E-step is all that a start is; else `init`.
+        """A state whose E-step is left to the next `step`, where a start is no more than that E-step; else `init`.
 
-        So that a compiled fit holds its E-step once. Raises as `init` does.
+        A compiled fit then holds its E-step once. Raises as `init` does.
         """
         problem = pose(model, x, weights)
         _, gather, maximize = self.slots
@@ -143,8 +143,8 @@ class EM:
     def step(self, model: AnyModel, state: EMState, x: Data, weights: jax.Array | None = None) -> EMState:
         """M-step from the statistics at hand, then the E-step at the new parameters.
 
-        Where slots work in rounds, on pieces of the data or blocks of parameters, a step is one turn of all. Of a state
-        that is waiting it is the E-step alone, and not counted as a step.
+        Where slots work in rounds, on pieces of the data or blocks of parameters, a step goes through all of them. From
+        a state that is waiting it makes the E-step alone, and is not counted.
         """
         problem = pose(model, x, weights)
         _, gather, maximize = self.slots
@@ -153,7 +153,7 @@ class EM:
         def one_round(index: jax.Array | int, state: EMState) -> EMState:
             params, after = self.maximized(problem, state, index // pieces)
             if state.waiting is not None:
-                # What the M-step makes of no statistics counts for nothing.
+                # There are no statistics yet: what the M-step makes of their zeros is discarded.
                 params, after = tree.where(state.waiting, (state.params, state), (params, after))
             return self.moved(problem, after, params, index % pieces)
 
@@ -214,7 +214,7 @@ class EM:
 
 
 def _fits(problem: Problem, gather: Gather) -> None:
-    """Raise TypeError for a gather that M-steps which go back to the rows cannot answer."""
+    """Raise TypeError where M-steps go back to the rows, and the gather does not renew all statistics in every step."""
     whole = gather.rounds(problem) == gather.passes(problem) == 1 and gather.rate == 1
     if problem.model.q_on_rows is not None and not whole:
         raise TypeError(

@@ -20,7 +20,7 @@ _ADAM = optax.adam(1e-2)
 @completed("state")
 @record
 class WakeSleepState:
-    """What learning by samples remembers.
+    """What `WakeSleep` remembers.
 
     params: of the model and its network.
     optimizer: the optimiser's state.
@@ -45,7 +45,8 @@ class WakeSleepState:
 class WakeSleep:
     """Gradient steps in both factors, p(x, z) and q(z | x), from samples; see `wake_sleep` and `amortised_em`.
 
-    learns: "dreams", "reweighted", or "bound".
+    learns: by "dreams", as wake-sleep; "reweighted", as its reweighted form; or by the "bound", as amortised EM.
+    Other fields are as in `wake_sleep`.
     """
 
     optimizer: Any = static(default=_ADAM)
@@ -115,7 +116,7 @@ class WakeSleep:
         return dataclasses.replace(state, stats=stats, loglik=stats.loglik, num_passes=state.num_passes + 1)
 
     def _batch(self, problem: Problem, key: jax.Array) -> Problem:
-        """The rows of one step, drawn as often as they count."""
+        """The rows of one step, drawn in proportion to their weights, which are 1 then."""
         if self.batch_size is None:
             return problem
         share = None if problem.weights is None else problem.weights / problem.total
@@ -123,9 +124,9 @@ class WakeSleep:
         return dataclasses.replace(problem, x=jax.tree.map(lambda leaf: leaf[chosen], problem.x), weights=None)
 
     def _descent(self, problem: Problem, rows: Problem, theta: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What a step goes down, per unit of weight, and an estimate of the log-likelihood of all rows.
+        """The loss of a step, per unit of weight, and an estimate of the log-likelihood of all rows.
 
-        As numbers, the gains of p and q are nothing: their slopes are what each of both is to follow.
+        Only its gradients in p and q have a meaning; its value has one for "bound" alone.
         """
         model, x = problem.model, rows.x
         params = model.constrain(theta)
@@ -193,14 +194,14 @@ def wake_sleep(
 
     optimizer: any optax GradientTransformation, `optax.adam(1e-2)` by default; build it once.
     reweighted: reweighted wake-sleep: samples count by p(x, z) / q(z | x), normalised a row, for the model, and for
-        the network awake too. Both follow the likelihood, with a bias that vanishes with more samples
-        (Bornschein & Bengio 2015).
+        the network awake too. The model follows the likelihood, and the network KL(p(z | x) ‖ q(z | x)) on the data,
+        with a bias that vanishes with more samples (Bornschein & Bengio 2015).
     num_samples: draws of the latents of every row in a step; 1, or 10 where they are reweighted.
     m_step: whether, awake, the model's own M-step takes the place of the gradient step, given statistics under q.
-    num_dreams: rows dreamt in a step, as many as there are data by default; 0 for none, where reweighted.
+    num_dreams: rows dreamt in a step, by default as many as data rows in a step; 0 for none, where reweighted.
     batch_size: rows in a step, drawn at random; None for all of them.
     exact: whether the fit ends with an exact E-step, for its log-likelihood; False where latents are too many for it.
-        Else that is an estimate from the samples: of the lower bound, or of the likelihood itself where reweighted.
+        The log-likelihood is then an estimate from samples: of the bound, or, where reweighted, of the likelihood.
 
     A fit takes max_steps steps, and needs a key.
     Raises TypeError or ValueError for bad arguments, and for models without a recognition network.
@@ -225,7 +226,7 @@ def amortised_em(
 ) -> WakeSleep:
     """Amortised variational EM: gradient steps up the lower bound in both factors, p(x, z) and q(z | x), together.
 
-    The bound is a mean of log p(x, z) - log q(z | x) over draws z of q, through which its slope goes: the network's
+    The bound is a mean of log p(x, z) - log q(z | x) over draws z of q, and is differentiated through z: the network's
     `sample(key)` has to be a differentiable function of its parameters (reparametrised), as mean + sd * normal is. With
     neural networks in both places it is a variational autoencoder.
     Kingma & Welling (2014), Auto-encoding variational Bayes; Neal & Hinton (1998), the same bound.
