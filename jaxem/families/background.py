@@ -14,7 +14,11 @@ from ..record import record
 
 @record
 class BackgroundStats:
-    """count (K + 1,), the background's last; components: the family's statistics."""
+    """Statistics of the family and of the background.
+
+    count: (K + 1,), sum r, the background's last.
+    components: the family's statistics.
+    """
 
     count: jax.Array
     components: Stats
@@ -26,8 +30,8 @@ class Background:
     """The family's K components, and one more that is uniform over a region: log p(x|K) = -log volume.
 
     volume: of the region that outliers come from, in the data's units, as `bounding_volume(x)` takes it
-    from the data. It is the last component of a mixture's weights, posterior and labels (mclust's
-    noise component). It cannot be sampled from: a volume does not say where it lies.
+    from the data. The background is the last component of a mixture's weights, posterior and labels
+    (mclust's noise component). It cannot be sampled from: a volume does not say where it lies.
     Raises ValueError for a volume that is not positive.
     Banfield & Raftery (1993), Model-based Gaussian and non-Gaussian clustering, Biometrics 49.
     """
@@ -81,7 +85,7 @@ class Background:
         return self._inside.expands
 
     def expanded(self, params: Params, stats: BackgroundStats) -> Params:
-        """What the family makes of it."""
+        """The family's own expanded M-step."""
         return self._inside.expanded(params, stats.components)
 
     def q_function(self, params: Params, stats: BackgroundStats) -> jax.Array:

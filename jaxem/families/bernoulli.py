@@ -61,7 +61,7 @@ def _stats(
 
 
 def _natural(params: BernoulliParams) -> jax.Array:
-    """What successes and failures are multiplied by: log p and log(1 - p), (K, 2 D)."""
+    """The coefficients of successes and failures in log p(x): log p and log(1 - p), (K, 2 D)."""
     p = params.probability
     return jnp.concatenate([numerics.safe_log(p), numerics.safe_log(1 - p)], axis=1)
 
@@ -172,7 +172,7 @@ class Bernoulli:
         return self.score(_natural(params), x)
 
     def score(self, natural: jax.Array, x: jax.Array) -> jax.Array:
-        """Log-probabilities (K, N) from what successes and failures are multiplied by (K, 2 D)."""
+        """Log-probabilities (K, N) from the coefficients of successes and failures (K, 2 D)."""
         return columns.score(natural, self._outcomes(x, natural.dtype))
 
     def stats(self, params: BernoulliParams, x: jax.Array, responsibilities: jax.Array) -> BernoulliStats:
@@ -246,7 +246,7 @@ class Binomial:
         return self.score(_natural(params), x)
 
     def score(self, natural: jax.Array, x: Data) -> jax.Array:
-        """Log-probabilities (K, N) from what successes and failures are multiplied by (K, 2 D)."""
+        """Log-probabilities (K, N) from the coefficients of successes and failures (K, 2 D)."""
         outcomes, base = self._outcomes(x, natural.dtype)
         return columns.score(natural, outcomes) + base[None]
 

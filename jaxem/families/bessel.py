@@ -44,7 +44,7 @@ def _log_bessel_jvp(order: float, primals: Any, tangents: Any) -> tuple[jax.Arra
 def bessel_odds(order: float, kappa: jax.Array) -> jax.Array:
     """a = kappa (1 - A) / A, where A = I_{order+1}(kappa) / I_order(kappa), for kappa >= 0.
 
-    It falls from 2 order + 2 at kappa = 0 to order + 1/2 at infinity, so that A = kappa / (kappa + a) and 1 - A are
+    a falls from 2 order + 2 at kappa = 0 to order + 1/2 at infinity, so that A = kappa / (kappa + a) and 1 - A are
     both exact. The recurrence 1/A_v = 2 (v + 1) / kappa + A_{v+1}, which is
     a_v = 2 (v + 1) - kappa a_{v+1} / (kappa + a_{v+1}), is run downwards from a high order. DLMF 10.29.1.
     """

@@ -34,7 +34,7 @@ class Bounds:
 
     @property
     def tell(self) -> jax.Array:
-        """Which rows (N,) say anything of their value."""
+        """Which rows (N,) have a finite bound."""
         return self.below | self.above
 
     @property
@@ -45,7 +45,7 @@ class Bounds:
 
     @property
     def features(self) -> jax.Array:
-        """Points (N, 1) for seeding: the same, but where nothing is known the mean of the others."""
+        """`points` (N, 1) for seeding, the mean of the others where a row has no finite bound."""
         return columns.filled(jnp.where(self.tell, self.points, jnp.nan)[:, None], self.lower.dtype)
 
 

@@ -145,7 +145,7 @@ class Categorical:
     shared_floats_per_row = floats_per_row
 
     def unconstrain(self, params: CategoricalParams) -> CategoricalParams:
-        """Continuation ratios of the values, (K, D, V - 1)."""
+        """Log continuation ratios of the values, (K, D, V - 1)."""
         return CategoricalParams(probability=self._table(params.probability.shape[1]).unconstrain(params.probability))
 
     def constrain(self, theta: CategoricalParams) -> CategoricalParams:

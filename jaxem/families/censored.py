@@ -22,7 +22,11 @@ from .linear_regression import LinearRegression, LinearRegressionParams, expecte
 
 @record
 class CensoredNormalParams:
-    """mean (K,) and variance (K,)."""
+    """Parameters of K normal components.
+
+    mean: (K,), m.
+    variance: (K,), s².
+    """
 
     mean: jax.Array
     variance: jax.Array
@@ -30,13 +34,13 @@ class CensoredNormalParams:
 
 @record
 class CensoredStats:
-    """Expected normal equations of the responses, were they seen; additive.
+    """Expected normal equations of the latent responses, additive over rows.
 
     count: (K,), sum r.
     kinds: (K, 3), sum r over rows that are bounded from below, bounded from above, and observed exactly.
     certainty: (K,), sum r log p over rows that are censored.
     base: (K,), sum r times the entropy of the response given its interval, by which E[log p] falls short of log p.
-    equations: of all rows that tell anything, about the current line.
+    equations: of all rows with a finite bound, about the current line.
     """
 
     count: jax.Array
@@ -48,7 +52,14 @@ class CensoredStats:
 
 @record
 class _Expected:
-    """Of every row under every component (K, N): log p, E[e], E[e²], E[response²], and what E[log p] falls short by."""
+    """Conditional moments of every row under every component, (K, N) each; e = response - line.
+
+    log_prob: log p.
+    residual: E[e].
+    square: E[e²].
+    energy: E[response²].
+    base: entropy of the response given its interval, by which E[log p] falls short of log p.
+    """
 
     log_prob: jax.Array
     residual: jax.Array
@@ -71,7 +82,7 @@ def _expected(line: LinearRegressionParams, matrix: jax.Array, response: Bounds)
     inside = numerics.truncated_normal(
         bound(response.lower, below, -jnp.inf),
         bound(response.upper, above, jnp.inf),
-        # Of close bounds the difference is known better than are both in standard deviations.
+        # The width of a narrow interval is more accurate than the difference of its standardised bounds.
         jnp.where(finite[None], width / deviation, jnp.inf),
     )
     off = jnp.where(exact, response.points[None] - predicted, 0)
@@ -131,7 +142,7 @@ def _stats(family: "_Censored", params: Params, x: Data, responsibilities: jax.A
 
 
 def _regression(family: "_Censored") -> LinearRegression:
-    """The family of the responses, were they seen."""
+    """The family of the latent responses."""
     return LinearRegression(prior=None if family.prior is None else family.prior.equations)
 
 
@@ -162,12 +173,12 @@ def _rebase(family: "_Censored", stats: CensoredStats, params: Params) -> Censor
 
 
 def _degenerate(family: "_Censored", stats: CensoredStats, held: tuple[str, ...] = ()) -> jax.Array:
-    """Components (K,) without rows that tell anything, or whose likelihood has no finite maximum.
+    """Components (K,) without rows that have a finite bound, or whose likelihood has no finite maximum.
 
-    Without a prior such are: rows that are all open on the same side, which the mean runs off to; exact rows that all
-    lie on one line; and rows of which none is exact, and which all have their component's line in their interval: the
-    smaller the variance, the surer they are. It shows in log-probabilities that sum to more than -log 2, as each
-    probability is then above one half.
+    Without a prior it has none in three cases. All rows are open on the same side: the mean diverges to that side. All
+    exact rows lie on one line. No row is exact, and every interval contains its component's line: the smaller the
+    variance, the larger all probabilities. This last case is found by log-probabilities that sum to more than -log 2,
+    as each probability is then above one half.
     """
     dead = _regression(family).degenerate(stats.equations, held)
     if family.prior is not None:
@@ -208,7 +219,7 @@ class CensoredNormal:
     `pseudo_rows` makes them. For several columns put one of these a column into a `Product`.
 
     The E-step is exact: moments of truncated normal distributions. The more is censored, the slower EM is: `squarem`
-    helps. Rows that do not tell of a maximum, as if all are open on the same side, make a fit DEGENERATE.
+    helps. Where the likelihood has no maximum, as where all rows are open on the same side, a fit is DEGENERATE.
     Dempster, Laird & Rubin (1977), section 4.2; Wolynetz (1979), Algorithm AS 138, Applied Statistics 28.
     """
 

@@ -33,7 +33,7 @@ def read(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def pair(x: Data) -> tuple[jax.Array, jax.Array | None]:
-    """The values of data that may be a pair, as (counts, exposure), and the second array, (N, D) or (N, 1)."""
+    """The values of data that may be a pair, as (counts, exposure), and its second array, (N, D) or (N, 1), or None."""
     if not isinstance(x, (tuple, list)):
         return x, None
     if len(x) != 2:
@@ -82,7 +82,7 @@ def filled(x: jax.Array, dtype: Any) -> jax.Array:
 def available_moments(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean (D,) and covariance (D, D) of what is observed of rows (N, D), positive semi-definite.
 
-    A missing entry is one without correlations, that has its column's mean and variance.
+    A missing entry counts with its column's mean and variance, and without correlations.
     """
     values, observed = read(x, x.dtype)
     share = weights[:, None] * observed
@@ -97,7 +97,7 @@ def available_moments(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.
 def pseudo_rows(family: Family, x: Data, num_rows: float = 1.0) -> Stats:
     """Pseudo-statistics: `num_rows` rows spread over the data, as a family's `prior` takes them.
 
-    Every component is drawn towards the fit of all rows, with the weight of so many. The family is
+    Every component is shrunk towards the fit of all rows, with the weight of `num_rows`. The family is
     one without a prior, as in `Gamma(prior=pseudo_rows(Gamma(), x, 2.0))`.
     """
     family.check(x)
@@ -114,7 +114,7 @@ def with_prior(prior: Stats | None, stats: Stats) -> Stats:
 
 def poisson(key: jax.Array, rate: jax.Array) -> jax.Array:
     """Poisson draws in the rates' shape and dtype, from a key of any implementation."""
-    # JAX's sampler takes one kind of generator only.
+    # jax.random.poisson takes threefry keys only.
     threefry = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
     return jax.random.poisson(threefry, rate).astype(rate.dtype)
 

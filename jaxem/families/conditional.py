@@ -2,9 +2,9 @@
 
 A row's values v ~ N(m, C) are measured as x = v + e, e ~ N(0, S); a missing entry is not measured. Entries are taken
 one after the other, as a Kalman filter takes scalar measurements (Durbin & Koopman 2012, Time Series Analysis by State
-Space Methods, section 6.4), and each tells its part of log p(x): M² work an entry, as much as factoring every row's own
-covariance, whatever the patterns of what is missing. They are taken in their own order, so that the innovation
-variances of a row are at least those of a complete one: floors of covariances hold for them too.
+Space Methods, section 6.4), and each adds a term to log p(x). This is M² work an entry, as much as factoring the own
+covariance of every row, whatever the patterns of missing entries. Entries are taken in the order of columns, so that
+innovation variances of a row are at least those of a complete row: floors of covariances hold for them too.
 
 Rows are lanes, the last axis, in blocks that stay in fast memory, and components come one after the other.
 
@@ -33,7 +33,7 @@ class Measured:
     """Rows as they were measured.
 
     values: (N, D), anything finite where an entry is missing.
-    observed: (N, D), which entries are not.
+    observed: (N, D), which entries are observed.
     noise: variances (N, D) or covariances (N, D, D) of their noise, 0 where an entry is missing; None without any.
     """
 
@@ -106,9 +106,9 @@ def means(mean: jax.Array, covariance: jax.Array, rows: Measured) -> jax.Array:
 def draws(key: jax.Array, mean: jax.Array, covariance: jax.Array, rows: Measured, labels: jax.Array) -> jax.Array:
     """Joint draws (N, M, D) of the values given what was measured of them, from the components of labels (N, M).
 
-    Values and measurements are drawn as if nothing were known, and the values then corrected by what is expected of
-    them given how far the measurements are from those that there are: exact, without a factorisation for every row
-    (Matheron's rule; Durbin & Koopman 2002, Biometrika 89).
+    Values and measurements are drawn from their joint distribution. The values are then corrected by their conditional
+    mean given observed minus drawn measurements: exact, without a factorisation for every row (Matheron's rule;
+    Durbin & Koopman 2002, Biometrika 89).
     """
     shape, dtype = (*labels.shape, mean.shape[1]), mean.dtype
     key_values, key_noise = jax.random.split(key)
@@ -172,14 +172,14 @@ def _measured(covariance: jax.Array, deviations: jax.Array, observed: jax.Array,
     values, columns = covariance.shape[0], deviations.shape[0]
 
     def told(covariance: jax.Array, place: Any, step: jax.Array, kept: jax.Array) -> jax.Array:
-        """Covariances after the entry here was measured; of its own a share is kept, none where there was no noise."""
+        """Covariances after the entry at `place` was measured: its own are scaled by `kept`, 0 without noise."""
         own = jnp.arange(values) == place
         line = own[:, None] | own[None]
         return jnp.where(line[..., None], kept[None, None] * covariance, covariance - step[:, None] * step[None])
 
     def measure(j: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        # An entry changes the covariances as the next one is measured: from what a loop carries, and not from what it
-        # has just computed, they are one quick pass.
+        # The covariances are updated for the entry before this one: computed from what the loop carries, and not from
+        # what this round has computed, the update is one quick pass.
         covariance, step, kept, shift, log_scale, square = carry
         place = values - columns + j
         covariance = told(covariance, place - 1, step, kept)
@@ -205,7 +205,7 @@ def _at(array: jax.Array, index: Any) -> jax.Array:
 
 
 def _sums(rows: Measured, mean: jax.Array, covariance: jax.Array, r: jax.Array) -> Sums:
-    """Of one component, r (B,)."""
+    """`Sums` of one component, with r (B,)."""
     found = conditional(mean, covariance, rows)
     weighted = r[None] * found.shift
     spread = numerics.product(found.covariance, r, "ijb,b->ij")
@@ -218,14 +218,14 @@ def _sums(rows: Measured, mean: jax.Array, covariance: jax.Array, r: jax.Array) 
 
 
 def _each(function: Callable, mean: jax.Array, covariance: jax.Array, *rest: jax.Array) -> Any:
-    """`function(mean, covariance, ...)` of every component; what a covariance common to all tells is told once."""
+    """`function(mean, covariance, ...)` of every component; what depends on a common covariance alone is done once."""
     if covariance.shape[0] == 1:
         return jax.vmap(function, (0, None, *[0] * len(rest)))(mean, covariance[0], *rest)
     return jax.lax.map(lambda each: function(*each), (mean, covariance, *rest))
 
 
 def _lanes(mean: jax.Array, rows: Measured) -> int:
-    """Rows side by side: a power of two."""
+    """The number of rows in a block: a power of two."""
     values = mean.shape[1] * (2 if rows.noise is not None and rows.noise.ndim == 3 else 1)
     fits = tuning.CONDITIONAL_NUMBERS // values**2
     return max(tuning.FEWEST_CONDITIONAL_LANES, 1 << max(0, fits.bit_length() - 1))

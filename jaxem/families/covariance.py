@@ -1,7 +1,7 @@
 """Shapes of a covariance matrix, and the bilinear algebra that is all a normal family needs of them.
 
 A shape says how a D x D covariance is stored: `Full` (..., D, D), `Diagonal` (..., D), `Spherical`
-(...). Second moments are stored the same way, as the part of sum r x xᵀ that the shape keeps.
+(...). Second moments sum r x xᵀ are stored the same way: the matrix, its diagonal, or its trace.
 Letters: K components, D columns, N rows; P is the inverse covariance, W with P = WᵀW the whitener.
 """
 
@@ -111,22 +111,22 @@ class Full:
         return jnp.diagonal(moments, axis1=-2, axis2=-1)
 
     def log_scales(self, covariance: jax.Array, columns: int) -> jax.Array:
-        """Log standard deviation of each column, on average where they are correlated: (..., D)."""
+        """Each column's part of log det(covariance) / 2, equal parts where columns are correlated: (..., D)."""
         half_logdet = self.whitener(covariance, columns)[1]
         return jnp.broadcast_to(half_logdet[..., None] / columns, (*half_logdet.shape, columns))
 
     def entries(self, rows: jax.Array) -> jax.Array:
-        """Observed entries (..., D), or (..., 1) where all columns have the same, behind each stored number."""
+        """Observed entries behind each stored number, from those of each column (..., D), or of all alike (..., 1)."""
         return rows[..., None]
 
     def floor(self, covariance: jax.Array, lowest: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Lift a covariance whose conditional variances fall below `lowest` (..., D).
 
-        Returns the covariance, symmetric and otherwise unchanged to the bit where nothing was lifted, and whether it
-        was (...).
+        Returns the covariance, made symmetric and otherwise unchanged to the bit where nothing was lifted, and whether
+        it was lifted (...).
         """
         covariance = _mean_of_triangles(covariance)  # fused multiply-adds round its triangles apart
-        # What is not lifted has no slope in the floor, and a fit that rests on it, DEGENERATE, has no derivatives.
+        # The lift needs no derivatives: it is 0 in a sound fit, and one that rests on its floor, DEGENERATE, has none.
         _, lift = numerics.floored_cholesky(*jax.lax.stop_gradient((covariance, lowest)))
         eye = jnp.eye(covariance.shape[-1], dtype=covariance.dtype)
         return covariance + lift[..., :, None] * numerics.to_rank(eye, covariance.ndim), jnp.any(lift > 0, axis=-1)
@@ -163,7 +163,7 @@ class Full:
 def _mean_of_triangles(matrix: jax.Array) -> jax.Array:
     """(A + Aᵀ) / 2: A to the bit where A is symmetric.
 
-    A factorisation reads one triangle. Its slope in an entry would be 0 in the other, and twice what it should be here.
+    A factorisation reads one triangle only: derivatives would be 0 in the other, and twice too large in this one.
     """
     return 0.5 * (matrix + jnp.swapaxes(matrix, -1, -2))
 

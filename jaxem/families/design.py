@@ -1,7 +1,7 @@
 """What regressions share: rows that are pairs (features, response), and weighted normal equations.
 
-Statistics are taken about the current coefficients, so that an M-step solves for a correction: what
-rounding a solution carries, the next step removes. z = (1, features); a line is (intercept, coefficients).
+Statistics are taken about the current coefficients, so that an M-step solves for a correction: the
+next step removes the rounding errors of this one. z = (1, features); a line is (intercept, coefficients).
 """
 
 import warnings
@@ -14,7 +14,7 @@ from .. import checks, numerics, tree
 from ..protocols import Data, Params, Stats
 from . import columns
 
-# Means of features, in standard deviations, up to which float32 tells their slopes to about a thousandth.
+# Means of features, in standard deviations, up to which float32 gives their slopes to about a thousandth.
 _FAR = 1e3
 
 
@@ -57,7 +57,7 @@ def check_features(name: str, features: jax.Array, dtype: jnp.dtype) -> None:
     if checks.is_concrete(features) and dtype == jnp.float32:
         exact = np.asarray(features, np.float64).reshape(len(features), -1)
         mean, spread = np.mean(exact, axis=0), np.std(exact, axis=0)
-        # A constant column tells no slope, and loses none.
+        # A constant column has no slope that could be lost.
         far = (spread > 0) & (np.abs(mean) > _FAR * spread)
         if np.any(far):
             column = np.argmax(far)
@@ -105,7 +105,7 @@ def given(params: Params, labels: jax.Array, features: jax.Array | None) -> jax.
 
 
 def gram(weights: jax.Array, design: jax.Array) -> jax.Array:
-    """sum_n w zzᵀ: (K, N), (P, N) -> (K, P, P), by one product with the monomials of z; vanishingly regular."""
+    """sum_n w zzᵀ + a vanishing multiple of I: (K, N), (P, N) -> (K, P, P), by one product with the monomials of z."""
     i, j = np.tril_indices(design.shape[0])
     entries = np.zeros((design.shape[0],) * 2, int)
     entries[i, j] = entries[j, i] = np.arange(len(i))

@@ -12,7 +12,7 @@ from .. import capabilities, checks, numerics, parameters, special, tree
 from ..record import record
 from . import columns
 
-# For larger shapes float32 rounds log mean - mean log, which tells the shape, by more than a thousandth.
+# For larger shapes float32 rounds log mean - mean log, which determines the shape, by more than a thousandth.
 _LARGEST_IN_FLOAT32 = 300
 
 
@@ -56,7 +56,7 @@ class Gamma:
     Data are above 0, (N, D) or (N,). Missing entries, NaN, are integrated out. A shape stays below 1/sqrt(eps): 7e7,
     or 3e3 in float32; a component that gets there is degenerate. In float32 shapes beyond about 300 are rounded by
     more than a thousandth, and a fit may end with a falling objective: such data need float64, and a check warns where
-    all of them spread so little.
+    a whole column spreads so little.
     Minka (2002), Estimating a Gamma distribution; Dempster, Laird & Rubin (1977), section 4.2.
     """
 
@@ -98,7 +98,7 @@ class Gamma:
     def m_step_given(
         self, stats: GammaStats, *, shape: jax.Array | None = None, rate: jax.Array | None = None
     ) -> GammaParams:
-        """The M-step of one parameter with the other held, at (K, D) or what broadcasts to it; of both without any."""
+        """The M-step of one parameter with the other held, at (K, D) or what broadcasts to it; of both if none is."""
         stats = columns.with_prior(self.prior, stats)
         mean, mean_log = stats.total / stats.observed, stats.logs / stats.observed
         if shape is None and rate is not None:
@@ -176,7 +176,7 @@ def _log_normalizer(params: GammaParams) -> jax.Array:
 
 
 def _largest_shape(dtype: jnp.dtype) -> float:
-    """The shape at which log mean - mean log, about 1 / (2 a), is nothing but rounding."""
+    """The shape at which log mean - mean log, about 1 / (2 a), has lost half of its digits to rounding."""
     return float(jnp.finfo(dtype).eps) ** -0.5
 
 

@@ -22,7 +22,7 @@ from ..protocols import Data
 from ..record import record
 from . import columns, design
 
-# Eighth powers of features from 0.004 to 1e7, measured in this unit, are inside the range of float32.
+# Eighth powers of features from 0.005 to 1e7, measured in this unit, are inside the range of float32.
 _UNIT = 256.0
 
 
@@ -47,8 +47,8 @@ class RegressionStats:
     gram: (K, P + 1, P + 1), sum r curvature zzᵀ.
     cross: (K, P + 1), sum r slope z, the score.
     base: (K,), the expected log-likelihood at the current line.
-    reach: (P + 1,), the sum over rows of (z / _UNIT)⁸, which bounds the largest z; None where the bound holds
-        everywhere.
+    reach: (P + 1,), sum over rows and components of r (z / _UNIT)⁸, which bounds the largest |z| for row weights of
+        at least 1; None where the bound holds everywhere.
     """
 
     count: jax.Array
@@ -60,7 +60,7 @@ class RegressionStats:
 
 
 def _pooled(family: "_Regression", x: Data, weights: jax.Array | None, num_components: int) -> RegressionParams:
-    """The regression of all rows in every component: some M-steps from a line that is the mean response."""
+    """The regression of all rows in every component: some M-steps from a constant line, the mean response."""
     matrix, response = design.read(x)
     weights = jnp.ones_like(response) if weights is None else weights.astype(response.dtype)
     # Half of a row, whose response is 1/2, keeps the link finite where all responses are 0 or 1.
@@ -105,7 +105,7 @@ def _stats(family: "_Regression", params: RegressionParams, x: Data, responsibil
 
 
 def _m_step(family: "_Regression", stats: RegressionStats) -> RegressionParams:
-    """The maximum of the bound, gram⁻¹ cross away from the current line; a local one moves no eta by more than 1."""
+    """The maximum of bound and prior; where the bound is local, shortened so that no row's eta moves by more than 1."""
     line = design.current(stats)
     penalty = _penalty(family, line)
     gram = stats.gram + (jnp.eye(line.shape[1], dtype=line.dtype) * penalty[None])[None]
@@ -120,7 +120,7 @@ def _m_step(family: "_Regression", stats: RegressionStats) -> RegressionParams:
 
 
 def _q_function(family: "_Regression", params: RegressionParams, stats: RegressionStats) -> jax.Array:
-    """The bound, base + cross·delta - delta·gram·delta / 2, delta the way from the line that it was made at."""
+    """The bound, base + cross·delta - delta·gram·delta / 2, with delta = line - current line."""
     delta = design.line(params) - design.current(stats)
     return jnp.sum(stats.base) + jnp.sum((stats.cross - 0.5 * design.times(stats.gram, delta)) * delta)
 
@@ -219,8 +219,8 @@ class Probit:
 
     ridge: the precision of a normal prior with mean 0 on the coefficients, not on the intercept.
 
-    Given the latent response, the M-step is least squares of its expectation: data augmentation, whose quadratic has
-    curvature 1 everywhere. Data are a pair (features (N, P) or (N,), response (N,) of 0 and 1), nothing missing.
+    The M-step is least squares on the expected latent responses: data augmentation, whose quadratic has curvature 1
+    everywhere. Data are a pair (features (N, P) or (N,), response (N,) of 0 and 1), nothing missing.
     Albert & Chib (1993), Bayesian analysis of binary and polychotomous response data, JASA 88; McCulloch (1994),
     Maximum likelihood variance components estimation for binary data, JASA 89, on its EM.
     """
@@ -248,7 +248,7 @@ class Probit:
         return jax.scipy.special.log_ndtr((2 * response - 1) * eta)
 
     def _surrogate(self, eta: jax.Array, response: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Slope and curvature of the quadratic: how far the latent response is expected from eta, and 1."""
+        """Slope and curvature of the quadratic: E[latent response] - eta, and 1."""
         sign = 2 * response - 1
         logs = -0.5 * (jnp.square(eta) + math.log(2 * math.pi)) - jax.scipy.special.log_ndtr(sign * eta)
         return sign * jnp.exp(logs), jnp.ones_like(sign * eta)

@@ -1,7 +1,7 @@
-"""A linear equation with Gaussian noise, its responses and features expected: a part of linear-Gaussian models.
+"""A linear equation with Gaussian noise, fitted to expected responses and features: a part of linear-Gaussian models.
 
-A linear dynamical system is three of these. Letters: O responses, F features, in groups of F_g; arrays may have more
-axes in front, a component's say.
+A linear dynamical system is three of these. Letters: O responses; F features, in groups of F_g; T steps of B sequences,
+the lanes. Arrays may have more axes in front, such as one of components.
 """
 
 import dataclasses
@@ -42,14 +42,14 @@ class EquationParams:
 
 @record
 class EquationStats:
-    """Expected normal equations about the current line; e = response - current line · features. All add.
+    """Expected normal equations about the current line; e = response - current line · features. Additive.
 
     count       ()
     reference   count · line   (O, F)
     gram        sum E ffᵀ      (F, F)
     cross       sum E f eᵀ     (F, O)
     square      sum E eeᵀ      (O, O), (O,) where noise is diagonal, or its trace () where noise is spherical
-    energy      sum of squared responses (O,), where they are counted; else the line and the gram tell of them
+    energy      sum of squared responses (O,); None where it is to be computed from the other fields
     """
 
     count: jax.Array
@@ -61,12 +61,12 @@ class EquationStats:
 
     @property
     def line(self) -> jax.Array:
-        """The line (O, F) that they are about."""
+        """The line (O, F) that the statistics are about."""
         return self.reference / self.count[..., None, None]
 
 
 class ExpectedNoise(Protocol):
-    """The noise of an equation under a posterior, as `latents.linear_gaussian.posterior.Noise` explains it."""
+    """The noise of an equation under a posterior, as `latents.linear_gaussian.noise.Noise` explains it."""
 
     @property
     def means(self) -> jax.Array: ...
@@ -86,8 +86,9 @@ class ExpectedNoise(Protocol):
 class LinearEquation:
     """response = line · features + noise.
 
-    noise: the shape of its covariance; widths: of every group of features how many they are, None for the rest; prior:
-    pseudo-statistics, as `pseudo_stats` makes them.
+    noise: the shape of the noise's covariance.
+    widths: the number of features in each group; None for the group that has all the rest.
+    prior: pseudo-statistics, as `pseudo_stats` makes them.
     """
 
     noise: Full | Diagonal | Spherical = static()
@@ -95,7 +96,7 @@ class LinearEquation:
     prior: EquationStats | None = None
 
     def m_step(self, stats: EquationStats, held: Groups | None = None) -> EquationParams:
-        """Least squares, and the mean outer product of what is left; held: coefficients that stay at these values."""
+        """Least squares, and the mean outer product of the residuals; held: coefficients that stay at these values."""
         return self._estimate(stats, held)[0]
 
     def degenerate(self, stats: EquationStats, held: Groups | None = None) -> jax.Array:
@@ -156,10 +157,12 @@ class LinearEquation:
         noise: ExpectedNoise,
         weights: jax.Array | None,
     ) -> tuple[EquationStats, jax.Array]:
-        """Statistics from expected features (T, F, B) and noise, about `params`, of sequences of weights (B,); and the
-        weighted sum of squares of the expected noise.
+        """Statistics about `params`, and the weighted sum of squares of `noise.means`.
 
-        States are the first features. An equation that nothing is seen of keeps what it had.
+        features: (T, F, B), expected features, states first.
+        weights: (B,), of the sequences.
+
+        A vanishing pseudo-step keeps the parameters of an equation without data.
         """
         count, moments = _moments(jnp.concatenate([features, noise.means], axis=1), noise.counted, weights)
         size, lanes = features.shape[1:]
@@ -228,7 +231,7 @@ class LinearEquation:
             energy = deep + jnp.sum(line * numerics.product(line, stats.gram, "...if,...fg->...ig"), axis=-1) / count
         else:
             energy = jnp.sum(stats.energy) / jnp.sum(stats.count)
-        # What rounding hides: of the responses, and of the residuals that the estimate is taken from.
+        # Variances below which rounding dominates, of the responses and of the residuals behind the estimate.
         lowest = jnp.maximum(jnp.where(energy > 0, eps**2 * energy, eps**2), 64 * line.shape[-1] * eps * deep)
         covariance, lifted = self.noise.floor(covariance, lowest)
         return EquationParams(coefficients=self.coefficients(line), covariance=covariance), lifted
@@ -254,7 +257,7 @@ def _about(stats: EquationStats, line: jax.Array) -> EquationStats:
 
 
 def _moved(stats: EquationStats, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`cross` and `square` about a line that lies so far (O, F) from that of the statistics."""
+    """`cross` and `square` about the line of the statistics + delta (O, F)."""
     if delta.shape[-2] == 1:  # fused with what follows
         moved = design.times(stats.gram, delta[..., 0, :])[..., None]
     else:
@@ -278,7 +281,7 @@ def _moments(values: jax.Array, counted: jax.Array | None, weights: jax.Array | 
         each = counted.astype(values.dtype) if each is None else jnp.where(counted, each, 0)
     count = jnp.asarray(steps * lanes, values.dtype) if each is None else jnp.sum(each)
     weighted = values if weights is None else numerics.to_rank(weights, values.ndim) * values
-    # In parts first, which is quicker, and rounds less.
+    # Partial sums first, one a sequence or one a step: quicker, and with less rounding.
     parts = "tib,tjb->bij" if lanes < tuning.MANY_SEQUENCES else "tib,tjb->tij"
     return count, jnp.sum(numerics.product(weighted, values, parts), axis=0)
 

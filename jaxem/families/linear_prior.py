@@ -18,7 +18,7 @@ class NormalInverseGamma:
     """line | variance ~ N(mean, variance precision⁻¹), variance ~ inverse-gamma(shape, rate); z = (1, features).
 
     mean: (P + 1,), of the intercept and the coefficients.
-    precision: (P + 1, P + 1), or a number, the same for each of these.
+    precision: (P + 1, P + 1), or a number, that multiple of the identity.
     shape, rate: of the variance of the response about its line.
 
     Every field can be traced and vmapped. Posteriors of K components have them with K in front.
@@ -34,7 +34,7 @@ class NormalInverseGamma:
     spreads = ("precision",)
 
     def over(self, lead: tuple[int, ...], size: int, dtype: Any) -> "NormalInverseGamma":
-        """The same for many components (lead), lines of `size` numbers, every field in its full shape."""
+        """The same for components of shape `lead` and lines of `size` numbers, every field in its full shape."""
         precision = jnp.asarray(self.precision, dtype)
         precision = precision * jnp.eye(size, dtype=dtype) if precision.ndim == 0 else precision
         return NormalInverseGamma(
@@ -71,7 +71,7 @@ class NormalInverseGamma:
         )
 
     def mode(self) -> tuple[jax.Array, jax.Array]:
-        """The likeliest line and variance, together."""
+        """The joint mode of line and variance."""
         return self.mean, self.rate / (jnp.asarray(self.shape) + 0.5 * self.mean.shape[-1] + 1)
 
     def expected(self) -> tuple[jax.Array, jax.Array]:
@@ -144,7 +144,7 @@ class NormalInverseGamma:
     # Of rows z (P + 1, N) and their responses (N,).
 
     def slack(self, matrix: jax.Array) -> jax.Array:
-        """What E[log p(response)] lacks to the log-density at `plugged`: (K, N)."""
+        """E[log p(response)] minus the log-density at `plugged`, at most 0: (K, N)."""
         return -0.5 * (special.log_minus_digamma(jnp.asarray(self.shape))[:, None] + self.leverage(matrix))
 
     def leverage(self, matrix: jax.Array) -> jax.Array:
@@ -152,7 +152,7 @@ class NormalInverseGamma:
         return jnp.sum(jnp.square(numerics.product(self.whitener, matrix, "kij,jn->kin")), axis=1)
 
     def expected_slack(self, stats: EquationStats) -> jax.Array:
-        """The sum of these over the rows that statistics are of."""
+        """sum r slack, over components and the rows behind the statistics."""
         square = Full().trace(Full().precision(self.whitener), stats.gram)
         return -0.5 * jnp.sum(stats.count * special.log_minus_digamma(jnp.asarray(self.shape)) + square)
 

@@ -19,7 +19,12 @@ from .linear_prior import NormalInverseGamma
 
 @record
 class LinearRegressionParams:
-    """coefficients (K, P); intercept (K,); variance (K,) of the response about its line."""
+    """Parameters of K lines with normal noise.
+
+    coefficients: (K, P), c.
+    intercept: (K,), b.
+    variance: (K,), v, of the response about its line.
+    """
 
     coefficients: jax.Array
     intercept: jax.Array
@@ -55,7 +60,7 @@ class LinearRegression:
     check = staticmethod(design.check)
 
     def _equation(self, count: int, size: int, dtype: Any) -> LinearEquation:
-        """All lines at once: a leading axis of components, one response, and z (of so many entries) for features."""
+        """All lines at once: a leading axis of `count` components, one response, and z (of `size` entries)."""
         prior = self.prior
         if isinstance(prior, NormalInverseGamma):
             prior = prior.pseudo_stats((count,), size, dtype)
@@ -97,7 +102,7 @@ class LinearRegression:
         return self._equation_of(stats).q_function(_as_equation(params), stats)
 
     def log_prior(self, params: LinearRegressionParams) -> jax.Array:
-        """The log-density of a NormalInverseGamma; Q of pseudo-statistics, which is one up to a constant."""
+        """Log-density of the prior: of pseudo-statistics up to a constant, as their Q; 0 without a prior."""
         if isinstance(self.prior, NormalInverseGamma):
             return self.prior.log_prob(design.line(params), params.variance)
         count, columns_here = params.coefficients.shape
@@ -183,9 +188,13 @@ def expected_stats(
     square: jax.Array,
     energy: jax.Array,
 ) -> EquationStats:
-    """Normal equations from the rows' z (P + 1, N), responsibilities (K, N), and expectations of what is seen of rows.
+    """Normal equations about the current lines, from expected residuals e of the rows under the current parameters.
 
-    These are E[e] and E[e²] (K, N), and E[response²] summed over the rows (K, 1), under the current parameters.
+    matrix: (P + 1, N), z of every row.
+    responsibilities: (K, N), r.
+    residual, square: (K, N), E[e] and E[e²].
+    energy: (K, 1), sum r E[response²].
+
     A vanishing pseudo-row keeps a component without rows as it is.
     """
     count = jnp.sum(responsibilities, axis=1) + columns.PSEUDO_COUNT

@@ -46,7 +46,7 @@ class LowRankNormalStats:
     """Expected statistics of rows and factors, additive over rows.
 
     equation  normal equations of x on (z, 1), component axis first
-    base      (K,), sum r times what the bound at the current parameters lacks: -KL(factors given x || N(0, I))
+    base      (K,), -sum r KL(p(z | x) ‖ N(0, I)), which makes Q equal to sum r log p(x) at the current parameters
     """
 
     equation: EquationStats
@@ -60,11 +60,11 @@ class LowRankNormalStats:
 
 @record
 class _Told:
-    """What rows tell of the factors of every component.
+    """Posterior means of the factors given the rows, and residuals, for every component.
 
-    means   (K, N, Q), posterior means
+    means   (K, N, Q), E[z | x]
     left    (K, N, D), x - mean - loadings · means
-    square  (K, N), Mahalanobis distances squared
+    square  (K, N), squared Mahalanobis distances of x
     """
 
     means: jax.Array
@@ -81,9 +81,9 @@ class LowRankNormal:
     "isotropic", one for all (mixtures of PPCA). Loadings are determined up to a rotation of the factors, and
     `num_parameters` counts them so. Data (N, D), nothing missing. `Tied(LowRankNormal(2), "loadings")` and the like
     share loadings, noise or both among components: the eight models of McNicholas & Murphy.
-    Densities and statistics are Woodbury's: nothing of size D x D is made. Distances are sums of squares of residuals,
-    in which nothing cancels. The M-step is that of Ghahramani & Hinton, and crawls where loadings are large beside the
-    noise; fits for which no algorithm is named take `EM(maximize=Expanded())`, a few steps in the place of hundreds.
+    Densities and statistics use Woodbury's identity: nothing of size D x D is made. Distances are sums of squares of
+    residuals, in which nothing cancels. The M-step is that of Ghahramani & Hinton, slow where loadings are large beside
+    the noise; fits for which no algorithm is named take `EM(maximize=Expanded())`, a few steps in place of hundreds.
     Raises TypeError or ValueError for a num_latents that is not a whole number of at least 1, or another noise.
     Ghahramani & Hinton (1996), The EM algorithm for mixtures of factor analyzers, CRG-TR-96-1; Tipping & Bishop (1999),
     Mixtures of probabilistic principal component analyzers, Neural Computation 11; McLachlan & Peel, Finite Mixture
@@ -120,7 +120,7 @@ class LowRankNormal:
         return LinearEquation(noise=_NOISE[self.noise][0], widths=(self.num_latents, 1))
 
     def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> LowRankNormalParams:
-        """The data's mean and leading directions, in every component: loadings of 0 would stay there.
+        """The data's mean and leading directions, in every component: EM does not move loadings of 0.
 
         PPCA's closed form (Tipping & Bishop 1999, equations 7 and 8) with these directions, columns standardised where
         noise is "diag". The directions are those of a few orthogonal iterations, from a fixed draw.
@@ -173,7 +173,7 @@ class LowRankNormal:
         )
 
     def m_step(self, stats: LowRankNormalStats) -> LowRankNormalParams:
-        """Least squares of the rows on the factors and 1, and the mean squares of what is left."""
+        """Least squares of the rows on the factors and 1, and the mean squares of the residuals."""
         return self.m_step_given(stats)
 
     def m_step_given(
@@ -193,7 +193,7 @@ class LowRankNormal:
             change = _shared_correction(equation, 1 / self._variances(params), "mean" in held)
             return self._given(equation, shared, {**held, "loadings": common + change[None]})
 
-        # Noise that is shared, or held, weighs rows as it is; else it follows from the loadings.
+        # With noise that is shared or held, one round is exact; else loadings and noise depend on each other.
         rounds = _ROUNDS if self._noise_name not in (*shared, *held) else 1
         return jax.lax.fori_loop(0, rounds, once, self._given(equation, shared, {**held, "loadings": common}))
 
@@ -204,10 +204,10 @@ class LowRankNormal:
         held: tuple[str, ...] = (),
         shared: tuple[str, ...] = (),
     ) -> LowRankNormalParams:
-        """The M-step as if factors had a mean and a covariance of their own, which then pass into mean and loadings.
+        """The M-step of factors with a free mean and covariance, which are then absorbed into mean and loadings.
 
-        The mean is then that of the component's rows. Without this step the larger the loadings are beside the noise,
-        the less EM moves along them: hundreds of steps in the place of ten.
+        The mean becomes that of the component's rows. Without this step EM moves the less along the loadings, the
+        larger they are beside the noise: hundreds of steps in place of ten.
         """
         count, latents = stats.equation.count, self.num_latents
         moments = stats.equation.gram / count[:, None, None]
@@ -227,7 +227,7 @@ class LowRankNormal:
         return dataclasses.replace(params, mean=shifted, loadings=loadings)
 
     def q_function(self, params: LowRankNormalParams, stats: LowRankNormalStats) -> jax.Array:
-        """E[log p(x | z)] + base: a bound of log p(x), tight where the statistics were made."""
+        """E[log p(x | z)] + base: a lower bound of log p(x), tight at the parameters that stats were made with."""
         return self._equation.q_function(self._split(params), stats.equation) + jnp.sum(stats.base)
 
     def log_prior(self, params: LowRankNormalParams) -> jax.Array:
@@ -238,7 +238,7 @@ class LowRankNormal:
         return dataclasses.replace(stats, equation=self._equation.rebase(stats.equation, self._split(params)))
 
     def degenerate(self, stats: LowRankNormalStats, held: tuple[str, ...] = ()) -> jax.Array:
-        """Components (K,) without rows, or with noise at its floor, in a column where it is "diag" (a Heywood case)."""
+        """Components (K,) without rows, or with noise at its floor: for "diag", in some column (a Heywood case)."""
         empty = columns.empty(stats.count)
         if self._noise_name in held:
             return empty
@@ -330,11 +330,11 @@ class LowRankNormal:
         return rows
 
     def _told(self, params: LowRankNormalParams, x: jax.Array) -> tuple[Factors, _Told]:
-        """What rows tell of the factors.
+        """Projections on the factors, and posterior means and residuals of the rows.
 
-        Rows are taken about a point in the middle of the means, from where the projections on the factors of all
-        components are one matrix product. What that rounds is at most what rows that far from it are rounded to begin
-        with; distances are of residuals about each component's own mean.
+        Rows are centred at the mean of the components' means, so that the projections of all components are one matrix
+        product. Its error is at most the rounding of the rows themselves, at their distance from that centre; squared
+        distances come from residuals about each component's own mean.
         """
         rows = self._rows(x, expected=params.mean.shape[-1])
         centre = jnp.mean(params.mean, axis=0)

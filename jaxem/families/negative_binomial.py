@@ -106,7 +106,7 @@ class NegativeBinomial:
     def m_step_given(
         self, stats: NegativeBinomialStats, *, concentration: jax.Array | None = None
     ) -> NegativeBinomialParams:
-        """The M-step with the concentration held, at (K, D) or what broadcasts to it: the mean does not change."""
+        """The M-step with the concentration held, at (K, D) or what broadcasts to it: that of the mean is the same."""
         stats = columns.with_prior(self.prior, stats)
         mean = (stats.clusters + stats.repeats) / stats.observed
         if concentration is None:
@@ -155,9 +155,9 @@ class NegativeBinomial:
 
 
 def _natural(params: NegativeBinomialParams) -> jax.Array:
-    """What events and entries are multiplied by, (K, 2 D): log m - log(1 + m/c) and -c log(1 + m/c).
+    """The coefficients of events and of observed entries in log p(x), (K, 2 D): log m - log(1 + m/c), -c log(1 + m/c).
 
-    The factor c^events is in the base.
+    The first is log(m / (m + c)) + log c; the base has the factor c^-events.
     """
     gap = jnp.log1p(params.mean / params.concentration)
     return jnp.concatenate([numerics.safe_log(params.mean) - gap, -params.concentration * gap], axis=1)
@@ -183,7 +183,7 @@ def _concentration(mean: jax.Array, odds: jax.Array) -> jax.Array:
     def of(u: jax.Array) -> jax.Array:
         return special.log1p_gap(u) / jnp.log1p(u)
 
-    # What is nearer to Poisson than this is Poisson. Counts that are all 0 tell no concentration: any will do.
+    # Counts closer to Poisson are treated so. Counts that are all 0 do not determine a concentration: any will do.
     eps = float(jnp.finfo(mean.dtype).eps)
     odds = jnp.maximum(odds, 0.5 * eps**0.5)
     return jnp.maximum(mean / special.solve(of, odds, odds * (2 + jnp.log1p(odds))), eps)

@@ -66,7 +66,7 @@ class NoisyNormal:
         return self._values.stats_of(parts, normal_moments.expected(parts, found))
 
     def expected_values(self, params: NormalParams, x: Data) -> jax.Array:
-        """What is expected of the values behind the noise, under every component: (N, K, D)."""
+        """Conditional means of the values behind the noise, under every component: (N, K, D)."""
         return conditional.means(params.mean, self._matrices(params), _measured(params, x))
 
     def drawn_values(self, key: jax.Array, params: NormalParams, x: Data, labels: jax.Array) -> jax.Array:
@@ -74,7 +74,7 @@ class NoisyNormal:
         return conditional.draws(key, params.mean, self._matrices(params), _measured(params, x), labels)
 
     def completed(self, x: Data, values: jax.Array) -> jax.Array:
-        """Values (N, D) in the shape of the rows: behind noise nothing is known as it is."""
+        """`values` (N, D) in the shape of the rows: with noise, no value is observed exactly."""
         return values.reshape(jnp.shape(_pair(x)[0]))
 
     def m_step(self, stats: NormalStats) -> NormalParams:
@@ -87,7 +87,7 @@ class NoisyNormal:
         return self._values.degenerate(stats, held)
 
     def q_function(self, params: NormalParams, stats: NormalStats) -> jax.Array:
-        """Expected log-density of the values; a lower bound of log p(x), tight where the statistics were made."""
+        """Expected log-density of the values + base, a lower bound of log p(x), tight where stats were made."""
         return self._values.q_function(params, stats)
 
     def log_prior(self, params: NormalParams) -> jax.Array:

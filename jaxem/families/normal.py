@@ -21,7 +21,7 @@ class NormalParams:
     """Parameters of K normal components.
 
     mean: (K, D).
-    covariance: (K, D, D) full, (K, D) diag, (K,) spherical; tied, one for all without the K.
+    covariance: (K, D, D) full, (K, D) diag, (K,) spherical; tied shapes, one for all components, have no K axis.
     """
 
     mean: jax.Array
@@ -33,12 +33,12 @@ class NormalStats:
     """Moments about the components' current means c, additive over rows.
 
     count: (K,), sum r.
-    reference: (K, D), c times the rows behind each entry.
+    reference: (K, D), c times `rows`.
     first: (K, D), sum r (x - c).
     second: stored as the covariance is, sum r (x - c)(x - c)ᵀ.
-    observed: (K, D), sum r over observed entries, for covariances without correlations; None for others, whose moments
-        are expected ones, of missing entries too.
-    base: (K,), for such: sum r times what Q of these moments lacks to log p(x) where they were made.
+    observed: (K, D), sum r over observed entries, for uncorrelated columns. For correlated ones it is None: their
+        moments are expected ones, missing entries included.
+    base: (K,), for correlated columns: sum r log p(x) - Q of these moments, at the parameters that they were made with.
     """
 
     count: jax.Array
@@ -50,7 +50,7 @@ class NormalStats:
 
     @property
     def rows(self) -> jax.Array:
-        """What the moments are sums over: (K, D), or (K, 1) where every column has the same."""
+        """sum r behind the moments of each column: (K, D), or (K, 1) where it is the same for all."""
         return self.count[:, None] if self.observed is None else self.observed
 
 
@@ -65,10 +65,10 @@ class Normal:
     form: how quadratic forms and second moments are computed. "whitened" uses deviations from each component's own
         mean, exact however tight the clusters are; "expanded" uses moments about one common point, two matrix products
         in all, which loses (spread / width)² units of rounding; "auto" (default) takes the expanded form while that
-        loss is small, judged at every step, and with few columns, where there is less to win, the whitened one.
+        loss is small, judged at every step. With few columns its densities are always whitened.
     missing: whether to look for missing entries, NaN, which are integrated out exactly: where columns are correlated,
-        by the moments of each row given what is observed of it. Where data cannot be looked at, as under jit, both
-        cases are compiled; False says that there are none.
+        by the moments of each row given its observed entries. Where data cannot be looked at, as under jit, code for
+        both cases is compiled; False says that no entry is missing.
 
     Data are (N, D), or (N,) for one column. A row of which nothing is observed counts in a mixture's weights alone.
     Raises ValueError for an unknown covariance or form.
@@ -101,7 +101,7 @@ class Normal:
 
     @property
     def correlated(self) -> bool:
-        """Whether columns are, given the component."""
+        """Whether columns are correlated given the component."""
         return isinstance(self.shape, shapes.Full)
 
     def pooled(self, x: jax.Array, weights: jax.Array | None, num_components: int) -> NormalParams:
@@ -162,7 +162,7 @@ class Normal:
         )
 
     def expected_values(self, params: NormalParams, x: jax.Array) -> jax.Array:
-        """What is expected of every row given what is observed of it, under every component: (N, K, D)."""
+        """Conditional mean of every row given its observed entries, under every component: (N, K, D)."""
         return conditional.means(params.mean, self.covariance_matrix(params), self._measured(params, x))
 
     def drawn_values(self, key: jax.Array, params: NormalParams, x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -171,7 +171,7 @@ class Normal:
         return conditional.draws(key, params.mean, self.covariance_matrix(params), rows, labels)
 
     def completed(self, x: jax.Array, values: jax.Array) -> jax.Array:
-        """The rows with these values (N, D) where they are missing, in their own shape."""
+        """The rows, in their own shape, with `values` (N, D) in place of missing entries."""
         rows = checks.matrix("x", x)
         return jnp.where(jnp.isnan(rows), values, rows).reshape(jnp.shape(x))
 
@@ -197,7 +197,7 @@ class Normal:
     def q_function(self, params: NormalParams, stats: NormalStats) -> jax.Array:
         """Expected complete-data log-likelihood; linear in stats of one reference.
 
-        Of expected moments it is a lower bound of the log-likelihood, tight at the parameters that they were made with.
+        With missing entries it is a lower bound of sum r log p(x), tight at the parameters that stats were made with.
         """
         columns = params.mean.shape[-1]
         moved = self.rebase(stats, params)
@@ -267,13 +267,13 @@ class Normal:
         return self.given(q.plugged())
 
     def expected_log_prob(self, q: NormalInverseWishart, x: jax.Array) -> jax.Array:
-        """E_q[log p(x)] (K, N): the log-density at `plugged`, and what lacks; missing entries are latent."""
+        """E_q[log p(x)] (K, N): the log-density at `plugged`, plus the slack of q; missing entries are latent."""
         params = self.plugged(q)
         rows, observed = self._rows(params, x)
         density = normal_moments.log_prob(self.components(params), rows, observed, self.form)
         if observed is None:
             return density + jnp.sum(q.slack, axis=1, keepdims=True)
-        if self.correlated:  # what is missing of a row is latent, but for rows of which nothing is observed
+        if self.correlated:  # missing entries are latent; a row without observed entries has log-density 0
             return density + q.slack * jnp.max(observed, axis=0, keepdims=True)
         return density + numerics.product(q.slack, observed, "kd,dn->kn")
 
@@ -330,7 +330,7 @@ class Normal:
         return self.shape.matrix(self._each(params), params.mean.shape[-1])
 
     def _estimate(self, stats: NormalStats, moves: bool = True) -> tuple[NormalParams, jax.Array]:
-        """M-step, and which components (K,) needed the floor; means that do not move stay at the reference."""
+        """M-step, and which components (K,) needed the floor; unless it `moves`, the mean stays at the reference."""
         shape, prior = self.shape, self.prior
         columns = stats.first.shape[-1]
         centre = stats.reference / stats.rows
@@ -360,7 +360,7 @@ class Normal:
         return jnp.broadcast_to(params.covariance, (params.mean.shape[0], *params.covariance.shape))
 
     def components(self, params: NormalParams) -> normal_moments.Components:
-        """What densities and moments make of the parameters."""
+        """The parameters with whiteners and normalisers, for densities and moments."""
         return normal_moments.components(self.shape, params.mean, self._each(params), self.tied)
 
     def _measured(self, params: NormalParams, x: jax.Array) -> conditional.Measured:
@@ -369,9 +369,9 @@ class Normal:
         return conditional.Measured(values=rows, observed=observed.T > 0)
 
     def _rows(self, params: NormalParams, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Rows (N, D), something finite in place of missing entries, and which entries are observed.
+        """Rows (N, D) with finite numbers in place of missing entries, and which entries are observed.
 
-        These are (D, N), 1 where an entry is observed and 0 where it is missing; None where none is looked for.
+        The latter is (D, N), 1 where an entry is observed and 0 where it is missing; None where `missing` is False.
         """
         rows = checks.matrix("x", x)
         if rows.shape[1] != params.mean.shape[-1]:
@@ -379,7 +379,7 @@ class Normal:
         if not self.missing:
             return rows, None
         observed = ~jnp.isnan(rows)
-        # Nothing depends on what stands there, and derivatives should not have to find that out.
+        # No result depends on the number filled in: derivatives need not go through it.
         finite = jax.lax.stop_gradient(jnp.mean(params.mean, axis=0))
         return jnp.where(observed, rows, finite), observed.T.astype(rows.dtype)
 
@@ -390,11 +390,11 @@ def _at_reference(stats: NormalStats) -> NormalStats:
 
 
 def _lowest(mean_square: jax.Array, about: jax.Array) -> jax.Array:
-    """Variances (..., D) that rounding hides: of the data, and of the moments that the estimate is taken from.
+    """Variances (..., D) below which rounding dominates, of the data and of the moments behind the estimate.
 
     mean_square (D,): of the columns about 0; about (..., D): of the columns about the statistics' reference.
     """
     eps = jnp.finfo(mean_square.dtype).eps
     data = jnp.where(mean_square > 0, eps**2 * mean_square, eps**2)
-    # A factor loses about D units of rounding a pivot: below this, less than two digits of one would be left.
+    # A Cholesky factor loses about D units of rounding a pivot: below this, a pivot has less than two digits left.
     return jnp.maximum(numerics.to_rank(data, about.ndim), 64 * mean_square.shape[-1] * eps * about)

@@ -69,8 +69,7 @@ class Sums:
     entries: (K, D), sum r over observed entries.
     first: (K, D), sum r (x - c).
     second: (K, ...), sum r (x - c)(x - c)ᵀ, in the storage of the shape.
-    base: (K,), sum r times what log p(x) has above the expected log-density of complete rows; None where moments are
-        of observed entries alone.
+    base: (K,), sum r (log p(x) - E[log p(complete row)]); None where moments are of observed entries alone.
     """
 
     count: jax.Array
@@ -116,7 +115,7 @@ def moments(parts: Components, x: jax.Array, observed: jax.Array | None, r: jax.
         expanded = functools.partial(_expanded_moments, parts.shape)
         far, arguments = _is_far(parts, rows), (parts.mean, rows, r)
         if form == "auto" and x.shape[1] <= tuning.UNROLLED_SQUARES:
-            # In few columns a product costs next to nothing: it is done in any case.
+            # In few columns the product of the expanded form costs next to nothing: it is computed in any case.
             found = numerics.repaired(
                 lambda far, *rest: (expanded(*rest), far), lambda _, *rest: whitened(*rest), far, *arguments
             )
@@ -132,7 +131,7 @@ def moments(parts: Components, x: jax.Array, observed: jax.Array | None, r: jax.
 
 
 def expected(parts: Components, found: conditional.Sums) -> Sums:
-    """Moments of rows that were not seen as they are, in the storage of the shape."""
+    """Moments of rows observed in part or through noise, in the storage of the shape."""
     second = parts.shape.from_matrix(found.second)
     square = parts.shape.trace(parts.shape.precision(parts.whitener), second)
     return Sums(
@@ -232,18 +231,18 @@ def _conditional_moments(parts: Components, x: jax.Array, r: jax.Array, observed
 def _choose(form: str, far: jax.Array, expanded: Callable, whitened: Callable, *arguments: Any) -> Any:
     """The form asked for; under "auto", expanded while the means are near the centre."""
     if form == "auto":
-        # A branch, and not `repaired`: outside of one XLA keeps densities and moments to one layout of the
-        # features, and one large fit takes nearly twice as long.
-        # Derivatives would set room aside for all that either form keeps.
+        # A branch, and not `repaired`: outside of a branch XLA gives the features one layout for densities and moments
+        # alike, and one large fit takes nearly twice as long.
+        # Without checkpoints, derivatives would reserve memory for the residuals of both forms.
         return jax.lax.cond(far, jax.checkpoint(whitened), jax.checkpoint(expanded), *arguments)
     return (whitened if form == "whitened" else expanded)(*arguments)
 
 
 def _complete_or_not(correlated: bool, observed: jax.Array | None, complete: Callable, masked: Callable) -> Any:
-    """One of two ways: a real branch, since most data have no missing entries, and under `vmap` too."""
+    """`complete()` or `masked(observed)`, by a real branch, under `vmap` too: most data have no missing entries."""
     if observed is None or (correlated and checks.is_concrete(observed) and bool(jnp.all(observed == 1))):
         return complete()
-    # Derivatives would set room aside for all that either way keeps, and conditional moments keep D² numbers an entry.
+    # Derivatives reserve memory for the residuals of both branches; conditional moments have D² of them an entry.
     masked = jax.checkpoint(masked) if correlated else masked
     return jax.lax.cond(numerics.in_any_lane(jnp.any(observed != 1)), masked, lambda _: complete(), observed)
 

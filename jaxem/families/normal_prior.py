@@ -18,7 +18,7 @@ from . import conditional
 from . import covariance as shapes
 from .columns import available_moments
 
-# By how many axes a scale has beyond those of the components.
+# Shapes by the number of axes that a scale has after those of the components.
 _SHAPES: dict[int, shapes.Shape] = {shape.trailing: shape for shape, _ in shapes.NAMES.values()}
 
 
@@ -32,10 +32,10 @@ class NormalInverseWishart:
     scale: (D, D) for full and tied covariances. For diagonal ones it is (D,), every variance inverse-gamma(nu / 2,
         scale_j / 2); for spherical ones a number, the variance inverse-gamma(nu / 2, scale / 2).
 
-    Every field can be traced and vmapped. Posteriors of K components have mean (K, D), scale (K, ...), and of full
-    covariances shrinkage and degrees of freedom (K,). Since entries may be missing, of others shrinkage is (K, D), and
-    degrees of freedom are (K, D) for diagonal, (K,) for spherical ones. Of a tied covariance there is one distribution:
-    scale and degrees of freedom then have a leading axis of 1.
+    Every field can be traced and vmapped. Posteriors of K components have mean (K, D) and scale (K, ...). For full
+    covariances, shrinkage and degrees of freedom are (K,). Others count observed entries: shrinkage is (K, D), degrees
+    of freedom (K, D) for diagonal, (K,) for spherical covariances. A tied covariance has one distribution for all
+    components: scale and degrees of freedom have a leading axis of 1.
     """
 
     mean: jax.Array
@@ -48,13 +48,13 @@ class NormalInverseWishart:
 
     @property
     def shape(self) -> shapes.Shape:
-        """The shape of the covariances, told by the scale; a number is a spherical one's."""
+        """The shape of the covariances, from the axes of the scale: a number belongs to a spherical one."""
         return _SHAPES[jnp.ndim(self.scale) - jnp.ndim(self.mean) + 1]
 
     def over(
         self, shape: shapes.Shape, lead: tuple[int, ...], columns: int, dtype: Any, tied: bool = False
     ) -> "NormalInverseWishart":
-        """The same for many components (lead), every field in its full shape; tied: of one covariance for all."""
+        """The same for components of shape `lead`, every field in its full shape; tied: with one covariance for all."""
         wide, full, each = (*lead, columns), shape.trailing == 2, (1,) * len(lead) if tied else lead
         return NormalInverseWishart(
             mean=like(self.mean, wide, dtype),
@@ -83,7 +83,7 @@ class NormalInverseWishart:
     def moved(
         self, shape: shapes.Shape, stats: Any, tied: bool = False, moves: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """Given `NormalStats`, how far the mean is from their reference, and the scale about it.
+        """Given `NormalStats`: the posterior mean minus their reference mean, and the posterior scale.
 
         tied: whether all components have one scale; moves: whether the mean leaves the reference.
         """
@@ -109,7 +109,7 @@ class NormalInverseWishart:
         )
 
     def mode(self) -> tuple[jax.Array, jax.Array]:
-        """The likeliest mean and covariance, together."""
+        """The joint mode of mean and covariance."""
         columns = self.mean.shape[-1]
         exponent = self.shape.prior_exponent(self._degrees, columns) + self.shape.repeats(columns)
         return self.mean, self.scale / exponent
@@ -126,9 +126,9 @@ class NormalInverseWishart:
 
     @property
     def slack(self) -> jax.Array:
-        """What E[log N(x | mean, covariance)] lacks to the log-density at `plugged`: at most 0.
+        """E[log N(x | mean, covariance)] minus the log-density at `plugged`: at most 0.
 
-        (..., D), of every entry of a row; of full covariances (..., 1), of the row.
+        (..., D), for every entry of a row; for full covariances (..., 1), for the whole row.
         """
         degrees, kappa = jnp.asarray(self.degrees_of_freedom), self.pseudo_rows
         if self.shape.trailing == 2:
@@ -143,7 +143,7 @@ class NormalInverseWishart:
         """KL(this ‖ other), summed over components. Written so that no two large terms cancel."""
         whole = self._whole()
         shape, lead, columns = whole.shape, whole.mean.shape[:-1], whole.mean.shape[-1]
-        # Once, where one prior is that of all components.
+        # Factored before `over`: once, where all components have the same prior.
         other_logdet = 2 * shape.whitener(0.5 * jnp.asarray(other.scale, whole.mean.dtype), columns)[1]
         other = other.over(shape, lead, columns, whole.mean.dtype, whole.tied)
         whitener, half_logdet = shape.whitener(whole.plugged()[1], columns)
@@ -188,7 +188,7 @@ class NormalInverseWishart:
     ) -> jax.Array:
         """Log-density, summed over K components: mean (K, D), covariance in the storage of the shape.
 
-        shape: told by the scale where it is None; tied: whether the components' covariances are one.
+        shape: None for that of the scale; tied: whether all components have the same covariance.
         """
         shape, columns = self.shape if shape is None else shape, mean.shape[-1]
         whitener, half_logdet = shape.whitener(covariance, columns)
@@ -215,7 +215,7 @@ class NormalInverseWishart:
 
     def constrain(self) -> "NormalInverseWishart":
         """Inverse of `unconstrain`."""
-        # The coordinates of a full scale are one axis; of a diagonal one degrees of freedom have an axis of columns.
+        # Full and diagonal scales both have one axis of coordinates; with the latter, degrees of freedom have one too.
         wide, coordinates = jnp.ndim(self.degrees_of_freedom) == self.mean.ndim, jnp.ndim(self.scale)
         full = not wide and coordinates == self.mean.ndim
         shape = _SHAPES[2 if full else 1 if wide else 0]
@@ -280,7 +280,7 @@ def log_predictive(q: NormalInverseWishart, x: jax.Array, observed: jax.Array | 
 def _observed_square(
     mean: jax.Array, spread: jax.Array, x: jax.Array, observed: jax.Array, size: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Squares and log-scales (K, N) of what is observed of rows, told by normal densities at two spreads."""
+    """Squared distances and log det / 2 (K, N) of observed entries, from normal densities of spread and 2 spread."""
     rows = conditional.Measured(values=x, observed=observed.T > 0)
     once, twice = (conditional.log_prob(mean, factor * spread, rows) for factor in (1.0, 2.0))
     square = 4 * (twice - once) + 2 * size * math.log(2)

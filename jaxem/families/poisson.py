@@ -27,8 +27,8 @@ class RateStats:
     """Sums over rows with responsibilities r; of entries, only the observed ones count.
 
     count: (K,), sum r.
-    events: (K, D), sum r x, where a waiting time ends with one event.
-    exposure: (K, D), sum r e, what the events are counted over; of waiting times it is they themselves.
+    events: (K, D), sum r x; for waiting times sum r, as each ends with one event.
+    exposure: (K, D), sum r e, what the events are counted over; for waiting times sum r x.
     base: (K,), sum r h(x), where h is the part of the log-probability that holds no parameter.
     """
 
@@ -39,7 +39,7 @@ class RateStats:
 
 
 def _natural(params: RateParams) -> jax.Array:
-    """What events and exposures are multiplied by: log rate and -rate, (K, 2 D)."""
+    """The coefficients of events and exposures in log p(x): log rate and -rate, (K, 2 D)."""
     return jnp.concatenate([numerics.safe_log(params.rate), -params.rate], axis=1)
 
 
@@ -124,7 +124,7 @@ def _plugged(family: "Poisson | Exponential", q: GammaPrior) -> RateParams:
 
 
 def _expected_natural(q: GammaPrior) -> jax.Array:
-    """What events and exposures are multiplied by, expected: (K, 2 D)."""
+    """The expected coefficients of events and exposures: (K, 2 D)."""
     return jnp.concatenate([q.expected_log(), -q.expected()], axis=1)
 
 
@@ -182,7 +182,7 @@ class Poisson:
         return self.score(_natural(params), x)
 
     def score(self, natural: jax.Array, x: Data) -> jax.Array:
-        """Log-probabilities (K, N) from what events and exposures are multiplied by (K, 2 D)."""
+        """Log-probabilities (K, N) from the coefficients of events and exposures (K, 2 D)."""
         features, base = self._read(x, natural.dtype)
         return columns.score(natural, features) + base[None]
 
@@ -267,7 +267,7 @@ class Exponential:
         return self.score(_natural(params), x)
 
     def score(self, natural: jax.Array, x: jax.Array) -> jax.Array:
-        """Log-densities (K, N) from what events and times are multiplied by (K, 2 D)."""
+        """Log-densities (K, N) from the coefficients of events and times (K, 2 D)."""
         return columns.score(natural, self._read(x, natural.dtype))
 
     def stats(self, params: RateParams, x: jax.Array, responsibilities: jax.Array) -> RateStats:

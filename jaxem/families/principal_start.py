@@ -1,12 +1,12 @@
-"""Where models of few factors start: PPCA's closed form, of whole data as one component."""
+"""Starts of models with few factors: PPCA's closed form, with all data as one component."""
 
 import jax
 import jax.numpy as jnp
 
 from .. import numerics
 
-# Share of its spread that every column leaves to its noise at a start, and of the noise that a factor's variance has at
-# least: with loadings of 0 a factor would stay where it is.
+# At a start, the noise has at least this share of every column's variance, and a factor's variance is at least this
+# share of the noise: EM does not move loadings of 0.
 _LEAST = 0.05
 
 # Rounds of orthogonal iteration.
@@ -19,7 +19,7 @@ def principal_start(
     """Mean (D,), loadings (D, Q) and noise, (D,) by column or else (), of rows (N, D) without a D x D matrix.
 
     Tipping & Bishop (1999), equations 7 and 8, columns standardised where noise is by column. The leading directions
-    are those of a few orthogonal iterations from a fixed draw: near to it, which is all that a start asks for.
+    are those of a few orthogonal iterations from a fixed draw: near to the exact ones, which is enough for a start.
     """
     each = jnp.ones(x.shape[0], x.dtype) if weights is None else weights.astype(x.dtype)
     each = (each / jnp.sum(each))[:, None]
@@ -51,7 +51,7 @@ def _leading(points: jax.Array, shares: jax.Array, count: int) -> tuple[jax.Arra
 
 
 def _orthonormal(basis: jax.Array) -> jax.Array:
-    """An orthonormal basis (D, Q) of the same directions; what depends on others becomes small instead."""
+    """An orthonormal basis (D, Q) of the same directions; linearly dependent ones become small instead."""
     basis = basis / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(basis), axis=0)), jnp.finfo(basis.dtype).tiny)[None]
     gram = numerics.product(basis, basis, "dq,dr->qr")
     floor = jnp.full(len(gram), 16 * len(gram) * jnp.finfo(basis.dtype).eps, basis.dtype)

@@ -36,7 +36,7 @@ class Product:
     Data are a dict with these names, each block's rows as its family takes them, missing entries too. Parameters are a
     dict of the families' own. In a mixture this clusters mixed data (latent class analysis); with `Labelled` data it is
     naive Bayes.
-    Raises TypeError or ValueError for families that are no dict, or an empty one.
+    Raises TypeError for families that are no dict or add components of their own, ValueError for an empty dict.
     Hunt & Jorgensen (1999), Mixture model clustering using the MULTIMIX program, ANZ J. Statistics 41.
     """
 

@@ -13,8 +13,8 @@ from . import columns
 from . import covariance as shapes
 from .normal import Normal, NormalParams, NormalStats
 
-# The limits of degrees of freedom: above them the density is the normal one to a tenth of a percent, below them it
-# has no scale left.
+# The limits of estimated degrees of freedom: at the upper one the density is the normal one to a tenth of a percent, at
+# the lower one its tails are so heavy that a scale means little.
 _MOST, _LEAST = 1e3, 1e-1
 
 
@@ -60,9 +60,9 @@ class StudentT:
     degrees_of_freedom: held at this number, or estimated (None, the default) between 0.1 and 1000.
     prior: pseudo-statistics, as `pseudo_rows` makes them.
 
-    Data are (N, D) or (N,), nothing missing. One pass over the rows tells all parameters, the degrees of freedom too,
-    since the latent scales have statistics of their own. (ECME, by Liu & Rubin, takes a second pass for these, at the
-    new mean and scale, and fewer steps; where they are held the two are the same.)
+    Data are (N, D) or (N,), nothing missing. One pass over the rows gives the statistics of all parameters, degrees of
+    freedom included. (ECME of Liu & Rubin takes a second pass for the degrees of freedom, at the new mean and scale,
+    and needs fewer steps; where degrees of freedom are held, the two are the same.)
     Raises ValueError for an unknown scale or degrees of freedom that are not positive.
     Liu & Rubin (1995), ML estimation of the t distribution using EM and its extensions, Statistica
     Sinica 5; McLachlan & Peel, Finite Mixture Models, section 7.5.
@@ -120,7 +120,7 @@ class StudentT:
         )
 
     def m_step(self, stats: StudentTStats) -> StudentTParams:
-        """Means and scales of the rows weighted by E[u], and the degrees of freedom that the latent scales tell."""
+        """Means and scales of the rows weighted by E[u], and degrees of freedom from `log_scales`."""
         stats = self._with_prior(stats)
         return self._with_normal(stats, self._normal.m_step(stats.moments))
 
@@ -130,11 +130,14 @@ class StudentT:
         return self._with_normal(stats, self._normal.m_step_given(stats.moments, mean=mean))
 
     def share(self, stats: StudentTStats, name: str, params: StudentTParams) -> jax.Array:
-        """The degrees of freedom that the latent scales of all components tell together."""
+        """The degrees of freedom that all components share, from the sum of their `log_scales`."""
         return degrees_told(jnp.sum(stats.log_scales) / jnp.sum(stats.count))
 
     def q_function(self, params: StudentTParams, stats: StudentTStats) -> jax.Array:
-        """E[log Normal(x; m, S/u) + log Gamma(u; nu/2, nu/2)] + base: a lower bound, tight where it was made."""
+        """E[log Normal(x; m, S/u) + log Gamma(u; nu/2, nu/2)] + base.
+
+        A lower bound of sum r log p(x), tight at the parameters that the statistics were made with.
+        """
         columns_here = params.mean.shape[-1]
         moments = stats.moments
         normal = self._normal.q_function(NormalParams(mean=params.mean, covariance=params.scale), moments)
@@ -247,7 +250,7 @@ def scale_moments(nu: jax.Array, square: jax.Array, columns_here: int) -> tuple[
     """E[u], E[log u] - E[u] + 1, and the part of `base`, of latent scales given squared distances (K, N); nu (K, 1)."""
     shape = 0.5 * (nu + columns_here)
     mean = (nu + columns_here) / (nu + square)
-    # 1 / E[u] = 1 + surplus. Of many degrees of freedom all u are nearly 1, and what is told of these is what is left.
+    # 1 / E[u] = 1 + surplus. For large nu all u are nearly 1, and nu follows from their small differences from 1.
     surplus = (square - columns_here) / (nu + columns_here)
     log_mean, short = -jnp.log1p(surplus), special.log_minus_digamma(shape)
     logs = log_mean - short
@@ -264,11 +267,11 @@ def log_gammas(nu: jax.Array, count: jax.Array, log_scales: jax.Array) -> jax.Ar
 
 def degrees_told(mean_log: jax.Array) -> jax.Array:
     """The nu, within its limits, with log(nu/2) - digamma(nu/2) = -mean_log, where mean_log = E[log u] - E[u] + 1."""
-    # The left side is about 1 / nu for large nu: at the upper limit it is next to nothing.
+    # The left side is about 1 / nu for large nu: below half its value at the upper limit, nu is clipped in any case.
     half = special.inverse_log_minus_digamma(jnp.maximum(-mean_log, 0.5 / _MOST))
     return within_limits(2 * half)
 
 
 def within_limits(nu: jax.Array) -> jax.Array:
-    """Degrees of freedom as far as they are told apart."""
+    """Degrees of freedom, clipped to their limits."""
     return jnp.clip(nu, _LEAST, _MOST)

@@ -19,8 +19,13 @@ from .student_t import degrees_told, log_gammas, normaliser, scale_moments, with
 
 @record
 class StudentTLinearParams:
-    """coefficients (K, P); intercept (K,); variance (K,), the squared scale of the noise, of which the variance is
-    nu / (nu - 2) times as much; degrees_of_freedom (K,), nu."""
+    """Parameters of K lines with Student's t noise.
+
+    coefficients: (K, P), c.
+    intercept: (K,), b.
+    variance: (K,), the squared scale of the noise, whose variance is nu / (nu - 2) times as large.
+    degrees_of_freedom: (K,), nu.
+    """
 
     coefficients: jax.Array
     intercept: jax.Array
@@ -29,7 +34,7 @@ class StudentTLinearParams:
 
     @property
     def line(self) -> LinearRegressionParams:
-        """Those of the normal regression given the scales."""
+        """Parameters of the normal regression given the latent scales."""
         return LinearRegressionParams(coefficients=self.coefficients, intercept=self.intercept, variance=self.variance)
 
 
@@ -40,7 +45,7 @@ class StudentTLinearStats:
     count: (K,), sum r.
     equation: those of a normal regression, every row counted r E[u] times.
     log_scales: (K,), sum r (E[log u] - E[u] + 1).
-    base: (K,), what makes Q equal to the log-density at the current parameters.
+    base: (K,), sum r h, where h makes Q equal to the log-density at the current parameters.
     """
 
     count: jax.Array
@@ -57,7 +62,7 @@ class StudentTLinear:
     degrees_of_freedom: held at this number, or estimated (None, the default) between 0.1 and 1000.
 
     Data are a pair (features (N, P) or (N,), response (N,)), nothing missing. Where no algorithm is named, M-steps are
-    parameter-expanded: the variance is divided by sum E[u] in place of N, which is as safe and takes fewer steps.
+    parameter-expanded: squares are divided by sum r E[u] in place of sum r, which is as safe and takes fewer steps.
     Lange, Little & Taylor (1989), Robust statistical modeling using the t distribution, JASA 84; Liu, Rubin & Wu
     (1998), Parameter expansion to accelerate EM, Biometrika 85, section 4.
     Raises ValueError for degrees of freedom that are not positive.
@@ -111,7 +116,7 @@ class StudentTLinear:
         )
 
     def m_step(self, stats: StudentTLinearStats) -> StudentTLinearParams:
-        """Least squares of the rows weighted by E[u], and the degrees of freedom that the latent scales tell."""
+        """Least squares of the rows weighted by E[u], and degrees of freedom from `log_scales`."""
         line = LinearRegression().m_step(stats.equation)
         ratio = stats.equation.count / stats.count
         return self._from(dataclasses.replace(line, variance=line.variance * ratio), stats)
@@ -141,7 +146,7 @@ class StudentTLinear:
         return dataclasses.replace(stats, equation=LinearRegression().rebase(stats.equation, params.line))
 
     def degenerate(self, stats: StudentTLinearStats, held: tuple[str, ...] = ()) -> jax.Array:
-        """Components (K,) without rows, or whose line passes through all that it is not robust against."""
+        """Components (K,) without rows, or whose line passes through all rows but those of vanishing weight E[u]."""
         return columns.empty(stats.count) | LinearRegression().degenerate(stats.equation, held)
 
     def sample(

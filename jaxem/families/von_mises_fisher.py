@@ -102,7 +102,7 @@ class VonMisesFisher:
         mean_direction: jax.Array | None = None,
         concentration: jax.Array | None = None,
     ) -> VonMisesFisherParams:
-        """The M-step of one parameter with the other held, at what broadcasts to its shape; of both without any."""
+        """The M-step of one parameter with the other held, at what broadcasts to its shape; of both if none is."""
         stats = columns.with_prior(self.prior, stats)
         if mean_direction is None:
             length = _norm(stats.resultant)
@@ -199,8 +199,8 @@ def _unit(x: jax.Array) -> jax.Array:
 def _reflect(rows: jax.Array) -> jax.Array:
     """Rows (N, D) reflected so that the first axis and another direction, the pole, change places; its own inverse.
 
-    A stereographic projection leaves out the pole, which is therefore no place where a mean direction may well be, such
-    as an axis.
+    A stereographic projection leaves out the pole, which is therefore chosen where a mean direction is unlikely to be,
+    unlike an axis.
     """
     num_columns = rows.shape[1]
     pole = np.cos(1.0 + np.arange(num_columns))
@@ -216,7 +216,7 @@ def _log_peak(params: VonMisesFisherParams) -> jax.Array:
 
 
 def _least_spread(dtype: jnp.dtype) -> float:
-    """Where 1 - |resultant| / count is smaller than this, it is nothing but rounding."""
+    """Below this, 1 - |resultant| / count has few digits left above rounding."""
     return float(jnp.finfo(dtype).eps) ** 0.75
 
 

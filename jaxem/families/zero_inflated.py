@@ -15,7 +15,11 @@ from . import columns
 
 @record
 class ZeroInflatedParams:
-    """inflation (K,): share of structural zeros; components: the family's parameters for all other rows."""
+    """Parameters of K zero-inflated components.
+
+    inflation: (K,), share of structural zeros.
+    components: the family's parameters, for all other rows.
+    """
 
     inflation: jax.Array
     components: Params
@@ -23,7 +27,13 @@ class ZeroInflatedParams:
 
 @record
 class ZeroInflatedStats:
-    """count (K,) = sum r; zeros (K,): expected structural ones; components: of all others; base (K,)."""
+    """Expected statistics, additive over rows.
+
+    count: (K,), sum r.
+    zeros: (K,), expected number of structural zeros.
+    components: the family's statistics of all other rows.
+    base: (K,), sum r times the entropy of whether a row is structurally zero, given x.
+    """
 
     count: jax.Array
     zeros: jax.Array
@@ -106,7 +116,7 @@ class ZeroInflated:
         return components if self.prior is None else components + self.prior.log_prob(params.inflation)
 
     def degenerate(self, stats: ZeroInflatedStats) -> jax.Array:
-        """Components (K,) without rows; a family that is left none but zeros is not its own fault."""
+        """Components (K,) without rows; the family's own test is left out, as all rows may be structural zeros."""
         return columns.empty(stats.count)
 
     def rebase(self, stats: ZeroInflatedStats, params: ZeroInflatedParams) -> ZeroInflatedStats:
@@ -153,5 +163,5 @@ class ZeroInflated:
 
 
 def _entropy(share: jax.Array) -> jax.Array:
-    """-share log(share), 0 at 0, where the slope, infinite, is taken for 0: a share that is 0 there stays so."""
+    """-share log(share), 0 at 0. Its slope there, which is infinite, is taken for 0: a share of 0 stays 0."""
     return -share * jnp.log(jnp.where(share > 0, share, 1))

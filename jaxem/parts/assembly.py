@@ -70,12 +70,12 @@ def m_step(self: Assembled, stats: Stats) -> Params:
 
 
 def expands(self: Assembled) -> bool:
-    """Whether some part does."""
+    """Whether some part has an expanded M-step."""
     return any(part.expands for part in self.parts.values())
 
 
 def expanded(self: Assembled, params: Params, stats: Stats, held: tuple[str, ...] = ()) -> Params:
-    """What parts make of an M-step's parameters where they go by the parts' names; see `protocols.Family`."""
+    """The parts' expanded M-steps, where params have the parts' names; see `protocols.Model`."""
     of, values = self.part_statistics(stats), fields(params)
     free = {name: part for name, part in self.parts.items() if name not in held}
     return replace(params, **{name: part.expanded(values[name], of[name]) for name, part in free.items()})
@@ -107,7 +107,7 @@ def rebase(self: Assembled, stats: Stats, params: Params) -> Stats:
 
 
 def unconstrain(self: Assembled, params: Params) -> Any:
-    """The parts' own unconstrained coordinates, in a record of the same kind; what follows from parts has none."""
+    """The parts' own unconstrained coordinates, in a record of the same kind; derived values have none."""
     values = self.part_params(params)
     theta = {name: value[:0] for name, value in values.items() if name not in self.parts}
     return replace(params, **theta, **{name: part.unconstrain(values[name]) for name, part in self.parts.items()})

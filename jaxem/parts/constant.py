@@ -1,4 +1,4 @@
-"""Mixing weights (K,) that look at no row, and their posterior: what `Probabilities` and `Sticks` share.
+"""Mixing weights (K,) that are the same for all rows, and their posterior: what `Probabilities` and `Sticks` share.
 
 The functions of this file are their methods, taken in groups, each in the order in which it stands at the end.
 """
@@ -55,7 +55,7 @@ def log_expected_prob(self: Any, q: Any, x: Data) -> jax.Array:
 
 
 def expectation(counts: jax.Array, logs: jax.Array) -> jax.Array:
-    """sum counts logs, where no count is no term whatever its logarithm."""
+    """sum counts logs, where a count of 0 adds nothing, whatever its logarithm."""
     used = counts != 0
     return jnp.sum(jnp.where(used, counts * jnp.where(used, logs, 0), 0))
 

@@ -1,4 +1,4 @@
-"""Gates: the components that a row comes from depend on its features, by a softmax of linear predictors, or a table.
+"""Gates: probabilities of components that depend on a row's features, by a softmax of linear predictors, or a table.
 
 Data are pairs (features (N, P) or (N,), ...), as regressions take them, or `Gated(x, features)`. Letters: z = (1,
 features); a line is (intercept, coefficients); eta_kn = line_k · z_n.
@@ -17,10 +17,10 @@ from ..protocols import Data
 from ..record import record, static
 from .probabilities import Probabilities
 
-# Stands beside any real count, and multiplies parameters without underflow.
+# Vanishes beside any real count, and multiplies parameters without underflow.
 _PSEUDO = 1e-18
 
-# Rows, in expectation, up to which a gate may miss the components of all rows and be called a step.
+# A gate counts as a step function where fewer rows than this are expected outside of its likeliest components.
 _MISSED = 1e-3
 
 
@@ -44,7 +44,7 @@ class GateParams:
 
 @record
 class GateStats:
-    """A quadratic lower bound of the expected log-probability of components, about the current line; all add.
+    """A quadratic lower bound of the expected log-probability of components about the current line, additive over rows.
 
     total: the weight of the rows.
     reference: (K, P + 1), total times the current line.
@@ -72,8 +72,8 @@ class SoftmaxGate:
     The M-step maximises a quadratic that lies below the expected log-probability and touches it at the current line:
     the curvature of a softmax is at most (I - 11ᵀ/K) / 2. So every step is monotone, and is one least-squares solution
     for all components. Without features (P = 0) the weights are constants, and their M-step is exact.
-    Without a prior a gate that tells the components of all rows apart has no maximum: it would become a step. It is
-    then left as it is, and the fit ends as DEGENERATE.
+    Without a ridge the likelihood has no maximum where features separate the components of all rows: the gate would
+    become a step function. It is then left as it is, and the fit ends as DEGENERATE.
     Böhning (1992), Multinomial logistic regression algorithm, Ann. Inst. Statist. Math. 44; Jordan & Jacobs (1994),
     Hierarchical mixtures of experts and the EM algorithm, Neural Computation 6.
     """
@@ -122,7 +122,7 @@ class SoftmaxGate:
         return _params(line + jnp.where(self._is_a_step(stats), 0, delta))
 
     def q_function(self, params: GateParams, stats: GateStats) -> jax.Array:
-        """The bound, base + sum_k (cross_k · delta_k - delta_k · gram · delta_k / 4), delta the way from its line."""
+        """The bound, base + sum_k (cross_k · delta_k - delta_k · gram · delta_k / 4), delta = change of the line."""
         if stats.reference.shape[-1] == 1:
             return jnp.sum(_counts(stats) * jax.nn.log_softmax(params.intercept))
         delta = params.line - stats.reference / stats.total
@@ -146,11 +146,11 @@ class SoftmaxGate:
         )
 
     def degenerate(self, stats: GateStats) -> jax.Array:
-        """(K,): whether the gate has become a step, which tells the components of all rows apart."""
+        """(K,): whether the gate has become a step function, which separates the components of all rows."""
         return jnp.broadcast_to(self._is_a_step(stats), stats.cross.shape[:1])
 
     def _is_a_step(self, stats: GateStats) -> jax.Array:
-        """Whether nothing keeps the coefficients finite: the likeliest components of rows are the true ones, of all."""
+        """Whether features separate the components of all rows, and no prior keeps the coefficients finite."""
         count, size = stats.cross.shape
         bound = size == 1 or count == 1 or self.ridge is not None
         return jnp.array(False) if bound else stats.missed < _MISSED
@@ -186,7 +186,11 @@ class SoftmaxGate:
 
 @record
 class TwoLevelStats:
-    """Of the gate between groups, and of those inside them, with a leading axis of groups."""
+    """Statistics of all gates.
+
+    outer: of the gate between groups.
+    inner: of the gates inside the groups, with a leading axis (G,).
+    """
 
     outer: GateStats
     inner: GateStats
@@ -194,7 +198,11 @@ class TwoLevelStats:
 
 @record
 class TwoLevelParams:
-    """outer: the gate between G groups; inner: those inside them, (G, K / G, P) and (G, K / G)."""
+    """Parameters of all gates.
+
+    outer: of the gate between G groups.
+    inner: of the gates inside the groups, (G, K / G, P) and (G, K / G).
+    """
 
     outer: GateParams
     inner: GateParams
@@ -206,7 +214,7 @@ class TwoLevelGate:
     """p(k | features) = p(group of k | features) p(k | its group, features): gates in a tree of two levels.
 
     num_groups: G; components are numbered group by group, K / G in each.
-    gate: what all of them are.
+    gate: the form of all of these gates.
     Jordan & Jacobs (1994), Hierarchical mixtures of experts and the EM algorithm, Neural Computation 6, section 3.
     Raises ValueError, once K is known, where the groups do not divide it.
     """
@@ -344,7 +352,7 @@ class TableGate:
         return self._table.constrain(theta)
 
     def check(self, x: Data) -> None:
-        """Refuse eagerly what has no number of a group in every row."""
+        """Refuse eagerly data without a group number in every row."""
         if not isinstance(x, Gated):
             raise TypeError(f"x must be Gated(x, groups), for a gate by groups to look at; got {type(x).__name__}")
         checks.labels("x.features", x.features, tree.num_rows(x), self.num_groups, unknown=False)
@@ -373,7 +381,7 @@ def _design(x: Data) -> jax.Array:
 
 
 def _params(line: jax.Array) -> GateParams:
-    """From lines (K, P + 1), whatever they have in common."""
+    """Parameters from lines (K, P + 1), which may all be shifted by one line."""
     line = line - line[-1:]
     return GateParams(coefficients=line[:, 1:], intercept=line[:, 0])
 

@@ -1,4 +1,4 @@
-"""Tables of probabilities: mixing weights, where a chain starts and moves, the values of categorical columns."""
+"""Tables of probabilities: mixing weights, initial and transition probabilities, values of categorical columns."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class Probabilities:
     supports = staticmethod(parameters.simplex)
 
     def m_step(self, counts: jax.Array) -> jax.Array:
-        """Shares of the counts; with a prior, concentration - 1 more of each: the posterior's mode."""
+        """Shares of the counts; with a prior, of counts + concentration - 1: the posterior mode."""
         if self.prior is not None:
             return self.prior.posterior_mode(counts, self.support)
         return numerics.safe_divide(counts, jnp.sum(counts, axis=-1, keepdims=True))
@@ -61,7 +61,7 @@ class Probabilities:
             )
 
     def unconstrain(self, p: jax.Array) -> jax.Array:
-        """Continuation ratios (..., V - 1)."""
+        """Log continuation ratios (..., V - 1)."""
         return numerics.simplex_to_real(p, self.support)
 
     def constrain(self, theta: jax.Array) -> jax.Array:

@@ -19,12 +19,12 @@ from . import conjugacy
 
 
 def _inner(statement: Any) -> Any:
-    """What a statement is about, with all that statements ask of it."""
+    """The wrapped model or part, completed with all that statements ask of it."""
     return capabilities.complete("stated", statement.inner)
 
 
 def _delegate(statement: Any, name: str) -> Any:
-    """What the wrapped model has and a statement does not change; it sees parameters as the statement has them."""
+    """An attribute of the wrapped model that the statement does not change; methods get `apply(params)`."""
     if name.startswith("__") or "inner" not in statement.__dict__:
         raise AttributeError(name)
     found = getattr(statement.inner, name)
@@ -46,7 +46,7 @@ def _delegate(statement: Any, name: str) -> Any:
 
 
 def _argument_names(name: str, found: Any) -> list[str]:
-    """How the arguments of a method are called, in the protocols where they know it, else by itself."""
+    """The names of a method's arguments: as in the protocols if these define it, else its own."""
     if not inspect.isroutine(found) and not isinstance(found, functools.partial):
         return []
     for protocol in (Model, Family):
@@ -58,7 +58,7 @@ def _argument_names(name: str, found: Any) -> list[str]:
 def blocks(inner: Part | Model, params: Params) -> tuple[str, ...]:
     """Names of parameters over each of which there is an exact conditional M-step, all others held where they are.
 
-    None where one of the parameters has no such M-step: blocks cover all that is free.
+    Empty where one of the parameters has no such M-step: blocks cover all that is free.
     """
     part = capabilities.complete("stated", inner)
     names = [name for name, value in fields(params).items() if name not in part.stated and value is not None]
@@ -172,7 +172,7 @@ class Fixed:
         return self.apply(conjugacy.drawn(inner, key, stats))
 
     def expanded(self, params: Params, stats: Stats, held: tuple[str, ...] = (), **shared: Any) -> Params:
-        """What is made of an M-step's parameters, but for those that are held."""
+        """The inner expanded M-step, with the values held."""
         return _inner(self).expanded(params, stats, held=(*held, *self.values), **shared)
 
     def degenerate(self, stats: Stats, held: tuple[str, ...] = ()) -> jax.Array:
@@ -278,7 +278,7 @@ class Tied:
         raise TypeError(f"{', '.join(self.names)} are shared by all components, and cannot be drawn")
 
     def expanded(self, params: Params, stats: Stats, shared: tuple[str, ...] = (), **held: Any) -> Params:
-        """What is made of an M-step's parameters; those that are shared stay so."""
+        """The inner expanded M-step; shared parameters stay shared."""
         return _inner(self).expanded(params, stats, shared=(*shared, *self.names), **held)
 
     def blocks(self, params: Params) -> tuple[str, ...]:
@@ -312,13 +312,13 @@ class Tied:
         return self.inner.constrain(_changed(theta, self.names, lambda _, once: once[0] + _refilled(once[1])))
 
     def _pooled(self, stats: Stats, name: str) -> jax.Array:
-        """The M-step from the sum of the statistics, where these are one component's after the other."""
+        """The M-step from the statistics summed over components, which are their leading axis."""
         together = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0, keepdims=True), stats)
         return fields(self.inner.m_step(together))[name]
 
 
 def _about(statement: Any, form: Any) -> Any:
-    """A statement about another form of what it is about; itself where there is none."""
+    """The statement about another form of its model or part; itself where the form is the same."""
     form = capabilities.original(form)
     return statement if form is statement.inner else replace(statement, inner=form)
 

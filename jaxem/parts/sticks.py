@@ -18,7 +18,7 @@ class Sticks:
     prior: a Beta on every v_k, k < K; Beta(1, concentration) is a Dirichlet process, truncated at K.
     shape: (K,).
 
-    As a gate it looks at no row. Under `Variational` its hyperparameters are a Beta of a, b (K - 1,).
+    As a gate it is the same for all rows. Under `Variational` its hyperparameters are a Beta of a, b (K - 1,).
     Blei & Jordan (2006), Variational inference for Dirichlet process mixtures, Bayesian Analysis 1; Ishwaran & James
     (2001), Gibbs sampling methods for stick-breaking priors, JASA 96.
     """
@@ -29,7 +29,7 @@ class Sticks:
     supports = staticmethod(parameters.simplex)
 
     def m_step(self, counts: jax.Array) -> jax.Array:
-        """Weights of the v that are likeliest."""
+        """Weights (K,) from the posterior mode of v."""
         return self.given(self.prior.posterior_mode(_broken(counts)))
 
     def log_prior(self, p: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ class Sticks:
         return self.prior
 
     def posterior(self, counts: jax.Array) -> Beta:
-        """a and b (K - 1,): what came off the stick at each place, and what was left of it then."""
+        """a and b (K - 1,): the prior's, plus the counts of component k, and those of all later ones."""
         return self.prior.posterior(_broken(counts))
 
     pooled_posterior, log_expected_prob, draw = constant.posteriors

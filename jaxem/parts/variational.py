@@ -23,10 +23,10 @@ class Variational:
 
     Its parameters are hyperparameters: the record that the prior is, component axis first. Densities are taken in
     expectation, E_q[log p(x | parameters)]; the M-step is the posterior given the family's own statistics; and in the
-    place of the prior's log-density stands -KL(q ‖ prior). So `Mixture(Variational(family), K)`, or an HMM of it, is
-    variational Bayesian EM, in the loop that EM is: log-likelihood + log-prior is the lower bound of the log-evidence
-    that it climbs, with all its constants. A component without rows goes back to the prior, and does no harm. Where an
-    HMM's chains start and move to then has distributions too, Dirichlet ones. The weights of a `Mixture` keep values
+    place of the prior's log-density stands -KL(q ‖ prior). So EM of `Mixture(Variational(family), K)`, or of an HMM of
+    it, is variational Bayesian EM: its objective, log-likelihood + log-prior, is the lower bound of the log-evidence,
+    with all its constants. A component without rows goes back to the prior, and does no harm. The initial and
+    transition probabilities of an HMM then have Dirichlet distributions. The weights of a `Mixture` keep values
     that maximise the bound, which empties components that the data do not need (Corduneanu & Bishop 2001, Variational
     Bayesian model selection for mixture distributions); with a distribution of them it is `VariationalMixture`.
 
@@ -143,7 +143,7 @@ class Variational:
         return self.family.floats_per_row(self._like(q))
 
     def shared_floats_per_row(self, q: Any) -> int:
-        """The part of these that restarts on the same rows share."""
+        """The part of `floats_per_row` that restarts on the same rows share."""
         return self._part.shared_floats_per_row(self._like(q))
 
     def unconstrain(self, q: Any) -> Any:
