@@ -18,12 +18,21 @@ _SAME = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One configuration: its best fit, its criteria, and how its restarts ended."""
+    """One configuration: its best fit, its criteria, and how its restarts ended.
+
+    components: K.
+    covariance: the name of its shape.
+    covariances: (K, D, D), for any shape.
+    status, objective, loglik, steps: of the best fit.
+    hits: restarts that reached the best objective (`Restarts.hits`); 1 where certification has raised it.
+    endings: number of restarts by status.
+    seconds: wall time, with compilation.
+    """
 
     components: int
     covariance: str
     params: MixtureParams
-    covariances: np.ndarray  # (K, D, D), whatever the shape
+    covariances: np.ndarray
     status: Status
     objective: float
     loglik: float
@@ -38,7 +47,7 @@ class Entry:
 
     @property
     def sound(self) -> bool:
-        """Whether the best fit is an optimum, so that its criteria mean something."""
+        """Whether the fit is a candidate for the best: not ended as DEGENERATE, NONFINITE or DECREASED."""
         return self.status in (Status.CONVERGED, Status.MAX_STEPS, Status.STALLED)
 
 
@@ -52,8 +61,8 @@ def fit_grid(
 ) -> list[Entry]:
     """Fit all configurations in the dtype of x; `finished` is called after each. In order, covariances outermost.
 
-    Each is `fit_restarts(Mixture(Normal(covariance), K), jax.random.key(seed), x, num_restarts=restarts)`, of which the
-    best is certified alone: a certificate is one more program to compile, as long as the fit's.
+    Each is `fit_restarts(Mixture(Normal(covariance), K), jax.random.key(seed), x, num_restarts=restarts)` without a
+    certificate. Only the entry of lowest BIC is certified, as that compiles one more program as long as the fit's.
     """
     entries = []
     # One program at a time: two could wait for each other in XLA's thread pool, and share the cores in any case.
@@ -65,7 +74,7 @@ def fit_grid(
 
 
 def _model(x: np.ndarray, num_components: int, covariance: str) -> Mixture:
-    # The file has been looked through: where nothing is missing there is one case less to compile.
+    # Rows are concrete: where none has a missing entry, nothing is compiled for missing ones.
     return Mixture(Normal(covariance, missing=bool(np.isnan(x).any())), num_components)
 
 
@@ -87,7 +96,7 @@ def _fit(x: np.ndarray, num_components: int, covariance: str, restarts: int, see
 
 
 def _certified(entry: Entry, x: np.ndarray) -> Entry:
-    """An entry whose fit has gone on where a direction was found in which there is more; else the same one."""
+    """The entry with its fit continued, where certification found a direction of higher objective; else as it was."""
     start = time.perf_counter()
     model = _model(x, entry.components, entry.covariance)
     told: dict[str, Any] = {}
@@ -99,7 +108,7 @@ def _certified(entry: Entry, x: np.ndarray) -> Entry:
 
 
 def _told(model: Mixture, fit: Result, x: np.ndarray) -> dict[str, Any]:
-    """What an entry says of its fit."""
+    """The fields of an entry that follow from its fit."""
     family: Any = model.family
     return {
         "params": fit.params,
@@ -113,7 +122,7 @@ def _told(model: Mixture, fit: Result, x: np.ndarray) -> dict[str, Any]:
 
 @jax.jit
 def _criteria(model: Mixture, params: MixtureParams, x: np.ndarray) -> dict[str, jax.Array]:
-    """All at once, for one compilation."""
+    """AIC, BIC and ICL in one compiled program."""
     return {criterion.__name__: criterion(model, params, x) for criterion in (aic, bic, icl)}
 
 
@@ -124,7 +133,7 @@ def responsibilities(entry: Entry, x: np.ndarray) -> np.ndarray:
 
 
 def best_entry(entries: Sequence[Entry]) -> Entry | None:
-    """The lowest BIC among the fits that are optima; None if none is."""
+    """The entry of lowest BIC among the sound ones; None where none is sound."""
     return min((entry for entry in entries if entry.sound), key=lambda entry: entry.bic, default=None)
 
 

@@ -126,7 +126,7 @@ def _densities(axes: Axes, sheet: Sheet, best: Entry) -> None:
 
 
 def _criteria(axes: Axes, entries: Sequence[Entry], best: Entry) -> None:
-    """BIC above the best one, by number of components, one line a covariance; fits that are no optima leave a gap.
+    """BIC above the best one, by number of components, one line a covariance; entries that are not sound leave a gap.
 
     The scale is logarithmic beyond 10, where evidence is already decisive: the worst would hide the good otherwise.
     """

@@ -26,8 +26,11 @@ _DECIMAL = re.compile(r"[+-]?\d*([,.])\d+(?:[eE][+-]?\d+)?")
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of numbers. name: for titles; columns: D names; rows: (N, D), float64, NaN where missing.
+    """A table of numbers.
 
+    name: the file's, for titles.
+    columns: D names.
+    rows: (N, D), float64, NaN where missing.
     notes: how it was read.
     """
 
@@ -38,11 +41,11 @@ class Sheet:
 
 
 def read_csv(path: Path, columns: Sequence[str] | None, dtype: str) -> Sheet:
-    """The named columns of a file with a header, its columns separated by commas, or by semicolons.
+    """The named columns of a file with a header, its columns separated by commas, semicolons or tabs.
 
     All columns when None are named, but for an unnamed first one that only numbers the rows. Between semicolons a
-    comma is a decimal mark. Raises Refusal for what is not a number, or is beyond the range of `dtype`, and for a
-    column without a value.
+    comma is a decimal mark. Raises Refusal for a file that cannot be read as such a table, for a cell that is neither
+    missing nor a finite number in the range of `dtype`, and for a column without a value.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

@@ -84,7 +84,7 @@ def responsibilities_csv(responsibilities: np.ndarray) -> bytes:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise Refusal unless files can be made in `folder`, which may itself be still to make."""
+    """Raise Refusal unless files can be made in `folder`, which need not exist yet."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -94,7 +94,7 @@ def check_folder(folder: Path) -> None:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write all files beside their places, then rename them: nobody sees half of one."""
+    """Write all files under temporary names in `folder`, then rename them: no reader sees half a file."""
     drafts = {folder / f".{name}.{os.getpid()}": folder / name for name in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ from ..slots import Expect
 
 @record
 class AmortisedParams:
-    """Parameters of both.
+    """Parameters of an `Amortised` model.
 
-    generative: those of the model.
-    recognition: those of the network.
+    generative: those of the generative model.
+    recognition: those of the recognition network.
     """
 
     generative: Params
@@ -51,7 +51,7 @@ class Amortised:
         return capabilities.complete("model", self.model)
 
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None) -> AmortisedParams:
-        """A start of both; TypeError where one is missing."""
+        """A start of model and network; TypeError where the model has no init, or `start` is None."""
         if self.start is None or self.generative.init is None:
             raise TypeError("a start needs the init of the model and start=..., (key, x) -> parameters of the network")
         one, other = jax.random.split(key)
@@ -62,11 +62,11 @@ class Amortised:
         return recognised(self.network, params.recognition, x)
 
     def approximate(self, params: AmortisedParams, x: Data) -> Any:
-        """The same as a posterior of the model's kind."""
+        """q(z | x_n) as a posterior of the model's kind."""
         return Recognition(self.network, params.recognition).posterior(self.generative, params.generative, x)
 
     def wake(self, params: AmortisedParams, x: Data, weights: jax.Array | None = None) -> AmortisedParams:
-        """The model's M-step, given statistics under the network's posterior; TypeError where it has none."""
+        """The model's M-step on statistics under the network's posterior; TypeError for a model without M-step."""
         model = self.generative
         if model.m_step is None:
             raise TypeError("m_step=True needs a model with an m_step of its own: leave it out, for gradient steps")
@@ -125,7 +125,7 @@ class Amortised:
         return self.generative.posterior(params.generative, x)
 
     def num_parameters(self, params: AmortisedParams) -> int:
-        """Those of the generative model, whose likelihood it is."""
+        """Free parameters of the generative model, which alone has a likelihood."""
         return self.generative.num_parameters(params.generative)
 
     def unconstrain(self, params: AmortisedParams) -> AmortisedParams:
@@ -133,7 +133,7 @@ class Amortised:
         return dataclasses.replace(params, generative=self.generative.unconstrain(params.generative))
 
     def constrain(self, theta: AmortisedParams) -> AmortisedParams:
-        """The way back."""
+        """Inverse of `unconstrain`."""
         return dataclasses.replace(theta, generative=self.generative.constrain(theta.generative))
 
     def degenerate(self, stats: Stats) -> jax.Array:

@@ -1,7 +1,7 @@
 """Bayesian logistic regression: the weights' precision by maximising a bound of the evidence.
 
-Letters: Z (N, P) features, y (N,) responses, w (P,) weights, A = diag(weight_precision), xi (N,) where the bound of
-each row touches its log-likelihood.
+Letters: Z (N, P) features, y (N,) responses, w (P,) weights, A = diag(weight_precision), xi (N,) the linear
+predictors at which the bound of each row touches its log-likelihood.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from ..protocols import Data
 from ..record import record, static
 from ..slots import Expect
 
-# Nodes of the quadrature over what is not known of a linear predictor.
+# Gauss-Hermite quadrature over the posterior of a linear predictor.
 _NODES, _SHARES = np.polynomial.hermite_e.hermegauss(32)
 
 
@@ -49,10 +49,12 @@ class WholeRows:
 
 @record
 class BayesianLogisticStats:
-    """The weights' moments under the bound, at which `loglik` is its value.
+    """Moments of the weights' posterior under the bound.
 
-    mean, covariance: (P,), (P, P).
-    floor: (P,), the least E[w²] that is told from 0.
+    mean: (P,).
+    covariance: (P, P).
+    floor: (P,), the least E[w²] that rounding leaves distinct from 0.
+    loglik: (), the bound of log p(y).
     """
 
     mean: jax.Array
@@ -83,7 +85,7 @@ class BayesianLogisticRegression:
     }
 
     def init(self, key: jax.Array | None, x: Data, weights: jax.Array | None = None) -> BayesianLogisticParams:
-        """A start without chance: the prior under which a linear predictor has variance 1."""
+        """A deterministic start: the prior under which a linear predictor has variance 1."""
         x, weights = checks.native((x, weights))
         self.check(x, weights)
         return self._init(self.reduced(x, weights)[0])
@@ -98,7 +100,7 @@ class BayesianLogisticRegression:
         return BayesianLogisticParams(mean=jnp.zeros_like(square), covariance=covariance, weight_precision=prior)
 
     def infer(self, params: BayesianLogisticParams, x: Data, expect: Expect = Exact()) -> WeightsPosterior:
-        """The weights given all rows under the bound that the parameters make; its `evidence` is the bound, (1,)."""
+        """The weights given all rows under the bound at the parameters' xi; its `evidence` is that bound, (1,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for Bayesian regression; got {expect!r}")
         x = self.units(x)
@@ -106,7 +108,7 @@ class BayesianLogisticRegression:
         prior = jnp.broadcast_to(params.weight_precision, params.mean.shape)
         second = params.covariance + params.mean[:, None] * params.mean[None]
         touching = jnp.sqrt(jnp.sum(numerics.product(features, second, "np,pq->nq") * features, axis=1))
-        # The quadratic of the family, which touches at an eta and at its negative.
+        # The quadratic lower bound of the family's log-likelihood, which touches it at ±xi.
         curvature = LogisticRegression()._surrogate(touching, jnp.zeros_like(touching))[1]
         gram = numerics.product((weights * curvature)[:, None] * features, features, "np,nq->pq")
         cross = numerics.product(weights * (response - 0.5), features, "n,np->p")
@@ -142,7 +144,7 @@ class BayesianLogisticRegression:
         return self.statistics(params, x, complete("expect", expect).posterior(self, params, x))
 
     def m_step(self, stats: BayesianLogisticStats) -> BayesianLogisticParams:
-        """1 / weight_precision = E[w²], averaged without ARD; the posterior tells where the next bound touches."""
+        """1 / weight_precision = E[w²], averaged over features without ARD; the posterior gives the next xi."""
         second = jnp.maximum(jnp.square(stats.mean) + jnp.diagonal(stats.covariance), stats.floor)
         precision = 1 / (second if self.ard else jnp.mean(second))
         return BayesianLogisticParams(mean=stats.mean, covariance=stats.covariance, weight_precision=precision)
@@ -174,7 +176,7 @@ class BayesianLogisticRegression:
         return numerics.product(jax.nn.sigmoid(eta), shares, "nk,k->n")
 
     def log_prob(self, params: BayesianLogisticParams, x: Data) -> jax.Array:
-        """The bound of log p(y) of the one unit that the whole data are: (1,)."""
+        """The bound of log p(y), the whole data being one unit: (1,)."""
         self.check(x)
         parameters.check("params", self, params, x)
         return self.infer(params, x).evidence

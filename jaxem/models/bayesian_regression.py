@@ -40,9 +40,11 @@ class BayesianRegressionParams:
 
 @record
 class TriangularRows:
-    """Rows in the shape of a triangle, with the same sums of products, and as one unit.
+    """The triangular factor of the rows (Z, y), which has the same ZᵀZ, Zᵀy and yᵀy, as one unit.
 
-    features: (1, P + 1, P); response: (1, P + 1); count: (1,), the weight of the rows behind it.
+    features: (1, P + 1, P).
+    response: (1, P + 1).
+    count: (1,), the weight of the rows.
     """
 
     features: jax.Array
@@ -54,12 +56,12 @@ class TriangularRows:
 class BayesianRegressionStats:
     """Expected sufficient statistics, with what the weights' posterior is made of.
 
-    count: N, the weight of the rows.
-    gram, cross, energy: ZᵀZ (P, P), Zᵀy (P,), yᵀy.
-    squares, variances: (P,), of the weights' mean and under their covariance: E[w²] is their sum.
-    residual, spread: |y - Z mean|² and tr(Z covariance Zᵀ): E|y - Z w|² is their sum.
-    current: (P,), the weights' precisions at which they were taken.
-    loglik: log p(y).
+    count: (), N, the weight of the rows.
+    gram, cross, energy: ZᵀZ (P, P), Zᵀy (P,), yᵀy ().
+    squares, variances: (P,), mean² and the diagonal of covariance: E[w²] is their sum.
+    residual, spread: (), |y - Z mean|² and tr(Z covariance Zᵀ): E|y - Z w|² is their sum.
+    current: (P,), weight_precision at the E-step.
+    loglik: (), log p(y).
     """
 
     count: jax.Array
@@ -78,14 +80,14 @@ class BayesianRegressionStats:
 class BayesianLinearRegression:
     """y ~ N(Z w, 1/b), w ~ N(0, A⁻¹): A and b maximise the evidence log p(y), with w integrated out.
 
-    ard: whether every feature has a precision of its own (automatic relevance determination): those of features that
-        tell nothing grow without bound, and their weights vanish.
+    ard: whether every feature has a precision of its own (automatic relevance determination): those of irrelevant
+        features grow without bound, and their weights vanish.
     method: "EM", which never lowers the evidence; or MacKay's fixed point, which takes fewer steps where features are
         many, and may overshoot: a fit then ends as DECREASED.
 
     Data: pairs (features (N, P) or (N,), response (N,)); there is no intercept: centre the response, or add a column of
-    ones, which is then shrunk as the others are. The weights are one latent of the whole data, which is one unit: its
-    log-likelihood is no sum over rows, a fit reduces the rows to P + 1 of them once, and its tol is one of the whole.
+    ones, which is then shrunk as the others are. The weights are one latent of the whole data, which is one unit: the
+    log-likelihood is no sum over rows, a fit reduces the rows to P + 1 of them once, and `tol` is for all rows at once.
     Row weights count rows. A noise that vanishes, as where features are as many as rows, is DEGENERATE.
     Source: Bishop, PRML, sections 3.5, 9.3.4 and 7.2; MacKay (1992), Bayesian interpolation, Neural Computation 4.
     """
@@ -103,7 +105,7 @@ class BayesianLinearRegression:
         checks.choice("method", self.method, METHODS)
 
     def init(self, key: jax.Array | None, x: Data, weights: jax.Array | None = None) -> BayesianRegressionParams:
-        """A start without chance: noise and weights explain half of the response's square each."""
+        """A deterministic start: noise and weights explain half of yᵀy each."""
         x, weights = checks.native((x, weights))
         self.check(x, weights)
         return self._init(self.reduced(x, weights)[0])
@@ -127,7 +129,7 @@ class BayesianLinearRegression:
         cross = numerics.product(features, response, "np,n->p")
         mean, covariance, half_logdet = weights_given(noise * gram, noise * cross, prior)
         left = response - numerics.product(features, mean, "np,p->n")
-        # A step of refinement, since the normal equations square what rounding does to the mean.
+        # A step of iterative refinement, since the normal equations square the condition number.
         slope = noise * numerics.product(features, left, "np,n->p") - prior * mean
         mean = mean + numerics.product(covariance, slope, "pq,q->p")
         left = response - numerics.product(features, mean, "np,p->n")
@@ -174,7 +176,7 @@ class BayesianLinearRegression:
 
     def m_step(self, stats: BayesianRegressionStats) -> BayesianRegressionParams:
         """1 / weight_precision = E[w²], averaged without ARD, and 1 / noise_precision = E|y - Z w|² / N; by MacKay's
-        rule the same of the mean alone, with divisors 1 - A variance, the well-determined share of every weight."""
+        rule mean² / g and |y - Z mean|² / (N - sum g), g = 1 - A variance the well-determined share of a weight."""
         count, squares, left = stats.count, stats.squares + stats.variances, stats.residual + stats.spread
         ones = jnp.ones_like(squares)
         if self.method == "MacKay":
@@ -242,7 +244,7 @@ class BayesianLinearRegression:
         )
 
     def log_prob(self, params: BayesianRegressionParams, x: Data) -> jax.Array:
-        """Log p(y) of the one unit that the whole data are: (1,)."""
+        """log p(y), the whole data being one unit: (1,)."""
         self.check(x)
         parameters.check("params", self, params, x)
         return self.infer(params, x).evidence
@@ -302,7 +304,7 @@ class BayesianLinearRegression:
 
 @jax.jit
 def _triangle(features: jax.Array, response: jax.Array, weights: jax.Array | None) -> TriangularRows:
-    """By modified Gram-Schmidt, which keeps what normal equations would square."""
+    """By modified Gram-Schmidt: a Cholesky factor of the normal equations would square the condition number."""
     matrix, response = design.read((features, response))
     rows = jnp.concatenate([matrix[1:], response[None]])
     count = jnp.asarray(rows.shape[1], rows.dtype)
@@ -315,6 +317,6 @@ def _triangle(features: jax.Array, response: jax.Array, weights: jax.Array | Non
 
 
 def _floor(stats: BayesianRegressionStats) -> jax.Array:
-    """The least variance of the noise: what rounding hides of the response."""
+    """The least variance of the noise: that of rounding errors of the response."""
     eps = jnp.finfo(stats.energy.dtype).eps
     return jnp.where(stats.energy > 0, eps**2 * stats.energy / stats.count, eps**2)

@@ -1,4 +1,4 @@
-"""What mixtures share: one component a row, its weights a part, and what the components are another.
+"""What mixtures share: a categorical latent a row; mixing weights and components are their two parts.
 
 The functions of this file are methods of models with `parts` ("weights" and "components"), `family` and
 `num_components`, which take them in groups, each in the order in which it stands at the end of this file.
@@ -57,8 +57,8 @@ def init(self: Any, key: jax.Array, x: Data, weights: jax.Array | None = None, *
     """A random start (pure in `key`, so `vmap` over keys gives many).
 
     method: "k-means++" and "random_rows" give every row to its nearest seed, columns standardised;
-        "random_responsibilities" draws responsibilities uniformly from the simplex. A tenth of every row is then
-        spread over all components.
+        "random_responsibilities" draws them uniformly from the simplex, the same for rows near to each other. A tenth
+        of every row is then spread over all components.
 
     Rows of weight 0 are never seeds; a component with labelled rows is seeded by one of them.
     """
@@ -130,7 +130,7 @@ def floats_per_row(self: Any, params: MixtureParams, x: Data) -> int:
 
 
 def shared_floats_per_row(self: Any, params: MixtureParams, x: Data) -> int:
-    """The part of these that restarts on the same rows share."""
+    """The part of `floats_per_row` that restarts on the same rows share."""
     return self.parts["components"].shared_floats_per_row(params.components)
 
 
@@ -140,7 +140,7 @@ def num_weights(self: Any) -> int:
 
 
 def counts(self: Any) -> dict[str, int]:
-    """How many components every part is told that there are."""
+    """The number of components of every part."""
     return {"weights": self.num_weights, "components": self.num_components}
 
 

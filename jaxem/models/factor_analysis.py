@@ -28,7 +28,7 @@ from .factor_params import PPCAParams as PPCAParams
 
 INITS = ("random", "principal")
 
-# Of its column's variance, what a start leaves to a uniqueness at least.
+# The least uniqueness of a principal start, as a share of its column's variance.
 _LEAST = 0.05
 
 
@@ -36,16 +36,17 @@ _LEAST = 0.05
 class FactorAnalysis:
     """x = mean + loadings z + noise, with factors z ~ N(0, I_Q) and independent noise.
 
-    num_latents: Q; noise: "diag", a variance a column, its uniqueness, or "isotropic", one for all (`PPCA`);
+    num_latents: Q.
+    noise: "diag", a variance a column, its uniqueness; or "isotropic", one for all columns (`PPCA`).
     missing: False promises that no entry is NaN, and saves compiling for it.
-    Data: rows (N, D), in which NaN is a missing entry, integrated out exactly, or `Moments`. Complete rows that are
-    more than columns are reduced to moments once, where a fit sees all of them in every step: a step then costs D² Q.
+    Data: rows (N, D), in which NaN is a missing entry, integrated out exactly, or `Moments`. Where complete rows
+    outnumber columns, a fit that uses all rows in every step reduces them to moments once: a step then costs D² Q.
     Loadings are determined up to a rotation of the factors: see `canonical` and `jaxem.varimax`.
 
     Plain EM crawls here, so that a fit takes `anderson(EM(maximize=Expanded()))` where no algorithm is named: on the
-    six tests of ability.cov, two factors, that comes within 1e-6 nats a row of the maximum in 33 steps, EM in 817; and
-    with noise far below the loadings in 60, where EM is not there after 5000.
-    A Heywood case, a uniqueness that the likelihood sends to 0, ends as DEGENERATE; `degenerate` tells which.
+    six tests of ability.cov, two factors, that comes within 1e-6 nats a row of the maximum in 33 steps, EM in 817; with
+    noise far below the loadings it takes 60, and EM more than 5000.
+    A Heywood case, a uniqueness that the likelihood sends to 0, ends as DEGENERATE; `degenerate` tells which columns.
     Source: Rubin & Thayer (1982), EM algorithms for ML factor analysis, Psychometrika 47; Tipping & Bishop (1999),
     Probabilistic principal component analysis, J. Royal Statistical Society B 61.
     Raises TypeError or ValueError for a num_latents that is not a whole number of at least 1, or another noise.
@@ -81,8 +82,8 @@ class FactorAnalysis:
         """A start; both have the columns' means and explain part of their variances.
 
         method: "random" loadings that explain half (pure in `key`, so `vmap` over keys gives many); or "principal",
-        without chance: from leading principal components, of the columns standardised where noise is "diag". Of
-        complete rows with isotropic noise that is the maximum itself (Tipping & Bishop 1999, equations 7 and 8).
+        deterministic: leading principal components, of standardised columns where noise is "diag". Of complete rows
+        with isotropic noise that is the maximum likelihood estimate (Tipping & Bishop 1999, equations 7 and 8).
         """
         checks.choice("method", method, INITS)
         x, weights = checks.native((x, weights))
@@ -123,10 +124,8 @@ class FactorAnalysis:
     def statistics(
         self, params: FactorParams, x: Data, posterior: FactorPosterior, weights: jax.Array | None = None
     ) -> FactorStats:
-        """Normal equations under any posterior of the factors, and the sum of its evidence; missing entries follow from
-        the factors and `params`.
-
-        A vanishing pseudo-row keeps what nothing is seen of.
+        """Normal equations under any posterior of the factors, and the sum of its evidence; missing entries have
+        their moments given the factors, at `params`. A vanishing pseudo-row keeps parameters that no data bear on.
         """
         cases = data.cases(params.mean, data.read(x), self.missing)
         if weights is not None:
@@ -160,7 +159,7 @@ class FactorAnalysis:
         return jax.lax.cond(jnp.any(jnp.isnan(x)), lambda: given(self), lambda: given(self.without_missing()))
 
     def m_step(self, stats: FactorStats) -> FactorParams:
-        """Least squares of x on the factors and 1, and the mean squares of what is left."""
+        """Least squares of x on the factors and 1, and the expected mean squares of the residuals."""
         return self.m_step_given(stats)
 
     def m_step_given(
@@ -244,7 +243,7 @@ class FactorAnalysis:
         return self._by_rows(params, _rows(x), "means")
 
     def reconstruct(self, params: FactorParams, x: jax.Array) -> jax.Array:
-        """mean + loadings E[z_n | x_n]: (N, D), for missing entries what is expected of them."""
+        """mean + loadings E[z_n | x_n]: (N, D), also for missing entries."""
         scores = self.project(params, x)
         return jnp.asarray(params.mean)[None] + numerics.product(scores, params.loadings, "nq,dq->nd")
 
@@ -263,7 +262,7 @@ class FactorAnalysis:
         return dataclasses.replace(params, loadings=rotations.canonical(params.loadings, self._variances(params)))
 
     def num_parameters(self, params: FactorParams) -> int:
-        """Free parameters; Q (Q - 1) / 2 numbers of the loadings only turn the factors."""
+        """Free parameters, without Q (Q - 1) / 2 of the loadings, which only rotate the factors."""
         return sum(self.degrees(params).values())
 
     def degrees(self, params: FactorParams) -> dict[str, int]:
@@ -281,7 +280,7 @@ class FactorAnalysis:
     def check(self, x: Data, weights: jax.Array | None = None) -> None:
         """Raise ValueError or TypeError for bad data, by name. Under jit only shapes are looked at.
 
-        Warns of more factors than the covariance of so many columns can tell (Ledermann's bound).
+        Warns of more factors than the covariance of so many columns determines (Ledermann's bound).
         """
         if isinstance(x, data.Roots):
             return
@@ -346,7 +345,7 @@ class FactorAnalysis:
         return self._params(mean[..., 0], loadings, equation.covariance)
 
     def _by_rows(self, params: FactorParams, x: Data, what: str) -> Any:
-        """One of _ASKED of every row, of complete rows by the quicker way where they can be looked at."""
+        """One of _ASKED of every row; concrete rows without NaN go by the faster program for complete rows."""
         known = not isinstance(x, (Moments, data.Roots)) and checks.is_concrete(x) and not checks.has_nan(x)
         return (self.without_missing() if known else self)._in_blocks(params, x, what)
 
@@ -360,7 +359,7 @@ class FactorAnalysis:
 def PPCA(num_latents: int, *, missing: bool = True) -> FactorAnalysis:
     """Probabilistic PCA: factor analysis whose noise has one variance for all columns; params are `PPCAParams`.
 
-    Its maximum is known: `model.init(key, x, method="principal")` is it, where no entry is missing. As the noise goes
+    Its maximum is in closed form where no entry is missing: `model.init(key, x, method="principal")`. As the noise goes
     to 0 its EM becomes that of PCA (Roweis 1998, EM algorithms for PCA and SPCA, NIPS 10).
     """
     return FactorAnalysis(num_latents, "isotropic", missing=missing)
@@ -372,7 +371,7 @@ def _moments_of(posterior: FactorPosterior) -> StateMoments:
     return StateMoments(means=posterior.means.T, covariances=jnp.broadcast_to(covariances, shape))
 
 
-# What can be asked of rows.
+# Functions of the posterior of rows, by name.
 _ASKED: dict[str, Callable[[FactorPosterior], Any]] = {
     "evidence": lambda posterior: posterior.evidence,
     "means": lambda posterior: posterior.means.T,
@@ -381,12 +380,12 @@ _ASKED: dict[str, Callable[[FactorPosterior], Any]] = {
 
 
 def _groups(mean: Any, loadings: Any) -> tuple[Any, Any]:
-    """Coefficients of the factors and of 1; a number stands for all means."""
+    """Coefficients (D, Q) of the factors and (D, 1) of 1; a mean of one number stays as it is."""
     return loadings, mean if mean is None or jnp.ndim(mean) == 0 else mean[..., None]
 
 
 def _rounding(energy: jax.Array) -> jax.Array:
-    """Variances that rounding hides, of columns of this mean square."""
+    """Variances of the size of rounding errors, for columns of this mean square."""
     eps = jnp.finfo(energy.dtype).eps
     return jnp.where(energy > 0, eps**2 * energy, eps**2)
 

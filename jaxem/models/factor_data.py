@@ -12,10 +12,10 @@ from ..record import record
 
 @record
 class Roots:
-    """Moments of groups of rows, their covariances by a root: what E-steps go over, once moments are reduced.
+    """Moments of groups of rows, with Cholesky factors of their covariances: the form of moments in E-steps.
 
-    Its columns are rows whose second moments are the covariance. So an E-step treats moments as it treats rows, and
-    squares of what is left of them are sums of squares, which a difference of covariances would lose in rounding.
+    The columns of a factor are rows whose second moments are the covariance. So an E-step treats them as rows, and
+    squared residuals are sums of squares, where a difference of covariances would lose most digits.
 
     mean: (G, D).
     root: (G, D, D), lower triangular; covariance = root rootᵀ.
@@ -29,7 +29,7 @@ class Roots:
 
 @jax.jit
 def roots(x: Moments) -> Roots:
-    """Moments by roots; a covariance that is singular is lifted to what rounding hides."""
+    """Moments by Cholesky factors, whose pivots have a floor of the size of rounding errors."""
     x = data.grouped(x)
     eps, variances = jnp.finfo(x.mean.dtype).eps, jnp.diagonal(x.covariance, axis1=-2, axis2=-1)
     largest = jnp.max(variances, axis=-1, keepdims=True)
@@ -50,7 +50,7 @@ def units(x: Data) -> Data:
 
 
 def reduced(x: Data, weights: jax.Array | None, missing: bool) -> tuple[Data, jax.Array | None]:
-    """As few units with the same statistics as there can be, and their weights."""
+    """As few units as have the same statistics, and their weights: one group of rows, or the rows themselves."""
     if isinstance(x, Roots):
         return x, weights
     x, weights = data.as_moments(x, weights, missing)
@@ -63,7 +63,7 @@ def shape(x: Data) -> tuple[int, int]:
 
 
 def num_rows(x: Data, weights: jax.Array | None) -> jax.Array:
-    """How many rows tell anything: those with an observed entry."""
+    """The weight of rows with an observed entry."""
     if isinstance(x, Moments):
         return data.total_count(x, weights)
     rows = checks.matrix("x", x)
@@ -71,7 +71,7 @@ def num_rows(x: Data, weights: jax.Array | None) -> jax.Array:
 
 
 def cases(mean: jax.Array, x: jax.Array | Roots, missing: bool) -> Cases:
-    """Data about a mean (D,); missing: whether entries of rows may be."""
+    """Data about a mean (D,); missing: whether entries of rows may be missing."""
     if isinstance(x, Roots):
         columns = jnp.swapaxes(x.root, 1, 2)
         every = jnp.concatenate([(x.mean - mean[None])[:, None], columns], axis=1)
@@ -90,7 +90,7 @@ def cases(mean: jax.Array, x: jax.Array | Roots, missing: bool) -> Cases:
 
 
 def column_moments(x: jax.Array | Roots, weights: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance (D,) of the columns, of what is observed of them."""
+    """Mean (D,) and variance (D,) of the columns, over their observed entries."""
     if isinstance(x, Roots):
         share = x.count if weights is None else x.count * weights
         share = (share / jnp.sum(share))[:, None]
@@ -109,7 +109,8 @@ def leading(
 ) -> tuple[jax.Array, jax.Array]:
     """Directions (D, count) along which the columns, standardised, vary most, and their variances (count,).
 
-    A missing entry counts as the mean. Of a covariance where there are more rows than columns.
+    A missing entry counts as the mean. Found from the covariance where there are more rows than columns, else from
+    the rows.
     """
     if isinstance(x, Roots) or x.shape[0] > x.shape[1]:
         if isinstance(x, Roots):

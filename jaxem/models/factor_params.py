@@ -1,4 +1,4 @@
-"""Parameters and statistics of factor models, and what a fitted one is asked."""
+"""Parameters and statistics of factor models, their Heywood cases, and a test of fit."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from ..protocols import Data
 from ..record import record
 from . import factor_data as data
 
-# Of its column's variance, what a uniqueness is below before it is looked at whether it goes to 0.
+# Only uniquenesses below this share of their column's variance are tested for going to 0.
 _SMALL = 3e-2
 
 
@@ -63,7 +63,12 @@ class FactorStats:
 
 
 class FitTest(NamedTuple):
-    """statistic: χ²; degrees_of_freedom; p_value: the chance of at least that under the model."""
+    """A likelihood ratio test.
+
+    statistic: (), χ².
+    degrees_of_freedom: of χ² under the model.
+    p_value: (), the probability under the model of a statistic at least as large.
+    """
 
     statistic: jax.Array
     degrees_of_freedom: int
@@ -78,18 +83,19 @@ NOISE: dict[str, tuple[Diagonal | Spherical, Any, str]] = {
 
 
 def hidden(noise: jax.Array, variances: jax.Array, columns: int) -> jax.Array:
-    """Whether noise is no more than what rounding makes of a covariance of so many columns, with these variances."""
+    """Whether noise is within the rounding errors of a covariance of `columns` columns with these variances."""
     return noise <= 4 * columns * jnp.finfo(noise.dtype).eps * variances
 
 
 def heywood(loadings: jax.Array, noise: jax.Array, mapped: jax.Array) -> jax.Array:
-    """Columns (D,) whose uniqueness, now `noise`, the likelihood sends to 0; mapped: what an M-step would make of it.
+    """Columns (D,) whose uniqueness, now `noise`, the likelihood sends to 0; mapped: its M-step at these loadings.
 
-    Along one uniqueness ψ, all else held, the likelihood is highest at ψ + (u - ψ) / r², u being its M-step and r the
-    share of ψ that the factors do not tell (Zhao, Yu & Jiang 2008, ML estimation for factor analysis: EM or non-EM?,
-    Statistics and Computing 18). Where loadings follow, r is what lies outside of their span: on the diagonal that is
-    the curvature which Lawley & Maxwell (1971, Factor Analysis as a Statistical Method) take for uniquenesses alone. A
-    Heywood case has its maximum at 0 or below, and has come down to a few hundredths of its column's variance.
+    Along one uniqueness ψ, all else held, the likelihood is highest at ψ + (u - ψ) / r², with u its M-step and
+    r = ψ [Σ⁻¹]_dd (Zhao, Yu & Jiang 2008, ML estimation for factor analysis: EM or non-EM?, Statistics and Computing
+    18). Where loadings are maximised over too, as here, r = 1 - [W (WᵀW)⁻¹ Wᵀ]_dd, W = noise^(-1/2) loadings: r² is
+    then the diagonal of the curvature that Lawley & Maxwell (1971, Factor Analysis as a Statistical Method) use for
+    uniquenesses alone.
+    A Heywood case has its maximum at 0 or below, and is below a few hundredths of its column's variance already.
     """
     whitened = loadings / jnp.sqrt(noise)[:, None]
     gram = numerics.product(whitened, whitened, "dq,dr->qr")
@@ -101,12 +107,12 @@ def heywood(loadings: jax.Array, noise: jax.Array, mapped: jax.Array) -> jax.Arr
 
 
 def likelihood_ratio_test(self: Any, params: FactorParams, x: Data, weights: jax.Array | None = None) -> FitTest:
-    """Fitted factors against any covariance: is what they leave of the correlations more than chance?
+    """Likelihood ratio test of the fitted factors against an unrestricted covariance.
 
     (n - 1 - (2 D + 5) / 6 - 2 Q / 3) (log det Σ - log det S + tr Σ⁻¹ S - D), with Bartlett's correction (1951, The
-    effect of standardization on a χ² approximation in factor analysis, Biometrika 38), against χ² on as many
-    degrees of freedom as S has entries that the model has no parameters for.
-    Raises ValueError for rows that are no more than columns, or have missing entries: their S is not known.
+    effect of standardization on a χ² approximation in factor analysis, Biometrika 38), against χ² with the
+    entries of S less the parameters of Σ as degrees of freedom; S is the covariance of n rows, Σ that of the model.
+    Raises ValueError for rows that are no more than columns, or have missing entries, and for no degrees of freedom.
     """
     x, weights = checks.native((x, weights))
     with checks.without_estimation():

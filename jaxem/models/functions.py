@@ -51,7 +51,7 @@ class FunctionModel:
         return FunctionStats(stats=stats, loglik=loglik)
 
     def __getattr__(self, name: str) -> Any:
-        # What was not given is absent: `capabilities` then knows what stands in its place.
+        # A function that was not given is an absent attribute, for which `capabilities` puts its default.
         function = dict(self.__dict__.get("optional", ())).get(name)
         if function is None:
             raise AttributeError(f"this model has no {name}: pass {name}=... to from_functions")
@@ -73,12 +73,12 @@ _OF_STATS: dict[str, Callable[[Callable], Callable]] = {
 def from_functions(e_step: Callable, m_step: Callable | None = None, **optional: Callable) -> FunctionModel:
     """A model from `e_step(params, x) -> stats` or `-> (stats, loglik)` and `m_step(stats) -> params`.
 
-    Statistics are any pytree that adds over rows; `e_step` may take `weights=None` as well. Where
-    neither it nor a `log_prob(params, x) -> (N,)` tells the log-likelihood, the objective is NaN and
-    convergence is judged by the parameters. Without an m_step, `q_function(params, stats)` is climbed
-    by `Gradient()`. Other optional functions are the methods of the Model protocol: `init`,
-    `log_prior`, `unconstrain` and `constrain`, `posterior`, `predict`, `sample`, `rebase`, `blocks` and
-    `m_step_for`, ... The functions are part of the jit key: define them once, outside of loops.
+    Statistics are any pytree that adds over rows; `e_step` may take `weights=None` as well. The
+    log-likelihood may also be `stats.loglik`, `stats["loglik"]`, or come from `log_prob(params, x) -> (N,)`;
+    without any, the objective is NaN and convergence is judged by the parameters. Without an m_step,
+    `Gradient()` climbs `q_function(params, stats)`. Other optional functions are the methods of the Model
+    protocol: `init`, `log_prior`, `unconstrain` and `constrain`, `posterior`, `predict`, `sample`, `rebase`,
+    `blocks` and `m_step_for`, ... The functions are part of the jit key: define them once, outside of loops.
     Raises TypeError for anything that cannot be called, or with neither m_step nor q_function.
     """
     if m_step is not None:

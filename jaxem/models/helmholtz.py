@@ -65,15 +65,15 @@ class HelmholtzParams:
 class LayeredPosterior:
     """q(z | x_n), layer by layer from the data up.
 
-    layers: of the recognition network.
-    x: (N, D).
+    layers: those of the recognition network, from the one above the data up.
+    x: (N, D), the data.
     """
 
     layers: tuple[SigmoidLayer, ...]
     x: jax.Array
 
     def sample(self, key: jax.Array) -> jax.Array:
-        """Latent units (N, H), the top layer's first."""
+        """Latent units (N, H) drawn from q, the top layer's first."""
         below, found = self.x, []
         for layer, own in zip(self.layers, jax.random.split(key, len(self.layers)), strict=True):
             below = layer.sample(own, below)
@@ -88,7 +88,7 @@ class LayeredPosterior:
 
 
 def _log_prob(layers: Sequence[SigmoidLayer], before: Sequence[jax.Array], units: Sequence[jax.Array]) -> jax.Array:
-    """The logarithm of the probability of all layers: (...,)."""
+    """Sum over layers of log p(units | before): (...,)."""
     return functools.reduce(
         jnp.add, (layer.log_prob(*each) for layer, *each in zip(layers, before, units, strict=True))
     )
@@ -139,7 +139,8 @@ class HelmholtzMachine:
     def init(
         self, key: jax.Array, x: jax.Array, weights: jax.Array | None = None, *, scale: float = 1.0
     ) -> HelmholtzParams:
-        """A random start: weights of size scale / sqrt(units before), biases of the data at how often they are 1."""
+        """A random start: weights ~ N(0, scale² / units before); biases 0, those of the data near the logits of their
+        means."""
         x = checks.matrix("x", x)
         often = jnp.average(x, axis=0, weights=weights)
         own, other = jax.random.split(key)
@@ -182,7 +183,7 @@ class HelmholtzMachine:
         return LayeredPosterior(layers=params.recognition, x=_floats(params, x))
 
     def approximate(self, params: HelmholtzParams, x: jax.Array) -> CategoricalPosterior:
-        """The same over all configurations, as `free_energy` takes it."""
+        """q(z | x_n) of the recognition network over all configurations, as `free_energy` takes it."""
         q, rows = self.recognise(params, x), tree.num_rows(x)
         every = self._every(params)
         scores = jax.vmap(lambda z: q.log_prob(jnp.broadcast_to(z[None], (rows, z.shape[0]))))(every)
@@ -205,7 +206,7 @@ class HelmholtzMachine:
         return self.sample_with_latents(key, params, n)[0]
 
     def num_parameters(self, params: HelmholtzParams) -> int:
-        """Those of the generative network, whose likelihood it is."""
+        """Free parameters of the generative network, which alone has a likelihood."""
         return tree.size(params.generative)
 
     def params_like(self, x: Data) -> HelmholtzParams:
@@ -233,11 +234,11 @@ class HelmholtzMachine:
         return 4 << self.num_units
 
     def _down(self, width: int) -> tuple[int, ...]:
-        """Units of the layers of the generative network, nothing above the top one first."""
+        """Numbers of units of the generative network, from 0 above the top layer down to the data."""
         return (0, *self.layers, width)
 
     def _up(self, width: int) -> tuple[int, ...]:
-        """Units of the layers of the recognition network, the data first."""
+        """Numbers of units of the recognition network, from the data up."""
         return (width, *self.layers[::-1])
 
     def _every(self, params: HelmholtzParams) -> jax.Array:

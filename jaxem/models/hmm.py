@@ -26,10 +26,10 @@ _PSEUDO_COUNT = 1e-18
 @record
 class HMMParams:
     """initial (K,): p(z_1 = k)
-    transition (K, K): p(z_t+1 = j | z_t = i), rows from
+    transition (K, K): p(z_(t+1) = j | z_t = i), in row i and column j
     emissions: the family's parameters
 
-    Where these have distributions, as `Variational` gives them, initial and transition are a `Dirichlet` each.
+    For an `HMM(Variational(family), K)`, initial and transition are the `Dirichlet` posteriors of these.
     """
 
     initial: Any
@@ -63,21 +63,22 @@ class HMM:
         1 + kappa on the diagonal is a sticky prior.
     initial_support (K,), transition_support (K, K): where False (0), starts put a hard zero. Zeros stay zero through
         EM, wherever they come from.
-    stationary: the initial distribution is the transitions' stationary one, and no parameter of its own: what
-        parameters hold in its place is not looked at.
-    parallel: whether the E-step works by products of whole transition matrices, in log T rounds, K times the work:
-        for long sequences on accelerators. Sums of logarithms then carry the rounding of the whole sequence's.
+    stationary: the initial distribution is the transitions' stationary one, and no parameter of its own: `initial` of
+        given parameters is ignored.
+    parallel: whether the E-step is an associative scan over products of transition matrices, of depth log T and K times
+        the work: for long sequences on accelerators. Evidence of a step is then a difference of
+        log-likelihoods of all steps so far, with their rounding.
     form: "scaled", "log" or "auto", the arithmetic of the recursions; see `jaxem/latents/markov`.
 
     Data: one sequence, the family's rows in order (T, ...); a batch (B, T, ...), its arrays of three axes; or
     `Sequences` of any lengths. A step of which every entry is NaN is missing and integrated out for any family,
     and so are single entries where the family takes them. Weights (B,) count sequences.
 
-    `HMM(Variational(family), K)` is variational Bayesian EM: where chains start and every row of their transitions have
-    Dirichlet distributions too, of the priors or else flat ones, and enter recursions as exp(E[log p]). The objective
-    is the complete bound of log p(x); `expected(params)` gives parameters of the plain HMM. A stationary start has no
-    conjugate prior: transitions then keep values. MacKay (1997), Ensemble learning for hidden Markov models; Beal
-    (2003), Variational algorithms for approximate Bayesian inference, chapter 3.
+    `HMM(Variational(family), K)` is variational Bayesian EM: the initial distribution and every row of transitions have
+    Dirichlet posteriors too, under flat priors where none are given, and enter recursions as exp(E[log p]). The
+    objective is the complete bound of log p(x); `expected(params)` gives parameters of the plain HMM. A stationary
+    start has no conjugate prior: transitions are then point estimates. MacKay (1997), Ensemble learning for hidden
+    Markov models; Beal (2003), Variational algorithms for approximate Bayesian inference, chapter 3.
     Rabiner (1989), A tutorial on hidden Markov models, Proc. IEEE 77; Bishop, PRML, section 13.2.
     Raises TypeError or ValueError for a num_states below 1, an unknown form, or a support with an empty row.
     """
@@ -106,7 +107,7 @@ class HMM:
 
     @property
     def _tables(self) -> tuple[Probabilities, Probabilities]:
-        """Where a chain starts (K,), and the rows of its transitions (K, K)."""
+        """The initial distribution (K,), and the rows of transitions (K, K), as parts."""
         count = self.num_states
         initial = Probabilities(prior=self.initial_prior, support=self.initial_support, shape=(count,))
         return initial, Probabilities(
@@ -127,7 +128,7 @@ class HMM:
 
     @property
     def _distributed(self) -> bool:
-        """Whether a chain's tables have distributions, as the emissions' parameters have."""
+        """Whether initial distribution and transitions have posteriors, as the parameters of the emissions have."""
         return not self.stationary and capabilities.complete("part", self.family).distributed
 
     def params_of(self, values: dict[str, Any]) -> HMMParams:
@@ -143,7 +144,7 @@ class HMM:
         return {"initial": stats.initial, "transition": stats.transitions, "emissions": stats.emissions}
 
     def with_part_statistics(self, stats: HMMStats, of: dict[str, Any]) -> HMMStats:
-        """Statistics with these in place of the emissions': those of the chain have no reference to be moved."""
+        """Statistics with these of the emissions; counts of the chain have no reference, so `rebase` leaves them."""
         return dataclasses.replace(stats, emissions=of["emissions"])
 
     part_params = assembly.part_params
@@ -171,8 +172,8 @@ class HMM:
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None, *, method: str = "k-means++") -> Params:
         """A random start (pure in `key`, so `vmap` over keys gives many).
 
-        method: as for `Mixture`; steps are given to states as rows are to components, whatever their order, and
-        their moves counted, each kind of move once more than it is seen.
+        method: as for `Mixture`: steps are assigned to states as rows are to components, whatever their order. Starts
+        and transitions are then counted, each with 1 added.
         """
         x, weights = tree.present(tree.one_precision(x), weights)
         initial, transition = self._tables
@@ -196,8 +197,8 @@ class HMM:
     def statistics(
         self, params: HMMParams, x: Data, posterior: markov.Distribution, weights: jax.Array | None = None
     ) -> HMMStats:
-        """Expected starts, moves and observation statistics under any distribution of the states; its evidence, or
-        where it has none that of `params`, is their loglik."""
+        """Expected starts, moves and observation statistics under any distribution of the states; loglik is the
+        sum of its evidence, or of log p(x) at `params` where it has none."""
         x = self.units(x)
         form, terms = posterior.along(x)
         x = checks.present(x, weights)
@@ -217,7 +218,7 @@ class HMM:
     e_step = latents.e_step
 
     def m_step_given(self, stats: HMMStats, *, transition: jax.Array) -> HMMParams:
-        """The M-step with the transitions held, where the initial distribution follows from them."""
+        """The M-step of a stationary chain with the transitions held; the initial distribution follows from them."""
         transition = jnp.broadcast_to(transition, stats.transitions.shape)
         emissions = self.parts["emissions"].m_step(stats.emissions)
         return self.params_of({"transition": transition, "emissions": emissions})
@@ -266,7 +267,7 @@ class HMM:
         return self if family is self.family and form == self.form else found
 
     def without_missing(self) -> "HMM":
-        """The form for steps in which no entry is missing, where it is another: for families of correlated columns."""
+        """The model for steps without missing entries; itself unless columns of the family are correlated."""
         emissions = self.parts["emissions"]
         family = capabilities.original(emissions.without_missing()) if emissions.correlated else self.family
         return self if family is self.family else dataclasses.replace(self, family=family)
@@ -274,7 +275,8 @@ class HMM:
     def tables(
         self, params: HMMParams, read: Callable[[Dirichlet], jax.Array] = Dirichlet.weighed
     ) -> tuple[jax.Array, jax.Array]:
-        """p(z_1 = k) (K,), and the rows of transitions (K, K); of distributions, what `read` makes of them."""
+        """p(z_1 = k) (K,), and the rows of transitions (K, K); of Dirichlet posteriors what `read` gives,
+        exp(E[log p]) by default."""
         if self._distributed:
             return read(params.initial), read(params.transition)
         initial = markov.stationary_distribution(params.transition) if self.stationary else params.initial

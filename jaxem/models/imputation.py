@@ -15,10 +15,10 @@ from ..sequences import Sequences
 
 
 class ValuedFamily(Family, Protocol):
-    """A family of rows whose missing values it can tell."""
+    """A family that gives conditional means and draws of missing values."""
 
     def expected_values(self, params: Params, x: Data) -> jax.Array:
-        """What is expected of every row given what is observed of it, under every component: (N, K, D)."""
+        """E[row n | its observed entries, component k]: (N, K, D)."""
         ...
 
     def drawn_values(self, key: jax.Array, params: Params, x: Data, labels: jax.Array) -> jax.Array:
@@ -34,11 +34,11 @@ class ValuedFamily(Family, Protocol):
 def impute(
     model: MixtureModel, params: Params, x: Data, *, key: jax.Array | None = None, num_draws: int | None = None
 ) -> jax.Array:
-    """The rows with what is missing of them filled in; what is observed stays as it is. A method of mixtures.
+    """The rows with missing entries filled in; observed ones stay as they are. A method of mixtures.
 
-    Without a key by conditional means, (N, D); with one by draws from the components' posterior and all that is missing
-    of a row together, (num_draws, N, D), for multiple imputation (Rubin 1987). Of a `NoisyNormal` these are the values
-    behind the noise.
+    Without a key by conditional means, (N, D); with one by joint draws of a row's component and all its missing
+    entries, (num_draws, N, D), for multiple imputation (Rubin 1987). Of a `NoisyNormal` all entries, observed ones too,
+    are replaced by the values behind the noise.
     """
     shares = model.posterior(params, x)
     return filled_in(model.family, tree.no_whole_numbers(params, x).components, split(x)[0], shares, key, num_draws)
@@ -46,9 +46,9 @@ def impute(
 
 @parameters.at_rows
 def impute_steps(model: ChainModel, params: Params, x: Data) -> jax.Array:
-    """The observations, what is missing of them filled in by what is expected of it given all that is observed.
+    """The observations, missing entries filled in by their means given all observed entries.
 
-    In the layout of the data; what is observed stays as it is, and what lies behind a sequence's end is of no use.
+    In the layout of the data; observed entries stay as they are, and steps beyond a sequence's end are meaningless.
     """
     every, given = model.units(x), x.values if isinstance(x, Sequences) else x
     rows = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), every.values)
@@ -60,9 +60,9 @@ def impute_steps(model: ChainModel, params: Params, x: Data) -> jax.Array:
 def filled_in(
     family: Family, params: Params, x: Data, shares: jax.Array, key: jax.Array | None, num_draws: int | None
 ) -> jax.Array:
-    """Values in place of the missing ones, from a family's components and their shares in every row (N, K).
+    """The rows with missing entries filled in, from a family's components and their responsibilities (N, K), `shares`.
 
-    Without a key the conditional means, in the shape of the rows; else `num_draws` joint draws of all that is missing
+    Without a key by conditional means, in the shape of the rows; else by `num_draws` joint draws of all missing entries
     of a row, one where it is None, along a new first axis. Raises TypeError for a family that has no such values.
     """
     part = capabilities.complete("part", family)

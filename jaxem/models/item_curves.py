@@ -1,6 +1,6 @@
 """Item characteristic curves: their parameters and statistics, and the M-step, a logistic regression an item.
 
-Letters: J items, Q nodes of the ability, at which curves are looked at.
+Letters: J items, Q nodes of the ability, at which curves are evaluated.
 """
 
 import functools
@@ -12,7 +12,7 @@ from .. import numerics
 from ..families import columns
 from ..record import record
 
-# What an M-step may take to its maximum. From the curves of the step before it is there after a few.
+# Newton steps of an M-step. They begin at the previous curves, from which a few suffice.
 _NEWTON_STEPS = 12
 
 # Lengths at which a Newton step is tried; the first that does not lower the likelihood is taken.
@@ -25,7 +25,7 @@ class ItemResponseParams:
 
     discrimination: (J,).
     difficulty: (J,).
-    guessing: (J,), how likely who does not know the answer guesses it; None where nobody does.
+    guessing: (J,), p(right | the answer is not known); None where nobody guesses.
     """
 
     discrimination: jax.Array
@@ -35,14 +35,14 @@ class ItemResponseParams:
 
 @record
 class ItemResponseStats:
-    """Expected answers at every node of the ability; all add.
+    """Expected counts at every node of the ability; all add.
 
     nodes: (Q,), rows.
     total: (J, Q), answers.
-    correct: (J, Q), right ones.
-    known: (J, Q), right ones that are not guessed; the same where nobody guesses.
-    entropy: (), of which of the right answers are guessed, so that Q is a bound that touches the likelihood.
-    reference: (2, J), rows times slopes, and times intercepts, at the parameters of the E-step: an M-step begins there.
+    correct: (J, Q), right answers.
+    known: (J, Q), right answers that are not guessed; equal to `correct` where nobody guesses.
+    entropy: (), of which right answers are guessed: with it Q is a lower bound that touches the likelihood.
+    reference: (2, J), rows times slopes, and times intercepts, of the E-step: the M-step begins there.
     loglik: ().
     """
 
@@ -65,8 +65,8 @@ class ItemResponseStats:
 class Curves:
     """Curves at abilities, (J, Q) each.
 
-    right, wrong: log p of an answer.
-    knows, fails: log p that who has this ability knows the answer, or does not.
+    right, wrong: log p of a right and of a wrong answer.
+    knows, fails: log p that the answer is known, and that it is not.
     """
 
     right: jax.Array
@@ -115,7 +115,7 @@ def steepest(
     """Slopes and intercepts (J,) of the logistic regressions of known among total answers (J, Q) on nodes (Q,).
 
     slopes: "one" where all are 1, "common" where they are the same, or "own". By Newton's method from `line`, its steps
-    shortened where they would lower the likelihood. A slope moves along what intercepts leave of it.
+    shortened where they would lower the likelihood. Intercepts are eliminated: a slope's step is on centred nodes.
     """
     tiny = jnp.asarray(columns.PSEUDO_COUNT, known.dtype)
 

@@ -1,4 +1,4 @@
-"""Item response models: abilities of persons, and how hard and how telling questions are, from answers alone."""
+"""Item response models: abilities of persons, difficulty and discrimination of items, from answers alone."""
 
 import dataclasses
 import functools
@@ -19,31 +19,31 @@ from . import item_curves
 from .item_curves import ItemResponseParams as ItemResponseParams
 from .item_curves import ItemResponseStats as ItemResponseStats
 
-# What is estimated of slopes.
+# How many slopes are estimated: none (all are 1), one for all items, or one an item.
 MODELS = {"rasch": "one", "1PL": "common", "2PL": "own", "3PL": "own"}
 
 # Nodes of the quadrature reach so many standard deviations of the ability.
 _REACH = 6.0
 
-# Nodes from which on a quadrature does not tell where its nodes lie.
+# Number of nodes from which on likelihoods do not depend noticeably on where the nodes lie.
 _FINE = 41
 
-# Logits between neighbouring nodes from which on a curve is a step, whose slope the likelihood sends to infinity.
+# Difference of logits at neighbouring nodes above which a curve is a step, and its slope goes to infinity.
 _STEP = 5.0
 
-# Answers of one row up to which a row is one number, by which like ones are found.
+# Most items for which a row of answers is coded as one 64-bit number, in base 3, to find equal rows.
 _CODED = 39
 
 # Where guessing starts, and how much slopes of starts differ, in logarithms.
 _GUESSING, _SPREAD = 0.15, 0.2
 
-# Newton steps towards the likeliest ability, from the likeliest node.
+# Fisher scoring steps to the posterior mode of an ability, from the likeliest node.
 _ABILITY_STEPS = 20
 
 
 @record
 class Abilities:
-    """What answers tell of abilities.
+    """Estimated abilities; see `ItemResponse.abilities`.
 
     estimate: (N,).
     standard_error: (N,).
@@ -60,18 +60,19 @@ class ItemResponse:
 
     model: "rasch", slopes of 1; "1PL", one slope for all items, which is a Rasch model with abilities of any variance;
         "2PL", a slope an item; or "3PL", in which who does not know an answer guesses it, as likely as the item says.
-    num_nodes: Q, nodes of the ability, evenly from -6 to 6. Errors of such sums fall exponentially with Q: by 61 nodes
-        slopes up to 5 are seen to 1e-8, steeper ones want more.
+    num_nodes: Q, nodes of the quadrature over abilities, evenly from -6 to 6. Its error falls exponentially with Q: by
+        61 nodes to 1e-8 for slopes up to 5, steeper ones need more.
     missing: False promises that no floating-point entry is NaN, and saves compiling for it.
 
     Data: answers (N, J), 1 right and 0 wrong; NaN, or -1 among whole numbers, is a question that was not put, or whose
-    answer is missing at random. Of patterns that come more than once, one row with their number as its weight does: a
-    fit finds them by itself where items are few.
-    Marginal maximum likelihood: the posterior over nodes makes of the answers expected counts at every node, of which
-    items are logistic regressions (Bock & Aitkin 1981, Marginal maximum likelihood estimation of item parameters,
-    Psychometrika 46). Where no algorithm is named abilities may move and stretch in an M-step, and items absorb that
-    (`Expanded`). What guessing hides is a latent variable more; there EM crawls, and `anderson` is around it.
-    Raises ValueError for another model, TypeError or ValueError for a number of nodes that is none.
+    answer is missing at random. A pattern that comes more than once may be one row, weighted by its count: a fit finds
+    these by itself where items are few.
+    Marginal maximum likelihood: the posterior over nodes gives expected counts of right answers at every node, and the
+    M-step is a logistic regression an item on them (Bock & Aitkin 1981, Marginal maximum likelihood estimation of item
+    parameters, Psychometrika 46). Where no algorithm is named, M-steps are parameter-expanded (`Expanded`): abilities
+    get a mean and variance, which items absorb. In "3PL" it is latent too which answers are guessed: EM crawls, and is
+    accelerated by `anderson`.
+    Raises ValueError for another model, TypeError or ValueError for a num_nodes that is no whole number above 0.
     """
 
     model: str = static(default="2PL")
@@ -80,8 +81,8 @@ class ItemResponse:
 
     @property
     def expands(self) -> bool:
-        """Whether nodes are so near to each other that where abilities lie between them makes no difference: only then
-        have all members of the larger model the same likelihoods."""
+        """Whether nodes are dense enough that shifting or scaling abilities and items together keeps the likelihood, as
+        parameter expansion requires."""
         return self.num_nodes >= _FINE
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class ItemResponse:
         shape = (values.shape[1] if MODELS[self.model] == "own" else 1,)
         slope = jnp.exp(_SPREAD * jax.random.normal(key, shape, values.dtype))
         slope = jnp.broadcast_to(jnp.ones_like(slope) if self.model == "rasch" else slope, logit.shape)
-        # A logistic curve is nearly that of a normal distribution of variance 2.9, to which abilities add theirs.
+        # A logistic curve is nearly a normal distribution function of variance 2.9, to which abilities add slope².
         intercept = logit * jnp.sqrt(1 + jnp.square(slope) / 2.9)
         guessing = jnp.full_like(slope, _GUESSING) if self.model == "3PL" else None
         return ItemResponseParams(discrimination=slope, difficulty=-intercept / slope, guessing=guessing)
@@ -143,7 +144,7 @@ class ItemResponse:
     ) -> ItemResponseStats:
         """Expected answers at every node under any posterior over nodes; loglik is the sum of its evidence.
 
-        A vanishing pseudo-answer keeps items that nothing is seen of.
+        A vanishing pseudo-answer keeps the parameters of items without any answer.
         """
         params = tree.no_whole_numbers(params, x)
         values, observed = self._answers(x, params.difficulty.dtype)
@@ -180,7 +181,7 @@ class ItemResponse:
         """A logistic regression an item on the nodes, of expected counts."""
         nodes = self.nodes(stats.known.dtype)
         slope, intercept = item_curves.steepest(stats.known, stats.total, stats.line, nodes, MODELS[self.model])
-        # An item that tells nothing of the ability has no difficulty: some slope keeps it finite.
+        # Difficulty = -intercept / slope is infinite at slope 0: a tiny slope keeps it finite.
         least = jnp.finfo(slope.dtype).eps ** 0.5
         slope = jnp.where(jnp.abs(slope) < least, jnp.where(slope < 0, -least, least), slope)
         guessing = None
@@ -204,7 +205,7 @@ class ItemResponse:
         return dataclasses.replace(params, discrimination=slope, difficulty=difficulty)
 
     def q_function(self, params: ItemResponseParams, stats: ItemResponseStats) -> jax.Array:
-        """Expected log-probability of abilities and answers, where guessing hides some a bound of it."""
+        """Expected log-probability of abilities and answers, for "3PL" a lower bound of it."""
         nodes, log_weights = (jnp.asarray(part, stats.nodes.dtype) for part in self._quadrature())
         found = item_curves.curves(params, nodes)
         answers = jnp.sum(stats.known * found.knows + (stats.total - stats.known) * found.fails)
@@ -222,7 +223,7 @@ class ItemResponse:
         return jnp.zeros((), params.difficulty.dtype)
 
     def rebase(self, stats: ItemResponseStats, params: ItemResponseParams) -> ItemResponseStats:
-        """The same statistics, from which an M-step begins at these parameters."""
+        """The same statistics, with the M-step's Newton iteration to begin at `params`."""
         count = jnp.sum(stats.nodes) + columns.PSEUDO_COUNT
         return dataclasses.replace(stats, reference=count * jnp.stack(item_curves.line_of(params)))
 
@@ -234,7 +235,7 @@ class ItemResponse:
         return (right <= least) | (total - right <= least) | steep
 
     def unconstrain(self, params: ItemResponseParams) -> ItemResponseParams:
-        """What is free of the slopes, (J,), (1,) or (0,), difficulties as they are, and logits of guessing."""
+        """The free slopes, (J,), (1,) or (0,), and difficulties as they are, and logits of guessing."""
         free = {"one": 0, "common": 1, "own": None}[MODELS[self.model]]
         guessing = None if params.guessing is None else jax.scipy.special.logit(params.guessing)
         return dataclasses.replace(params, discrimination=params.discrimination[:free], guessing=guessing)
@@ -247,8 +248,8 @@ class ItemResponse:
         return dataclasses.replace(theta, discrimination=slope, guessing=guessing)
 
     def abilities(self, params: ItemResponseParams, x: Data, *, method: str = "EAP") -> Abilities:
-        """Abilities (N,) of all rows with standard errors: posterior mean and deviation ("EAP"), or its mode, with the
-        information there, that of the ability's own distribution included ("MAP").
+        """Abilities (N,) of all rows with standard errors: posterior mean and standard deviation ("EAP"), or posterior
+        mode and 1 / sqrt(I + 1), I the test information there and 1 that of the prior ("MAP").
 
         Both are finite for rows that are all right or all wrong. Bock & Mislevy (1982), Applied Psychological
         Measurement 6.
@@ -377,7 +378,7 @@ class ItemResponse:
         return nodes, density - np.log(np.sum(np.exp(density)))
 
     def _answers(self, x: Data, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-        """Answers (N, J) as floating-point numbers, 0 where missing, and 1 where there are any; None where all are."""
+        """Answers (N, J) as floating-point numbers, 0 where missing; 1 where observed, or None if none is missing."""
         rows = checks.columns("x", x)
         whole = jnp.issubdtype(rows.dtype, jnp.signedinteger)
         if not whole and not (self.missing and jnp.issubdtype(rows.dtype, jnp.floating)):

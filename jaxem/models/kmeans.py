@@ -34,11 +34,11 @@ class KMeansParams:
 class KMeansStats:
     """Sums over the rows x of each cluster, about the centres c of the E-step.
 
-    count: (K,), how many rows there are.
+    count: (K,), the weight of the rows.
     reference: (K, D), count times c.
     first: (K, D), the sum of x - c.
-    scatter: the sum of |x - c|² over all clusters.
-    loglik: minus the inertia at the centres of the E-step.
+    scatter: (), the sum of |x - c|² over all clusters.
+    loglik: (), minus the inertia at the centres of the E-step.
     """
 
     count: jax.Array
@@ -193,7 +193,7 @@ class KMeans:
 
     def degenerate(self, stats: KMeansStats) -> jax.Array:
         """Clusters (K,) that are empty."""
-        # Every block has added a pseudo-count: a million blocks are still nothing.
+        # Every block of rows adds a pseudo-count: up to a million of them still count as empty.
         return stats.count <= 2**20 * _PSEUDO_COUNT
 
     @parameters.at_rows
@@ -246,26 +246,26 @@ class KMeans:
         return KMeansParams(centers=parameters.like(shape, tree.float_dtype(x)))
 
     def partial(self) -> "KMeans":
-        """The same model on a part of the rows, where an empty cluster means nothing."""
+        """The model for a part of the rows, where an empty cluster may have rows elsewhere: without refilling."""
         return dataclasses.replace(self, refill=False)
 
 
 def _block_size(centers: jax.Array, rows: jax.Array) -> int:
-    """Rows a block, all blocks about equally long: their scores against all centres fit the fast memory.
+    """Rows a block, blocks about equally long: scores of its rows against all centres fit in cache.
 
-    At least two blocks, since what leaves a loop is in memory: otherwise XLA would find the nearest
-    centre again for every column that needs it.
+    At least two blocks, since XLA keeps the results of a loop in memory: without a loop it would compute the
+    nearest centres anew for every column that uses them.
     """
     largest = tree.rows_per_block(tuning.SCORES_PER_BLOCK * max(tuning.FEWEST_CENTRES, centers.shape[0]), rows.dtype)
     return -(-rows.shape[0] // max(2, -(-rows.shape[0] // largest)))
 
 
 def _anchor(rows: jax.Array) -> jax.Array:
-    """A point (D,) amid the rows, from which expanded distances are taken: near enough not to cancel.
+    """A point (D,) amid the rows: about it the terms of |x|² - 2 c·x + |c|² are small, and little cancels.
 
-    The mean of some rows, rounded to a power of two near their spread, so that differences of rows
-    that are short in binary stay exact, and ties stay ties. (Of all rows it would take a good part of a
-    step, and of the centres every restart would have its own.)
+    The mean of some rows, each column rounded to a multiple of a power of two near its spread: rows of few
+    binary digits are then subtracted exactly, and ties stay ties. (A mean of all rows would cost a good part
+    of a step; with a mean of the centres, restarts could not share the anchor.)
     """
     some = rows[:: max(1, rows.shape[0] // tuning.ANCHOR_ROWS)]
     mean, variance = jnp.mean(some, axis=0), jnp.var(some, axis=0)
@@ -286,7 +286,7 @@ def _nearest(centers: jax.Array, rows: jax.Array, anchor: jax.Array) -> tuple[ja
 
 
 def _moments(centers: jax.Array, rows: jax.Array, label: jax.Array, weights: jax.Array | None) -> KMeansStats:
-    """Statistics of rows that go to the centres that `label` (N,) names, residuals taken exactly."""
+    """Statistics of rows with these clusters, `label` (N,), from residuals x - c that are not expanded."""
     residual = rows - centers.at[label].get(mode="promise_in_bounds")
     one = jnp.ones_like(rows[:, :1]) if weights is None else weights.astype(rows.dtype)[:, None]
     # A scatter of short rows is several times faster than a product with indicators.
@@ -308,9 +308,9 @@ def _refill(
     label: jax.Array,
     distance: jax.Array,
 ) -> KMeansStats:
-    """Statistics in which each empty cluster (K,) has one of the farthest rows, which its own cluster gave up.
+    """Statistics in which each empty cluster, a mask (K,), has one of the farthest rows, taken from its own cluster.
 
-    Candidates are the farthest rows of some K classes of row numbers: found without sorting.
+    Candidates are the farthest rows of residue classes of row numbers, K classes or a few more: no sort is needed.
     """
     count, eps = len(centers), jnp.finfo(rows.dtype).eps
     classes = tuning.CLASSES_MULTIPLE * -(-count // tuning.CLASSES_MULTIPLE)
@@ -319,7 +319,7 @@ def _refill(
     top, lap = numerics.first_argmax(padded)
     candidate = jnp.minimum(lap * classes + jnp.arange(classes), len(rows) - 1)
 
-    # What is moved is taken exactly. A row on its centre, up to rounding, has nothing to give.
+    # Squared distances of candidates are computed without expansion; a row on its centre, up to rounding, is none.
     donor, point = label[candidate], rows[candidate]
     gap = point - centers[donor]
     far = (top > -jnp.inf) & jnp.any(jnp.abs(gap) > 8 * eps * jnp.abs(point), axis=1)
@@ -343,7 +343,7 @@ def _refill(
         return jnp.zeros((count, *values.shape[1:]), rows.dtype).at[donor].add(values)
 
     left = stats.count - lost(given)
-    # Where next to nothing is left, differences would be rounding: such a cluster counts as empty.
+    # A donor left with next to no weight would have rounding errors as moments: it counts as empty.
     bare = (left <= jnp.sqrt(eps) * stats.count) & ~empty
     left = jnp.where(bare, _PSEUDO_COUNT, left)
     first = jnp.where(bare[:, None], 0, stats.first - lost(given[:, None] * gap))
@@ -359,7 +359,7 @@ def _refill(
 def _kmeans_parallel(key: jax.Array, rows: jax.Array, weights: jax.Array | None, count: int) -> jax.Array:
     """k-means|| (Bahmani et al. 2012): centres (K, D) among the rows.
 
-    A fixed number of rows, 2 K a round, in place of independent draws: shapes stay static.
+    Every round draws 2 K rows without replacement, in place of independent draws, so that shapes are static.
     """
     weights = jnp.ones(len(rows), rows.dtype) if weights is None else weights.astype(rows.dtype)
     many = min(2 * count, len(rows))
@@ -375,7 +375,7 @@ def _kmeans_parallel(key: jax.Array, rows: jax.Array, weights: jax.Array | None,
         distance, nearest = carry
         noise = jax.random.gumbel(jax.random.fold_in(key, turn), distance.shape, rows.dtype)
         score, drawn = jax.lax.top_k(numerics.safe_log(weights * distance) + noise, many)
-        # Once rows run out, the first candidate stands in: it is never nearer than itself.
+        # Where fewer rows are left, the first candidate fills the places: it is no nearer to any row than before.
         drawn = jnp.where(score > -jnp.inf, drawn, first[0])
         label, fresh = go_to(drawn)
         closer = fresh < distance

@@ -12,7 +12,7 @@ from ..sequences import Sequences
 
 
 def split(x: Sequences, uses_inputs: bool) -> tuple[jax.Array, jax.Array | None]:
-    """Observations (B, T, D), and inputs (B, T, U) or None; TypeError or ValueError where they cannot be."""
+    """Observations (B, T, D), and inputs (B, T, U) or None; TypeError or ValueError for data of another form."""
     pair = isinstance(x.values, (tuple, list))
     if uses_inputs and not (pair and len(x.values) == 2):
         raise TypeError("x must be a pair (observations, inputs), since the model has inputs")
@@ -35,7 +35,7 @@ def check(x: Sequences, uses_inputs: bool, missing: bool) -> None:
     observations, inputs = split(x, uses_inputs)
     if not checks.is_concrete(x):
         return
-    with jax.ensure_compile_time_eval():  # concrete data can be looked at while something else is traced
+    with jax.ensure_compile_time_eval():  # concrete data are read even while something else is traced
         inside = np.asarray(x.inside())
     remedy = (
         "A missing observation is NaN: mark it so"
@@ -62,7 +62,7 @@ def _finite(name: str, values: Any, inside: np.ndarray, missing: bool, remedy: s
 
 
 def column_moments(x: Sequences, weights: jax.Array | None, centred: bool) -> tuple[jax.Array, jax.Array]:
-    """Means (D,) of the observations' columns, and variances, or mean squares; 1 for a column that never varies."""
+    """Means (D,) of the observations' columns, and variances (mean squares, if not `centred`); 1 in place of 0."""
     there = linear_gaussian.seen_entries(x).astype(x.values.dtype)
     values = jnp.where(there > 0, x.values, 0)
     if weights is not None:
@@ -75,7 +75,7 @@ def column_moments(x: Sequences, weights: jax.Array | None, centred: bool) -> tu
 
 
 def future_inputs(inputs: Any, uses_inputs: bool, lanes: int, steps: int, dtype: Any) -> jax.Array | None:
-    """Inputs (B or 1, steps, U) of steps that have no observations; TypeError or ValueError where they cannot be."""
+    """Inputs (B or 1, steps, U) of steps without observations; TypeError or ValueError for another form."""
     if not uses_inputs:
         if inputs is not None:
             raise TypeError("inputs must be left out, since the model has none")
@@ -90,7 +90,7 @@ def future_inputs(inputs: Any, uses_inputs: bool, lanes: int, steps: int, dtype:
 
 
 def without_absent(x: Sequences, weights: jax.Array | None) -> Sequences:
-    """The data, rows of weight 0 filled with 0: such a row is absent, whatever it holds."""
+    """The data with sequences of weight 0 filled with 0: these are absent, whatever they hold."""
     if weights is None:
         return x
     counts = weights > 0

@@ -20,9 +20,10 @@ Equations = dict[str, Any]
 
 
 def equations_of(layout: Layout, prior: LinearGaussianSSMStats | None) -> Equations:
-    """The equations, complete. Their features are 1, for the initial states; z_(t-1), 1, u_t; and z_t, 1, u_t.
+    """The equations as complete parts. Features: 1 of the initial states; z_(t-1), 1, u_t of the dynamics; z_t, 1, u_t
+    of the emissions.
 
-    prior: pseudo-statistics of all of them, or None.
+    prior: pseudo-statistics of all three, or None.
     """
 
     def widths(terms: Terms) -> tuple[int | None, ...]:
@@ -59,7 +60,7 @@ def groups(
 
 
 def _column(vector: Any) -> Any:
-    """The coefficients (O, 1) of the feature 1; a number stands for all of them."""
+    """A vector (O,) as coefficients (O, 1) of the feature 1; None and single numbers stay as they are."""
     return vector if vector is None or np.ndim(vector) == 0 else vector[..., None]
 
 
@@ -99,7 +100,7 @@ def join(initial: EquationParams, dynamics: EquationParams, emission: EquationPa
 
 
 def system(params: LinearGaussianSSMParams, inputs: jax.Array | None, steps: int) -> System:
-    """The system over so many steps, with these inputs (B or 1, T, U)."""
+    """The system over `steps` steps, with inputs (B or 1, T, U), or None."""
 
     def shift(bias: jax.Array | None, weights: jax.Array | None, like: jax.Array) -> jax.Array:
         total = jnp.zeros((1, steps, len(like)), like.dtype)
@@ -146,7 +147,7 @@ def expected_stats(
         )
     ]
     loglik = over_lanes(posterior.log_prob, weights, x.num_rows)
-    if posterior.white:  # less the squares of noise, which its moments tell
+    if posterior.white:  # then log_prob lacks -|noise|² / 2, which the statistics of the equations return
         loglik = loglik - 0.5 * (found[0][1] + found[1][1] + found[2][1])
     (initial, _), (dynamics, _), (emission, _) = found
     return LinearGaussianSSMStats(initial=initial, dynamics=dynamics, emission=emission, loglik=loglik)
@@ -155,7 +156,7 @@ def expected_stats(
 def pseudo_stats(
     equations: Equations, params: LinearGaussianSSMParams, num_steps: Any, num_sequences: Any
 ) -> LinearGaussianSSMStats:
-    """Pseudo-statistics of so many steps and sequences, with the maximum at `params`."""
+    """Pseudo-statistics of `num_steps` steps and `num_sequences` sequences, whose Q has its maximum at `params`."""
     mean, states = params.initial_mean, len(params.initial_mean)
 
     def gram(equation: LinearEquation, line: jax.Array) -> jax.Array:

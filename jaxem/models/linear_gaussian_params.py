@@ -49,9 +49,9 @@ class LinearGaussianSSMParams:
 class LinearGaussianSSMStats:
     """Statistics of the three equations, and the log-likelihood. All add.
 
-    initial    of the first states, whose one feature is 1
-    dynamics   of the others, features z_(t-1), 1, u_t
-    emission   of the observations, features z_t, 1, u_t
+    initial    of z_1, on the feature 1
+    dynamics   of z_t, t > 1, on z_(t-1), 1, u_t
+    emission   of the observations y_t, on z_t, 1, u_t
     loglik     ()
     """
 
@@ -63,7 +63,11 @@ class LinearGaussianSSMStats:
 
 @record
 class Terms:
-    """What an equation has beside its states: whether it has a constant term, and coefficients of inputs."""
+    """Terms of an equation beside that of the states.
+
+    bias: whether it has a constant term.
+    inputs: whether it has coefficients of inputs.
+    """
 
     bias: bool = static()
     inputs: bool = static()
@@ -71,7 +75,12 @@ class Terms:
 
 @record
 class Layout:
-    """What a system consists of: states, S; the terms of its two equations; the shape of the observations' noise."""
+    """What a system consists of.
+
+    states: S.
+    dynamics, emission: the terms of these equations.
+    noise: the shape of the observation noise's covariance.
+    """
 
     states: int = static()
     dynamics: Terms = static()
@@ -108,7 +117,7 @@ def params_like(layout: Layout, observations: Any, inputs: Any) -> LinearGaussia
 def random_start(
     key: jax.Array, like: LinearGaussianSSMParams, mean: jax.Array, variance: jax.Array
 ) -> LinearGaussianSSMParams:
-    """Parameters of these shapes for observations of this mean and variance, half of which emissions explain."""
+    """Parameters of these shapes: states explain half of the columns' variances (D,), a bias is their mean (D,)."""
     width, states = like.emission.shape
     dtype = mean.dtype
     key_decay, key_emission = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""Linear dynamical systems with Gaussian noise, their data sequences."""
+"""Linear dynamical systems with Gaussian noise; data are sequences."""
 
 import dataclasses
 import functools
@@ -110,8 +110,8 @@ class LinearGaussianSSM:
         """The posterior of states and missing entries, in moments (`latents.linear_gaussian.Posterior`), or under
         Sample(n) n paths of states drawn from it (`DrawnPaths`).
 
-        Missing entries of a step that is partly observed are latent, and expected with it; a step without any
-        adds to the dynamics alone.
+        Missing entries of a partly observed step are latent too, and the posterior has their moments; a step without
+        any observed entry adds to the statistics of the dynamics alone.
         """
         x = self.units(x)
         parameters.shapes("params", self, params, x)
@@ -126,7 +126,7 @@ class LinearGaussianSSM:
         x, inputs = self._read(self.units(x))
         if weights is not None:
             weights = weights.astype(x.values.dtype)
-        # Noise is that of the parameters that the posterior was inferred at.
+        # These statistics are about the parameters that the posterior was inferred at, not always `params`.
         stats = posterior.average(lambda moments: expected_stats(self.parts, x, inputs, moments, weights))
         return stats if posterior.params is params else self.rebase(stats, params)
 
@@ -186,10 +186,10 @@ class LinearGaussianSSM:
     def pseudo_steps(
         self, params: LinearGaussianSSMParams, num_steps: Any = 1.0, num_sequences: Any = 1.0
     ) -> LinearGaussianSSMStats:
-        """Pseudo-statistics, as `prior` takes them: so many steps and sequences of which `params` is the best fit.
+        """Pseudo-statistics for `prior`: of num_steps steps and num_sequences sequences that `params` fit best.
 
-        Their states spread as the first state does, and their inputs are of unit variance. Matrix normal
-        inverse-Wishart priors of the three equations, with the mode at `params`.
+        Their states have the moments of the first state, and their inputs mean 0 and unit variance. As a prior: a
+        matrix normal inverse-Wishart of each equation, with its mode at `params`.
         """
         for name, value in {"num_steps": num_steps, "num_sequences": num_sequences}.items():
             if checks.is_known(value) and not np.all(np.asarray(value) > 0):
@@ -199,7 +199,7 @@ class LinearGaussianSSM:
     @parameters.at_rows
     def log_prob(self, params: LinearGaussianSSMParams, x: Data) -> jax.Array:
         """Log-likelihood log p(x) of every sequence: (B,), or (num_sequences,) where they are packed."""
-        # Units are read outside of what is compiled: of concrete data they tell whether anything is missing.
+        # `units` is called outside jit, where it finds out of concrete data whether any entry is missing.
         return self._log_prob(params, self.units(x))
 
     @jax.jit
@@ -233,8 +233,8 @@ class LinearGaussianSSM:
     ) -> Forecast:
         """States and observations of the next `steps` steps after the end of every sequence.
 
-        inputs (steps, U), or (B, steps, U): those of the steps ahead, where the model has inputs. Packed sequences are
-        told apart: the leading axis is num_sequences.
+        inputs (steps, U), or (B, steps, U): those of the steps ahead, where the model has inputs. Of packed
+        sequences every one has its own forecast: the leading axis is num_sequences.
         """
         checks.positive_integer("steps", steps)
         return self._forecast(params, self.units(x), inputs, steps=steps, one=sequences.is_one(x))
@@ -258,8 +258,8 @@ class LinearGaussianSSM:
         num_sequences: int | None = None,
         inputs: jax.Array | None = None,
     ) -> jax.Array:
-        """Observations (num_steps, D) of one sequence, or (num_sequences, num_steps, D). `sample_with_states` tells
-        the states too. inputs (num_steps, U), or one set a sequence, where the model has inputs."""
+        """Observations (num_steps, D) of one sequence, or (num_sequences, num_steps, D). `sample_with_states`
+        returns the states too. inputs (num_steps, U), or (num_sequences, num_steps, U), where the model has inputs."""
         return self.sample_with_states(key, params, num_steps, num_sequences, inputs)[0]
 
     def sample_with_states(
@@ -280,14 +280,14 @@ class LinearGaussianSSM:
 
     @jax.jit
     def steady_state(self, params: LinearGaussianSSMParams) -> SteadyState:
-        """Where the filter's covariances come to rest: the solution of the discrete algebraic Riccati equation.
+        """The limit of the filter's covariances: the solution of the discrete algebraic Riccati equation.
 
-        Meaningless where a state that grows is not seen: then there is no such place.
+        Meaningless where an unstable state is not observed (not detectable): then there is no limit.
         """
         return linear_gaussian.steady_state(system(params, None, 1))
 
     def num_parameters(self, params: LinearGaussianSSMParams) -> int:
-        """Free numbers in the parameters; state_size² of them only choose the state's coordinates, unless held."""
+        """Free numbers in the parameters, with the state_size² that only choose the state's coordinates."""
         return tree.size(jax.eval_shape(self.unconstrain, params))
 
     def sample_size(self, x: Data, weights: jax.Array | None = None) -> jax.Array:
@@ -297,7 +297,7 @@ class LinearGaussianSSM:
         return numerics.weighted_sum(steps, weights)
 
     def unconstrain(self, params: LinearGaussianSSMParams) -> LinearGaussianSSMParams:
-        """Covariances by the logarithms of their Cholesky factors, or of their variances; the rest as it is."""
+        """Covariances in log-Cholesky coordinates, diagonal ones by logarithms; the rest as it is."""
         values = split(params)
         return join(**{name: part.unconstrain(values[name]) for name, part in self.parts.items()})
 

@@ -25,8 +25,8 @@ from .mixed_effects import LinearMixedModelStats as LinearMixedModelStats
 
 METHODS = ("ML", "REML")
 
-# A direction of the random effects has vanished once its variance is this small beside what noise leaves of a group's
-# effects, and a step leaves no more than this part of it.
+# A direction of the random effects has vanished once its variance is below _UNSEEN times the sampling variance of a
+# group's effects, and an expanded M-step multiplies it by _SHRUNK at most.
 _UNSEEN, _SHRUNK = 1e-3, 0.95
 
 
@@ -35,19 +35,19 @@ _UNSEEN, _SHRUNK = 1e-3, 0.95
 class LinearMixedModel:
     """y = X coefficients + Z b + e in every group, b ~ N(0, random_covariance), e ~ N(0, variance).
 
-    method: "ML", or "REML": the restricted likelihood, of which the coefficients are integrated out, with a flat prior;
-        its params have their posterior mean. It is no sum over groups: statistics are those of all of them together,
-        `log_prob`, and so `aic` and `bic`, are the likelihood at its params, and its objective compares models of the
-        same features.
+    method: "ML", or "REML": the restricted likelihood, with the coefficients integrated out under a flat prior;
+        params have their posterior mean. It is no sum over groups: statistics are those of all groups together.
+        `log_prob`, and so `aic` and `bic`, have the unrestricted likelihood at the params; the objective compares
+        models of the same features.
 
     Data: `group_rows((features, random_features, response), groups)`, features (N, P) and random features (N, Q); a
-    column of ones among them is an intercept. Groups are the units, and weights count groups. Rows are looked at
-    once: products of every group's columns are sufficient, and a step costs G Q² (Q + P + Q²), however many rows there
-    are. EM crawls where groups tell little of their effects, and, of coefficients, where they tell much. Where no
-    algorithm is named effects may be scaled and mixed in an M-step (`Expanded`), which mends the first, and `anderson`
-    around it the second; coefficients that are integrated out never crawl. A random covariance that loses a direction,
-    a variance of 0, is reached in some ten steps, and ends as DEGENERATE; `degenerate` tells whether it is that (the
-    second), or noise that vanished (the first).
+    column of ones among them is an intercept. Groups are the units, and weights count groups. Rows are read
+    once: products of every group's columns are sufficient, and a step of "ML" costs G (P² + P Q² + Q⁴), however many
+    rows there are. EM crawls where groups say little about their effects; its coefficients crawl where groups say much.
+    Where no algorithm is named, M-steps are parameter-expanded (`Expanded`, effects of any scale), which mends the
+    first, and `anderson` around them mends the second; coefficients that are integrated out never crawl. A singular
+    random covariance is reached in some ten steps, and ends as DEGENERATE; `degenerate` tells whether it is that (its
+    second entry), or a noise variance of 0 (its first).
     Source: Laird & Ware (1982), Random-effects models for longitudinal data, Biometrics 38; Liu, Rubin & Wu (1998),
     Parameter expansion to accelerate EM, Biometrika 85, section 5.
     Raises ValueError for another method.
@@ -68,7 +68,7 @@ class LinearMixedModel:
     @seeding.start()
     @jax.jit
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None) -> LinearMixedModelParams:
-        """Least squares, and half of the variance that it leaves to the random effects, alike; nothing is drawn."""
+        """Least squares; half of the residual variance to the noise, half to the effects in equal parts; no draws."""
         x, weights = tree.present(x, weights)
         sums = jax.tree.map(lambda leaf: numerics.weighted_sum(jnp.moveaxis(leaf, 0, -1), weights), x)
         line, move = x.line[0], numerics.least_squares(sums.xx, sums.xr)
@@ -90,12 +90,12 @@ class LinearMixedModel:
     def _posterior(
         self, params: LinearMixedModelParams, x: GroupProducts, weights: jax.Array | None
     ) -> EffectsPosterior:
-        """The posterior, where coefficients are integrated out given groups of these weights."""
+        """The posterior; the weights of groups enter where coefficients are integrated out."""
         x = x.lanes()
         found = mixed_effects.effects_of(params, x)
         if self.method == "ML":
             return found
-        # Generalised least squares: what the effects leave has these normal equations, by the variance.
+        # Generalised least squares: gram = variance · sum XᵀV⁻¹X, and likewise cross.
         lean = lanewise.matmul(found.covariances, x.zx) / params.variance
         gram = numerics.weighted_sum(x.xx - lanewise.cross(lean, x.zx), weights)
         left = mixed_effects.residuals(params.coefficients, x)
@@ -118,7 +118,7 @@ class LinearMixedModel:
     ) -> LinearMixedModelStats:
         """Normal equations under any posterior of the effects; loglik is the sum of its evidence.
 
-        A vanishing pseudo-row keeps what nothing is seen of.
+        A vanishing pseudo-row keeps parameters about which the data say nothing.
         """
         return mixed_effects.expected(params, data.units(x), posterior, weights)
 
@@ -134,13 +134,13 @@ class LinearMixedModel:
 
     @jax.jit
     def m_step(self, stats: LinearMixedModelStats) -> LinearMixedModelParams:
-        """Least squares, and the mean squares of what is left and of the effects."""
+        """Least squares, and the expected mean squares of residuals and of effects."""
         return self._params(stats, self._equation(stats), stats.effects / stats.groups)
 
     def expanded(
         self, params: LinearMixedModelParams, stats: LinearMixedModelStats, held: tuple[str, ...] = ()
     ) -> LinearMixedModelParams:
-        """The M-step with effects of any scale, which their covariance then absorbs, unless something is held."""
+        """The M-step with effects A b, A (Q, Q) free, which their covariance then absorbs, unless something is held."""
         return params if held else self._expanded(stats)
 
     def _expanded(self, stats: LinearMixedModelStats) -> LinearMixedModelParams:
@@ -167,7 +167,7 @@ class LinearMixedModel:
         return jnp.zeros((), params.variance.dtype)
 
     def rebase(self, stats: LinearMixedModelStats, params: LinearMixedModelParams) -> LinearMixedModelStats:
-        """The same statistics about the coefficients of `params`, exactly."""
+        """The same statistics about the coefficients of `params`, exactly; those of "REML" as they are."""
         if self.method == "REML":
             return stats
         eye = jnp.eye(len(stats.effects), dtype=params.coefficients.dtype).reshape(1, -1)
@@ -180,7 +180,7 @@ class LinearMixedModel:
         scale = jnp.sqrt(jnp.diagonal(stats.designs) / stats.groups / (stats.noise / stats.equation.count))
 
         def least(covariance: jax.Array) -> jax.Array:
-            """The least variance of a direction, beside what noise leaves of it."""
+            """The least pivot of the covariance, in units of the sampling variances of effects."""
             whole = covariance * scale[:, None] * scale[None]
             floor = jnp.full_like(scale, jnp.finfo(scale.dtype).tiny)
             return jnp.min(jnp.square(jnp.diagonal(numerics.floored_cholesky(whole, floor)[0])))
@@ -222,7 +222,7 @@ class LinearMixedModel:
 
     @parameters.at_rows
     def predict(self, params: LinearMixedModelParams, x: GroupedRows) -> jax.Array:
-        """The response (N,) that is expected of every row, with the effects of its group."""
+        """The expected response (N,) of every row, with the posterior means of its group's effects."""
         features, random, _ = data.columns(_rows(x))
         effects = self.posterior(params, x).means[x.numbers()]
         return numerics.product(features, params.coefficients, "np,p->n") + jnp.sum(random * effects, axis=1)
@@ -273,7 +273,7 @@ class LinearMixedModel:
         return LinearEquation(noise=Spherical(), widths=(None, stats.effects.size))
 
     def _held(self, stats: LinearMixedModelStats, free: bool) -> tuple[jax.Array | None, jax.Array | None]:
-        """Coefficients that an M-step holds: the posterior means that are not estimated, and scales unless free."""
+        """Coefficients that an M-step holds: of X for "REML", as they are no parameters; of z ⊗ b, unless `free`."""
         at, eye = mixed_effects.split(stats.equation.line, len(stats.effects))
         return (at[None] if self.method == "REML" else None), (None if free else eye[None])
 
@@ -289,7 +289,7 @@ class LinearMixedModel:
 
 
 def _rows(x: Any) -> GroupedRows:
-    """Rows of groups; TypeError for their products, of which single rows cannot be told."""
+    """Rows of groups; TypeError for their products, which do not determine single rows."""
     if not isinstance(x, GroupedRows):
         raise TypeError(f"x must be group_rows((features, random_features, response), groups); got {checks.told(x)}")
     return x

@@ -61,7 +61,7 @@ class LogJointModel:
         return params if self.to_free is None else self.to_free(params)
 
     def constrain(self, theta: Any) -> Params:
-        """The way back."""
+        """Inverse of `unconstrain`."""
         return theta if self.from_free is None else self.from_free(theta)
 
     def num_parameters(self, params: Params) -> int:
@@ -89,7 +89,7 @@ class LogJointModel:
 
 @functools.partial(jax.jit, static_argnames="init")
 def _drawn(init: Callable, x: Data) -> Params:
-    """Some start; under jit for its trace to be remembered."""
+    """A start from a fixed key, for its shapes; under jit, whose trace is cached."""
     return init(jax.random.key(0), x, None)
 
 
@@ -115,10 +115,11 @@ def from_log_joint(
     Parameters are any pytree of floating-point arrays. The posterior is exact, by enumeration; the M-step is one of
     generalised EM (Dempster, Laird & Rubin 1977, section 3; Neal & Hinton 1998): `Gradient()` climbs
     Q(params) = sum_n w_n sum_k r_kn log p(x_n, k | params) and never goes down. Restarts, weights, blocks of rows,
-    hard and annealed EM, and `free_energy` under any q work as for all models. Q has no finite statistics: each of its
-    values is a pass over the rows. So gathers that see some rows at a time or mix steps (`Stepwise`, `Incremental`,
-    `VarianceReduced`), posteriors that parameters do not tell (`Sample`, `Recognition`), accelerators and ECM are
-    refused. Statistics are the tangent of Q (`latents/tangent.py`); all laws but those about an `m_step` hold.
+    hard and annealed EM, and `free_energy` under any q work as for all models. Q has no sufficient statistics of fixed
+    size: each of its values is a pass over the rows. So gathers that see some rows at a time or mix steps (`Stepwise`,
+    `Incremental`, `VarianceReduced`), posteriors that do not follow from parameters (`Sample`, `Recognition`),
+    accelerators and ECM are refused. Statistics are the tangent of Q (`latents/tangent.py`); all laws but those about
+    an `m_step` hold.
     The functions are part of the jit key: define them once, outside of loops.
     Raises TypeError for what cannot be called and for one of unconstrain and constrain alone, and ValueError where
     log_joint returns another shape.

@@ -1,4 +1,4 @@
-"""What a linear mixed model takes: rows of groups, and the products of their columns, which are sufficient.
+"""Data of a linear mixed model: rows of groups, and products of their columns, which are sufficient statistics.
 
 Letters: G groups; P features, whose coefficients all groups share; Q features with random effects.
 """
@@ -19,10 +19,10 @@ from ..record import record
 
 @record
 class GroupProducts:
-    """Products of the columns of every group, X (n, P), Z (n, Q) and r (n,), what a line leaves of the response.
+    """Products of the columns of every group: X (n, P), Z (n, Q) and r (n,), the residuals of a line.
 
     count: (G,), n.
-    line: (G, P), the line, of least squares over all rows, so that products of what it leaves do not cancel.
+    line: (G, P), coefficients of X, by least squares over all rows: products of residuals cancel less than of y.
     xx: (G, P, P); zx: (G, Q, P); zz: (G, Q, Q); xr: (G, P); zr: (G, Q); rr: (G,).
     """
 
@@ -52,7 +52,7 @@ def columns(x: GroupedRows) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def units(x: Data) -> GroupProducts:
-    """The products that rows of groups come down to."""
+    """The products of the columns of every group."""
     return x if isinstance(x, GroupProducts) else _products(x)
 
 
@@ -81,8 +81,8 @@ def _products(x: GroupedRows) -> GroupProducts:
 def _by_group(every: jax.Array, x: GroupedRows) -> jax.Array:
     """Products of columns (N, M), summed over the rows of every group: (G, M, M).
 
-    A sum over groups costs as much for one product as for many: some at a time, so that they take little more room
-    than the rows.
+    A segment sum costs as much for one product of columns as for several, so a chunk of products is summed at once;
+    chunks are small, to need little more memory than the rows.
     """
     numbers, groups, width = x.numbers(), len(x.sizes), every.shape[1]
     i, j = np.tril_indices(width)
@@ -113,7 +113,7 @@ def shape(x: Data) -> tuple[int, int, int]:
 
 
 def check(x: Data, weights: jax.Array | None = None) -> None:
-    """Raise ValueError or TypeError for what are no groups of rows, by name."""
+    """Raise ValueError or TypeError for bad data, by name."""
     groups = shape(x)[0]
     checks.row_weights(weights, groups)
     if isinstance(x, GroupProducts):
@@ -132,6 +132,6 @@ def check(x: Data, weights: jax.Array | None = None) -> None:
 
 
 def num_rows(x: Data, weights: jax.Array | None = None) -> jax.Array:
-    """How many rows all groups have."""
+    """The number of rows, those of a group counted by its weight."""
     count: Any = x.count if isinstance(x, GroupProducts) else np.asarray(x.sizes)
     return numerics.weighted_sum(jnp.asarray(count, tree.float_dtype(x)), weights)

@@ -32,13 +32,13 @@ class LinearMixedModelParams:
 class LinearMixedModelStats:
     """Expected statistics; all add.
 
-    equation: normal equations of the response on (X, z ⊗ b), the second with the coefficients of the identity.
-    groups: ().
+    equation: normal equations of the response on the features (X, z ⊗ b); coefficients of z ⊗ b are vec(I).
+    groups: (), the weight of the groups.
     effects: (Q, Q), sum E bbᵀ.
     random: (Q, Q), groups times the current covariance of effects.
     designs: (Q, Q), sum ZᵀZ.
     noise: (), rows times the current variance.
-    loglik: ().
+    loglik: (), log-likelihood, restricted for "REML".
     """
 
     equation: EquationStats
@@ -52,15 +52,15 @@ class LinearMixedModelStats:
 
 @record
 class EffectsPosterior:
-    """What is known of the random effects of G groups.
+    """The posterior of the random effects b of G groups.
 
-    coefficients: (P,), those that it holds at.
+    coefficients: (P,), at which the means hold: those of params, or their posterior mean if they are integrated out.
     means: (Q, G).
     covariances: (Q, Q, G).
     evidence: (G,), log p(y_i).
-    uncertainty: (P, P), the covariance of the coefficients, where these are integrated out; else None.
-    lean: (Q, P, G), how far effects go down where coefficients go up by 1; likewise.
-    lost: (), what that adds to the sum of the evidence; likewise.
+    uncertainty: (P, P), the posterior covariance of the coefficients, where these are integrated out; else None.
+    lean: (Q, P, G), minus the derivative of E b in the coefficients; likewise.
+    lost: (), what integrating coefficients out adds to the summed evidence; likewise.
     """
 
     coefficients: jax.Array
@@ -82,8 +82,8 @@ class EffectsPosterior:
     def given(self, q: Any) -> "EffectsPosterior":
         """A distribution of the same effects that a user gave: `StateMoments` of groups, or a posterior of the model.
 
-        Raises TypeError or ValueError for what is none, and TypeError where coefficients are integrated out, which are
-        latent with the effects of all groups.
+        Raises TypeError or ValueError for anything else, and TypeError where coefficients are integrated out: they are
+        then latent too, together with the effects of all groups.
         """
         if self.uncertainty is not None:
             raise TypeError('a distribution of the effects alone is one of LinearMixedModel("ML"), not of "REML"')
@@ -96,7 +96,12 @@ class EffectsPosterior:
 
 @record
 class Residuals:
-    """Products of what a line leaves of the response, groups last, with X (P, G), Z (Q, G) and itself (G,)."""
+    """Products of the residuals r of a line, groups last.
+
+    xr: (P, G), Xᵀr.
+    zr: (Q, G), Zᵀr.
+    rr: (G,), rᵀr.
+    """
 
     xr: jax.Array
     zr: jax.Array
@@ -109,7 +114,7 @@ def split(line: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def residuals(coefficients: jax.Array, x: GroupProducts) -> Residuals:
-    """What these coefficients leave, of products with groups last."""
+    """Products of the residuals of these coefficients (P,), from products with groups last."""
     away = coefficients[:, None] - x.line
     moved = x.xr - lanewise.times(x.xx, away)
     return Residuals(
@@ -120,7 +125,7 @@ def residuals(coefficients: jax.Array, x: GroupProducts) -> Residuals:
 
 
 def effects_of(params: LinearMixedModelParams, x: GroupProducts) -> EffectsPosterior:
-    """The effects b = L u of every group, groups last: u ~ N(0, I) is regular where their covariance LLᵀ is not."""
+    """The posterior of the effects b = L u of every group, groups last: u ~ N(0, I) serves a singular LLᵀ too."""
     covariance, variance = params.random_covariance, params.variance
     lowest = jnp.finfo(covariance.dtype).eps ** 2 * jnp.diagonal(covariance) + jnp.finfo(covariance.dtype).tiny
     root = numerics.floored_cholesky(covariance, lowest)[0][:, :, None]
@@ -140,7 +145,7 @@ def effects_of(params: LinearMixedModelParams, x: GroupProducts) -> EffectsPoste
 
 
 def normal_gram(x: GroupProducts, b: jax.Array, second: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Expected products of the features (X, z ⊗ b), groups last: (P + Q², P + Q²)."""
+    """Expected gram of the features (X, z ⊗ b), (P + Q², P + Q²), from E b (Q, G) and second, E bbᵀ (Q, Q, G)."""
     zx, zz = x.zx, x.zz
     if weights is not None:
         zx, zz = (jnp.where(weights[None, None] > 0, weights[None, None] * part, 0) for part in (zx, zz))
@@ -157,7 +162,7 @@ def expected(
     posterior: EffectsPosterior,
     weights: jax.Array | None,
 ) -> LinearMixedModelStats:
-    """Normal equations under a posterior of the effects, and the sum of its evidence; a pseudo-row that vanishes."""
+    """Statistics under a posterior of the effects, with a vanishing pseudo-row; loglik is the sum of its evidence."""
     x, b, spread = x.lanes(), posterior.means, posterior.covariances
     if weights is not None:
         weights = weights.astype(b.dtype)

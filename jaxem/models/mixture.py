@@ -27,8 +27,8 @@ class Mixture:
     gate: a part that gives log p(component k | x_n) in place of constant weights (`protocols.Gate`): a mixture of
         experts.
 
-    Data are N rows as the family takes them, these as `Gated(x, features)` for a gate with features of its own, and
-    either as `Labelled(x, labels)` where the components of some rows are known. Row weights count rows: 2 is the row
+    Data are N rows x as the family takes them, or `Gated(x, features)` for a gate with features of its own; either may
+    be inside `Labelled(..., labels)`, where the components of some rows are known. Row weights count rows: 2 is the row
     twice.
     Source: McLachlan & Peel, Finite Mixture Models, section 2.8; Bishop, PRML, section 9.2.
     Raises TypeError or ValueError for a num_components that is not a whole number of at least 1.
@@ -97,8 +97,8 @@ def MixtureOfExperts(expert: Family, num_components: int, *, gate: Gate = Softma
     num_components: K.
     gate: by default a softmax; `TwoLevelGate(num_groups=G)` makes the hierarchical mixture of experts.
 
-    Data: pairs (features (N, P) or (N,), response (N,)), the gate looking at the features of the experts, or
-    `Gated((features, response), gate_features)`, which gives it its own. Params: `.weights`, the gate's, with
+    Data: pairs (features (N, P) or (N,), response (N,)), which the gate uses as the experts do, or
+    `Gated((features, response), gate_features)`, for a gate with its own. Params: `.weights`, the gate's, with
     `.coefficients` (K, P) and `.intercept` (K,), those of the last component 0; `.components`, the experts'.
     `log_prob(params, (features, response))` is the predictive density; `mean(params, features)`,
     `gate_probabilities(params, features)` and `sample(key, params, n, features=features)` ask of features alone.

@@ -33,7 +33,11 @@ class MultivariateNormalParams:
 
 @record
 class MultivariateNormalStats:
-    """moments: a normal family's, of one component; loglik (), at the parameters of the E-step."""
+    """Expected statistics.
+
+    moments: those of a normal family, of one component.
+    loglik: (), at the parameters of the E-step.
+    """
 
     moments: NormalStats
     loglik: jax.Array
@@ -41,13 +45,13 @@ class MultivariateNormalStats:
 
 @record
 class ValuesPosterior:
-    """What is known of rows given what is observed of them, or of groups of rows of which moments are known.
+    """The posterior of rows given their observed entries; of `Moments`, G groups of rows in place of N rows.
 
     means: (N, D).
-    covariances: (D, D, N); None where all is observed.
-    counts: (N,), rows that each tells of: 0 where nothing is observed.
-    evidence: (N,), log p of what is observed.
-    observed: (D, N), which values are observed and no latents; None where all are.
+    covariances: (D, D, N), 0 for observed entries; None where all are observed. Of groups, those of their rows.
+    counts: (N,), 1 for a row, 0 where nothing is observed; of groups the count of their moments.
+    evidence: (N,), log p of the observed entries.
+    observed: (D, N), which entries are observed, and so not latent; None where all are.
     """
 
     means: jax.Array
@@ -82,7 +86,7 @@ class ValuesPosterior:
         return dataclasses.replace(q, evidence=self.evidence)
 
     def _whole(self, covariances: jax.Array) -> jax.Array:
-        """Covariances (D, D, N) with a 1 on the diagonal for what is observed: determinants are of what is missing."""
+        """Covariances (D, D, N) with 1 on the diagonal of observed entries: the determinant is that of missing ones."""
         assert self.observed is not None
         eye = jnp.eye(len(covariances), dtype=covariances.dtype)[..., None]
         return covariances + eye * self.observed[None]
@@ -92,11 +96,13 @@ class ValuesPosterior:
 class MultivariateNormal:
     """x ~ N(mean, covariance), where any entry of a row may be missing.
 
-    prior: a NormalInverseWishart; missing: False promises that no entry is NaN, and saves compiling for it.
+    prior: a NormalInverseWishart.
+    missing: False promises that no entry is NaN, and saves compiling for it.
+
     Data: rows (N, D), or (N,) for one column, in which NaN is a missing entry, or `Moments`. Of complete rows one step
-    is the maximum. Else EM takes the moments of every row given what is observed of it, exact under the assumption that
-    what is missing depends on what is observed alone; the rate at which it converges is the largest fraction of missing
-    information (the eigenvalues of its Jacobian are all of them). A row of which nothing is observed tells nothing.
+    is the maximum. Else EM takes the moments of every row given its observed entries, which is right where entries are
+    missing at random; its rate of convergence is the largest fraction of missing information (these fractions are the
+    eigenvalues of the Jacobian of the EM map). A row without any observed entry adds nothing.
     Source: Little & Rubin (2002), Statistical Analysis with Missing Data, section 11.2.
     """
 
@@ -116,7 +122,7 @@ class MultivariateNormal:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """One: the family, of which the parameters are those of the one component."""
+        """The family alone, with one component."""
         return {"values": self.family}
 
     def part_params(self, params: MultivariateNormalParams) -> dict[str, NormalParams]:
@@ -136,7 +142,7 @@ class MultivariateNormal:
     m_step, q_function, log_prior, rebase = assembly.surrogate
 
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None) -> MultivariateNormalParams:
-        """Means and covariances of what is observed, a missing entry without correlations; nothing is drawn."""
+        """Means and covariances, missing entries taken as uncorrelated; nothing is drawn."""
         x, weights = checks.native((x, weights))
         self.check(x, weights)
         return self._init(*self.reduced(x, weights))
@@ -153,7 +159,7 @@ class MultivariateNormal:
         return free.m_step(free.e_step(start, x, weights))
 
     def infer(self, params: MultivariateNormalParams, x: Data, expect: Expect = Exact()) -> ValuesPosterior:
-        """The values given what is observed; its `evidence` is log p(x_n), (N,), or that of groups of rows (G,)."""
+        """The posterior of all entries; its `evidence` is log p(x_n), (N,), of groups the sum over their rows, (G,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for a MultivariateNormal; got {expect!r}")
         parameters.shapes("params", self, params, x)
@@ -194,7 +200,7 @@ class MultivariateNormal:
     ) -> MultivariateNormalStats:
         """Moments about the current mean under any posterior of the values; loglik is the sum of its evidence.
 
-        A vanishing pseudo-row has the current parameters.
+        A pseudo-row of vanishing weight has the current mean and covariance.
         """
         r = posterior.counts if weights is None else posterior.counts * weights.astype(posterior.counts.dtype)
         shift = posterior.means - params.mean[None]
@@ -248,7 +254,7 @@ class MultivariateNormal:
 
     @parameters.at_rows
     def posterior(self, params: MultivariateNormalParams, x: jax.Array) -> StateMoments:
-        """What is known of every row: means (N, D), and covariances (N, D, D), 0 where an entry is observed."""
+        """p(row n | its observed entries): means (N, D), and covariances (N, D, D), 0 for observed entries."""
         return dataclasses.replace(self, missing=True)._in_blocks(params, checks.matrix("x", x), "moments")
 
     @parameters.at_rows
@@ -260,9 +266,9 @@ class MultivariateNormal:
         key: jax.Array | None = None,
         num_draws: int | None = None,
     ) -> jax.Array:
-        """The rows with what is missing of them filled in; what is observed stays as it is.
+        """The rows with missing entries filled in; observed ones stay as they are.
 
-        Without a key by conditional means, (N, D); with one by joint draws of all that is missing of a row,
+        Without a key by conditional means, (N, D); with one by joint draws of all missing entries of a row,
         (num_draws, N, D), for multiple imputation (Rubin 1987).
         """
         shares = jnp.ones((tree.num_rows(x), 1), params.mean.dtype)

@@ -16,14 +16,18 @@ from ..slots import Expect
 
 @record
 class RowsPosterior:
-    """The latents of rows, which the family's statistics take the expectations of: only evidence (N,) is told."""
+    """Stands for the posterior of rows' latents: the family computes its moments itself. evidence: (N,), log p(x_n)."""
 
     evidence: jax.Array
 
 
 @record
 class OneComponentStats:
-    """family: the family's statistics, of one component; loglik: sum_n w_n log p(x_n)."""
+    """Expected statistics.
+
+    family: the family's statistics, of one component.
+    loglik: (), sum_n w_n log p(x_n).
+    """
 
     family: Stats
     loglik: jax.Array
@@ -48,7 +52,7 @@ class OneComponent:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """One: the family, of which the parameters are those of the one component."""
+        """The family alone, with an axis of one component."""
         return {"family": self._part}
 
     def part_params(self, params: Params) -> dict[str, Params]:
@@ -69,18 +73,18 @@ class OneComponent:
         return self._part.supports
 
     def expanded(self, params: Params, stats: OneComponentStats, held: tuple[str, ...] = ()) -> Params:
-        """What the family makes of an M-step's parameters."""
+        """The family's parameter-expanded M-step, from the parameters of its M-step."""
         return self.params_of({"family": self._part.expanded(_with_axis(params), stats.family, held=held)})
 
     @seeding.start()
     @jax.jit
     def init(self, key: jax.Array, x: Data, weights: jax.Array | None = None) -> Params:
-        """The family's fit of all rows as far as a start makes it; nothing is drawn."""
+        """The family's pooled start from all rows; nothing is drawn."""
         x, weights = tree.present(tree.one_precision(x), weights)
         return self.params_of({"family": self._part.pooled(x, weights, 1)})
 
     def infer(self, params: Params, x: Data, expect: Expect = Exact()) -> RowsPosterior:
-        """The posterior of what is latent in rows; its `evidence` is log p(x_n), (N,)."""
+        """The posterior of the rows' latents; its `evidence` is log p(x_n), (N,)."""
         if not isinstance(expect, Exact) or expect.temperature is not None:
             raise TypeError(f"expect must be Exact() for a family by itself; got {expect!r}")
         parameters.shapes("params", self, params, x)
@@ -89,7 +93,7 @@ class OneComponent:
     def statistics(
         self, params: Params, x: Data, posterior: RowsPosterior, weights: jax.Array | None = None
     ) -> OneComponentStats:
-        """The family's statistics of rows that count as their weights say."""
+        """The family's statistics, rows counted by their weights."""
         evidence = posterior.evidence
         each = jnp.ones_like(evidence) if weights is None else jnp.where(weights > 0, weights, 0)
         stats = self.family.stats(_with_axis(params), x, each.astype(evidence.dtype)[None])
@@ -98,7 +102,7 @@ class OneComponent:
     e_step = latents.e_step
 
     def degenerate(self, stats: OneComponentStats, held: tuple[str, ...] = ()) -> jax.Array:
-        """(1,): whether the family says so."""
+        """(1,): whether the family's component is degenerate."""
         return capabilities.degenerate(self._part, stats.family, held)
 
     def unconstrain(self, params: Params) -> Any:
@@ -148,8 +152,8 @@ class OneComponent:
 def ProbitRegression(*, ridge: jax.Array | float = 0.0) -> OneComponent:
     """p(y = 1 | features) = Phi(intercept + coefficients · features), by EM over the latent normal response.
 
-    ridge: the precision of a normal prior with mean 0 on the coefficients, not on the intercept. Without one, features
-    that tell the responses apart have no maximum: coefficients grow until gains are below the tolerance.
+    ridge: the precision of a normal prior with mean 0 on the coefficients, not on the intercept. Without one, the
+    likelihood has no maximum where features separate the responses: coefficients grow until gains are below `tol`.
     Data: a pair (features (N, P) or (N,), response (N,) of 0 and 1). Params: `.coefficients` (P,), `.intercept` ().
     In mixtures and as an expert it is the family `Probit()`. Source: McCulloch (1994), JASA 89.
     """

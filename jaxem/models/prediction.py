@@ -1,4 +1,4 @@
-"""What a mixture says of features alone: methods of mixtures of regressions, with a gate or without."""
+"""Predictions of a mixture from features alone: methods of mixtures of regressions, with a gate or without."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..protocols import Params
 def gate_probabilities(self: Any, params: Params, features: jax.Array) -> jax.Array:
     """p(component k | features), before any response is seen: (N, K).
 
-    features (N, P) or (N,): those that the gate looks at, or of a mixture without one any, which tell nothing.
+    features (N, P) or (N,): those of the gate; without a gate any, which do not enter.
     """
     return jnp.exp(_log_weights(self, params, features)).T
 
@@ -21,7 +21,7 @@ def gate_probabilities(self: Any, params: Params, features: jax.Array) -> jax.Ar
 def mean(self: Any, params: Params, features: jax.Array, gate_features: jax.Array | None = None) -> jax.Array:
     """E[y | features] = sum_k p(k | features) E[y | features, k], the predictive mean: (N,).
 
-    gate_features: those that the gate looks at, where it has its own.
+    gate_features: those of the gate, where it has its own.
     Raises TypeError for components that are no regressions.
     """
     if not capabilities.states(self.family, "mean"):

@@ -24,13 +24,13 @@ class VariationalMixture:
     family: of the components, with a conjugate prior, as in `Normal(prior=jaxem.default_prior(x, 10))`.
     num_components: K, at the most: components that the data do not need empty themselves where concentration is small.
     concentration: of the weights' Dirichlet prior, a number or one a component (K,); 1 / K where it is None. Of a
-        process: the expected size of a stick's rest, 1 where it is None.
+        process: alpha, for sticks v ~ Beta(1, alpha), a number or (K - 1,); 1 where it is None.
     process: whether weights are those of a Dirichlet process, truncated at K (Blei & Jordan 2006). Components then
         have an order: what is early on the stick is expected to be larger.
 
-    Parameters are a `MixtureParams` of hyperparameters: a Dirichlet of the weights, of a process a Beta of its K - 1
-    sticks, and of the components the record that their prior is, component axis first. A fit's objective is the lower
-    bound of the log-evidence log p(x), log-likelihood (of densities in expectation) + log-prior (-KL of all
+    Parameters are a `MixtureParams` of hyperparameters: for the weights a Dirichlet, or a Beta of the K - 1 sticks of a
+    process; for the components a record of the type of their prior, component axis first. A fit's objective is the
+    lower bound of the log-evidence log p(x), log-likelihood (of densities in expectation) + log-prior (-KL of all
     distributions to their priors), with all constants: it never falls, and compares numbers of components.
     `expected(params)` are parameters of `Mixture(family, K)`; `predictive(params, x)` is the predictive log-density, in
     closed form. `log_prob`, `posterior` and `predict` are those of the bound: densities in expectation.
@@ -100,7 +100,7 @@ class VariationalMixture:
         return self.params_of(drawn)
 
     def check_count(self, params: MixtureParams) -> None:
-        """Raise unless parameters are a variational mixture's, with as many weights as it has components."""
+        """Raise unless parameters are a variational mixture's, with weights of K components or K - 1 sticks."""
         first = next(iter(fields(fields(params).get("weights")).values()), None)
         parameters.count_of("params.weights", first, self.num_components - self.process)
 
