@@ -1,4 +1,4 @@
-"""One categorical latent a row: the posterior over components, and what is asked of rows once parameters are known.
+"""One categorical latent a row: the posterior over components, and densities, labels and samples at given parameters.
 
 The latter are methods of a `LabelModel`, or of a `MixtureModel`.
 """
@@ -28,14 +28,14 @@ class LabelModel(Model, Protocol):
 
 
 class MixtureModel(LabelModel, Protocol):
-    """One whose labels name components of a family."""
+    """A label model whose labels are the components of a family."""
 
     @property
     def family(self) -> Family: ...
 
     @property
     def gate(self) -> Gate | None:
-        """What weighs its components by the row; None where all rows have the same weights."""
+        """The model of the weights given a row's features; None where all rows have the same weights."""
         ...
 
     @property
@@ -140,7 +140,7 @@ def _draw(responsibilities: jax.Array, expect: Sample) -> jax.Array:
         return below + (level[None] < upto)
 
     used = expect.num_samples if expect.used is None else expect.used
-    # Of each row, its draws up to component k; their differences over k are the draws of each.
+    # below[k, n] counts the draws of row n in components 0 to k.
     below = jax.lax.fori_loop(0, used, draw, jnp.zeros_like(upto))
     return jnp.diff(below, axis=0, prepend=0) / jnp.asarray(used, total.dtype)
 
@@ -208,7 +208,7 @@ def sample(
     features: jax.Array | None = None,
     gate_features: jax.Array | None = None,
 ) -> Data:
-    """n rows from the mixture. `sample_with_labels` also tells their components, and explains the features."""
+    """n rows from the mixture. `sample_with_labels` also returns their components, and explains the features."""
     return model.sample_with_labels(key, params, n, features=features, gate_features=gate_features)[0]
 
 
@@ -223,8 +223,8 @@ def sample_with_labels(
 ) -> tuple[Data, jax.Array]:
     """n rows from the mixture, and the component (n,) that each came from.
 
-    features: (n, P), those that responses are drawn for, where components are regressions, and that a gate looks at;
-        gate_features: those of a gate with its own.
+    features: (n, P), the regressors of components that are regressions, and the features of a gate.
+    gate_features: those of a gate that has its own.
     """
     checks.positive_integer("n", n)
     model.check_count(params)

@@ -1,7 +1,7 @@
 """How the posterior of the latents enters the statistics: what fills the slot `expect`.
 
 An `expect` is anything whose `posterior(model, params, x)` gives a posterior that the model's `statistics` take. Those
-of this file ask the model's own `infer`, and what they mean for a latent structure stands with that structure.
+of this file call the model's own `infer`; each latent structure documents what they mean for it.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Exact:
 
 @record
 class Hard:
-    """Give every row to its likeliest latents whole: classification EM (Celeux & Govaert 1992).
+    """Assign every row wholly to its likeliest latents: classification EM (Celeux & Govaert 1992).
 
     The objective is then the classification likelihood, sum_n max_z log p(x_n, z). Of equally
     likely components the first is taken.
@@ -80,13 +80,13 @@ class Sample:
     """Draw the latents from their posterior, `num_samples` times, and average their statistics.
 
     num_samples: how many draws, at the most where there is a schedule.
-    schedule: a function of the number of steps taken so far that tells how many draws a step makes, 1 to num_samples;
+    schedule: a function from the number of steps taken so far to the number of draws of the next, 1 to num_samples;
         build it once.
     key: what draws are made from; an algorithm gives a new one to every step (`at`).
-    used: how many draws the step makes, where a schedule has told.
+    used: how many draws this step makes, where a schedule has set it.
 
     One draw is stochastic EM (Celeux & Diebolt 1985), more are Monte Carlo EM (Wei & Tanner 1990). The log-likelihood
-    stays exact wherever the model can tell it.
+    stays exact wherever the model can compute it.
     Raises TypeError or ValueError for a num_samples that is not a whole number of at least 1.
     """
 

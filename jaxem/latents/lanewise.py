@@ -15,8 +15,8 @@ from ..numerics import tuning
 
 
 def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """sum over one axis of each of their products, written out where it is short: a reduction over an axis that is
-    not the last runs at a fraction of the speed of sums of whole slices."""
+    """The sum of a x b over axis_a of a and axis_b of b, written out where it is short: a reduction over an axis that
+    is not the last runs at a fraction of the speed of sums of whole slices."""
     count, rank = a.shape[axis_a], max(a.ndim, b.ndim)
     a, b = numerics.to_rank(a, rank), numerics.to_rank(b, rank)
     if not 0 < count <= tuning.UNROLLED_COLUMNS:
@@ -54,7 +54,7 @@ def square(root: jax.Array) -> jax.Array:
 
 
 def outer(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a bᵀ, lane by lane: (I, N, B), (J, N, B) -> (I, J, B). Where rows are few, one by one: some times the speed."""
+    """a bᵀ, lane by lane: (I, N, B), (J, N, B) -> (I, J, B). Few rows I are taken one by one: much faster."""
     if len(a) > tuning.UNROLLED_COLUMNS:
         return matmul(a, transposed(b))
     return jnp.stack([times(b, a[i]) for i in range(len(a))])
@@ -68,9 +68,9 @@ def once(x: jax.Array) -> jax.Array:
 def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Modified Gram-Schmidt: columns (N, K, B) = Q R, and others (N, L, B) = Q R' + rest.
 
-    Returns Q (N, K, B), R (K, K, B) upper triangular, R' (K, L, B), rest (N, L, B). A column that the ones before
-    it explain up to rounding has a zero in Q and a zero row in R. The errors of R, R' and rest are those of a
-    Householder factorisation (Björck 1967, Solving linear least squares problems by Gram-Schmidt, BIT 7).
+    Returns Q (N, K, B), R (K, K, B) upper triangular, R' (K, L, B), rest (N, L, B). A column that depends on
+    those before, up to rounding, gives a zero column of Q and a zero row of R. The errors of R, R' and rest are those
+    of a Householder factorisation (Björck 1967, Solving linear least squares problems by Gram-Schmidt, BIT 7).
     """
     count = columns.shape[1]
     lowest = (4 * jnp.finfo(columns.dtype).eps) ** 2 * jnp.sum(jnp.square(columns), axis=0)
@@ -82,7 +82,7 @@ def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax
         return direction, once(_contract(direction[:, None], whole, 0, 0))
 
     if count <= tuning.UNROLLED_COLUMNS:
-        # What is behind is dropped as it goes: half the work.
+        # Columns that are done are dropped: half the work.
         rest = once(jnp.concatenate([columns, others], axis=1))
         directions, rows = [], []
         for j in range(count):
@@ -105,7 +105,7 @@ def orthogonalize(columns: jax.Array, others: jax.Array) -> tuple[jax.Array, jax
 
 
 def triangular(rows: jax.Array) -> jax.Array:
-    """The upper triangular root (S, S, B) of the same matrix as rows (N, S, B)."""
+    """The upper triangular U (S, S, B) with UᵀU = rowsᵀ rows, for rows (N, S, B)."""
     return orthogonalize(rows, rows[:, :0])[1]
 
 
@@ -137,7 +137,7 @@ def inverse(a: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = jnp.take(a, k, axis=0)
         pivot = jnp.take(row, k, axis=0)
         here = (index == k)[:, None]
-        # With a 1 in the place of the pivot one product makes the row and the column of it too.
+        # With a -1 in the place of the pivot, one outer product gives the pivot's row and column too.
         scaled = jnp.where(here, -1, row) / pivot[None]
         rest = jnp.where(here[:, None] | here[None], 0, a)
         swept = rest - jnp.where(here, -1, row)[:, None] * scaled[None]
@@ -152,7 +152,7 @@ def inverse(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def generalized_inverse(root: jax.Array) -> jax.Array:
-    """Of an upper triangular root (S, S), zero rows left out: w = Uᵀ a gives a = (U⁻)ᵀ w."""
+    """U⁻ (S, S) of an upper triangular root U, in which zero rows are left out: w = Uᵀ a gives a = (U⁻)ᵀ w."""
     eye = jnp.eye(len(root), dtype=root.dtype)
     return back_substitute(root[:, :, None], eye[:, :, None])[:, :, 0]
 
@@ -167,12 +167,12 @@ def sum_steps(x: jax.Array) -> jax.Array:
 
 
 def over_steps(function: Callable, arrays: Any) -> tuple[Any, Any]:
-    """`function` of the steps of arrays (T, ..., B), for what needs no recursion: it takes arrays (..., lanes) and
-    returns what it finds, and what is to be summed over the steps, both (..., lanes). Returned are the first as
-    (T, ..., B), and the sums (..., B).
+    """Map `function` over the steps of arrays (T, ..., B), without recursion. It takes arrays (..., lanes) and returns
+    a pair of trees of such arrays: results of single steps, returned as (T, ..., B), and terms, whose sums over the
+    steps are returned as (..., B).
 
-    Steps count as lanes, some hundred matrices at a time, so that they stay in fast memory. What pads them is 0.
-    Arrays of one lane are for all, if all are; None stays None.
+    Steps count as lanes, some hundred matrices at a time, so that they stay in fast memory. They are padded by steps of
+    zeros, whose terms must be 0. Arrays of one lane broadcast; if all have one, so have the results. None stays None.
     """
     leaves = jax.tree.leaves(arrays)
     steps, width = len(leaves[0]), max(leaf.shape[-1] for leaf in leaves)
@@ -199,7 +199,7 @@ def over_steps(function: Callable, arrays: Any) -> tuple[Any, Any]:
     pieces = jax.tree.map(split, arrays)
     piece = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), pieces)
     new = jax.eval_shape(lambda at: function(at)[1], piece)
-    # Partial sums, of which there are the root of the number of pieces: rounding grows with the root of that.
+    # About sqrt(count) partial sums of sqrt(count) pieces each: rounding grows with that root.
     size = max(1, int(count**0.5))
     zero = jax.tree.map(lambda x: jnp.zeros((-(-count // size), *x.shape[:-1], width), x.dtype), new)
     sums, found = jax.lax.scan(add, zero, (jnp.arange(count), pieces))

@@ -19,8 +19,8 @@ class Recognition:
         model's own kind, as `free_energy` takes it: `StateMoments(means, covariances)` for factors.
     params: those of the network, any pytree.
 
-    A q that is not the posterior climbs the lower bound of `free_energy`, and not the likelihood: the objective may
-    fall. It stays as it is from step to step; `wake_sleep` and `amortised_em` learn it.
+    With a q that is not the posterior, EM raises the lower bound of `free_energy`, not the likelihood: the objective
+    may fall. The network is the same in every step; `wake_sleep` and `amortised_em` learn it.
     Hinton, Dayan, Frey & Neal (1995); Neal & Hinton (1998), section 2.
     """
 
@@ -55,6 +55,6 @@ class Scored:
 
 
 def recognised(network: Callable, params: Params, x: Data) -> Any:
-    """What a network finds, as a distribution of the latents with `log_prob(z)` and `sample(key)`."""
+    """The output of a network, as a distribution of the latents with `log_prob(z)` and `sample(key)`."""
     found = network(params, x)
     return Scored(scores=jnp.asarray(found)) if isinstance(found, checks.ARRAYS) else found

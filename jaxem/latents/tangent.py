@@ -1,10 +1,10 @@
 """Statistics of a model of which nothing is known but log p(x_n, z_n = k), a function of any parameters.
 
-No finite sums over rows tell Q of such a model at all parameters. What adds over rows is its tangent: Q and its slope
-at the parameters of the E-step, under any posterior. It is all that Fisher's identity, the lower bound and the
-log-likelihood ask for. M-steps, which move away from there, go back to the rows (`q_on_rows`) and make the posterior
-again. So they need statistics of all rows at one place, which `Full()` and `Blocks(size)` give, and a posterior that
-follows from parameters alone.
+Such a model has no sufficient statistics of finite size. What adds over rows is the tangent of Q: its value and slope
+at the parameters of the E-step, under any posterior. Fisher's identity, the lower bound and the log-likelihood need no
+more. M-steps, which move away from these parameters, go back to the rows (`q_on_rows`) and compute the posterior again.
+So they need statistics of all rows at the same parameters, which `Full()` and `Blocks(size)` give, and a posterior that
+is a function of parameters alone.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from .expect import e_step as e_step_of
 class TangentStats:
     """The tangent of Q at the parameters of an E-step.
 
-    level: Q there, less slope · params: Q(params) = level + slope · params is linear in the statistics.
+    level: Q there, less slope · params, so that the tangent, level + slope · params, is linear in the statistics.
     slope: dQ/dparams there, arrays like the parameters; the score, where the posterior is exact.
-    temperature: of the posterior, times the weight of the rows; 0 where every row goes to its likeliest latent.
+    temperature: of the posterior, times the total weight of the rows; 0 under `Hard()`.
     loglik: sum_n w_n log p(x_n), there.
     """
 
@@ -42,7 +42,7 @@ class TangentStats:
 def e_step(
     model: LabelModel, params: Params, x: Data, weights: jax.Array | None = None, expect: Expect = Exact()
 ) -> Stats:
-    """The tangent of Q under a posterior that M-steps can make again; TypeError for any other `expect`."""
+    """The tangent of Q under a posterior that M-steps can compute again; TypeError for any other `expect`."""
     degrees = temperature(expect)
     stats = e_step_of(model, params, x, weights, expect)
     return dataclasses.replace(stats, temperature=jnp.asarray(degrees, stats.temperature.dtype) * stats.temperature)
@@ -72,11 +72,12 @@ def q_function(model: LabelModel, params: Params, stats: TangentStats) -> jax.Ar
 def q_on_rows(
     model: LabelModel, params: Params, stats: TangentStats, x: Data, weights: jax.Array | None
 ) -> Callable[[Params], jax.Array]:
-    """Q as a function of parameters, under the posterior at `params`: a pass over the rows for each value of it.
+    """Q as a function of parameters, under the posterior at `params`; every call is a pass over the rows.
 
-    Directions that no density depends on, as that of all logits of a softmax together, are nothing but rounding to an
-    optimiser, which can be carried off along them. A square of the distance from `params`, far below the curvature of
-    what is known, keeps it: value and slope there stay those of Q, so that no step lowers the likelihood.
+    Along directions that no density depends on, such as a shift of all logits of a softmax, an optimiser meets rounding
+    errors alone, and can drift far away. A penalty on the squared distance from `params`, far below the curvature of Q
+    in other directions, prevents this. Value and gradient at `params` stay those of Q, and the penalty is nowhere
+    below 0, so that a step which raises the function does not lower the likelihood.
     """
     degrees = stats.temperature / tree.total_weight(x, weights)
     size = tree.rows_per_block(model.floats_per_row(params, x), tree.float_dtype(x))
@@ -85,7 +86,7 @@ def q_on_rows(
         def of_block(rows: Data, inside: jax.Array | None) -> jax.Array:
             return _expected(_tempered(model.log_joint(params, rows), degrees), model.log_joint(new, rows), inside)
 
-        # Derivatives go through the rows again, in place of holding what every block of them had.
+        # Derivatives compute every block again, in place of storing its intermediate values.
         value = tree.sum_over_blocks(jax.checkpoint(of_block), x, weights, size)
         return value - tree.total_weight(x, weights) * _distance(params, new)
 
@@ -107,7 +108,7 @@ def _expected(responsibilities: jax.Array, log_joint: jax.Array, weights: jax.Ar
 
 
 def _distance(params: Params, new: Params) -> jax.Array:
-    """Squared, relative to the size of the parameters, and next to nothing."""
+    """The penalty of `q_on_rows` for a unit of weight: sum of sqrt(eps) / 2 (new - old)² / (1 + old²)."""
 
     def each(old: jax.Array, new: jax.Array) -> jax.Array:
         return 0.5 * jnp.finfo(new.dtype).eps ** 0.5 * jnp.sum(jnp.square(new - old) / (1 + jnp.square(old)))

@@ -1,5 +1,5 @@
-"""Numerical tools that know nothing of models: elementary operations, factorisations of small
-matrices, and the truncated normal distribution."""
+"""Numerical tools that know nothing of models: elementary operations, factorisations of small matrices, normal
+equations, Krylov spaces, leading eigenvalues, and the truncated normal distribution."""
 
 from .elementary import (
     divergence,

@@ -1,4 +1,5 @@
-"""Safe elementary operations, and the bijection of probabilities; component axis first throughout."""
+"""Safe elementary operations, and the bijection of probabilities. Scores (K, N) have components first, probabilities
+as parameters (..., K) last."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,7 @@ def divergence(p: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def to_rank(x: jax.Array, rank: int) -> jax.Array:
-    """The array with axes of length 1 in front: what broadcasting does by itself, said where it is meant."""
+    """The array with axes of length 1 in front, as broadcasting would add them implicitly."""
     return jnp.expand_dims(x, tuple(range(rank - jnp.ndim(x))))
 
 
@@ -110,7 +111,7 @@ def repaired(attempt: Callable, again: Callable, *arguments: Any) -> Any:
     def run(*arguments: Any) -> Any:
         found, failed = jax.lax.optimization_barrier(attempt(*arguments))
 
-        # The work seems to depend on the round, or XLA would do it before the loop.
+        # The barrier makes the work depend on the round: otherwise XLA would hoist it out of the loop.
         def once_more(number: jax.Array, _: Any) -> Any:
             return again(*jax.lax.optimization_barrier((arguments, number))[0])
 
@@ -132,7 +133,7 @@ def repaired(attempt: Callable, again: Callable, *arguments: Any) -> Any:
 
 @jax.custom_batching.custom_vmap
 def in_any_lane(condition: jax.Array) -> jax.Array:
-    """Whether it holds in any lane of a `vmap`."""
+    """Whether the condition holds in any lane of a `vmap`."""
     return condition
 
 

@@ -64,7 +64,7 @@ def _cholesky_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tupl
 
 
 def floored_cholesky(matrix: jax.Array, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cholesky factor of `matrix + diag(lift)`, with the smallest lift that keeps each pivot at its floor.
+    """Cholesky factor of `matrix + diag(lift)`, with the smallest lift that keeps each pivot at its floor or above.
 
     matrix (..., D, D) symmetric, floor (..., D) -> factor (..., D, D) lower, lift (..., D).
     A pivot that needs no lift gets exactly 0, so a well-conditioned matrix is not changed by a bit.
@@ -196,7 +196,7 @@ def singular_values(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
 def damped_least_squares(rows: jax.Array, target: jax.Array, shrunk: jax.Array) -> jax.Array:
     """The g (M,) that minimises |target - rowsᵀ g|² + damping |g|², for rows (M, P) and a target (P,).
 
-    shrunk: what the squared length of the undamped g is multiplied by, in (0, 1], which the damping is found for.
+    shrunk: |g|² as a share of that of the undamped g, in (0, 1]; the damping is chosen to reach it.
     Directions that the rows lack, to rounding, are left out.
     """
     dtype = target.dtype

@@ -27,7 +27,7 @@ class Arnoldi(NamedTuple):
 
     @property
     def vector(self) -> jax.Array:
-        """The direction (P,) that A is asked about next."""
+        """The direction (P,) whose image is needed next."""
         return self.directions[self.number]
 
     @property
@@ -42,14 +42,14 @@ class Arnoldi(NamedTuple):
 
     @property
     def left(self) -> jax.Array:
-        """How far the image of a whole basis reaches out of it."""
+        """The norm of the part of A v outside of the basis, v its last vector."""
         return self.hessenberg[-1, -1]
 
     def grown(self, number: jax.Array, image: jax.Array, *, on: bool = True) -> "Arnoldi":
         """With the image (P,) of direction `number`.
 
-        on: where the space is exhausted it is gone on with anywhere, so that a basis of all P directions is complete,
-            eigenvalues that occur several times included.
+        on: continue an exhausted space in an arbitrary direction, so that a basis of all P directions is complete,
+            multiple eigenvalues included.
         Saad, Numerical Methods for Large Eigenvalue Problems, section 6.2.
         """
         directions, (width, _) = self.directions, self.hessenberg.shape
@@ -66,7 +66,7 @@ class Arnoldi(NamedTuple):
             size = jnp.linalg.norm(rest)
             return rest / jnp.where(size > 0, size, 1), length * size, along + length * inside
 
-        # Once loses orthogonality, and what is left of an exhausted space is small.
+        # Orthogonalised three times: once is not enough for an image that lies within the space up to rounding.
         start = image, jnp.ones((), image.dtype), jnp.zeros(width + 1, image.dtype)
         direction, left, along = jax.lax.fori_loop(0, 3, clear, start)
         return Arnoldi(
@@ -87,14 +87,14 @@ def krylov_space(start: jax.Array, width: int) -> Arnoldi:
 
 
 class Krylov(NamedTuple):
-    """A space that `times` has led to from one vector, the residual of a linear system (M directions at most).
+    """The Krylov space of the residual r of a linear system, M directions at most, and the least-squares problem in it.
 
     number: of directions so far, -1 before the residual is known.
     process: their basis, and its image.
-    triangle: R (M, M), H transposed, after the rotations that make it triangular.
-    turns: (M, 2), a cosine and a sine of each.
-    target: (M + 1,), the length of the residual after these; its entry `number` is what is left of it.
-    size: the length of the residual.
+    triangle: R (M, M), Hᵀ after the Givens rotations that make it triangular.
+    turns: (M, 2), the cosine and sine of each rotation.
+    target: (M + 1,), |r| e_1 after the rotations; the size of its entry `number` is the smallest residual.
+    size: |r|.
     """
 
     number: jax.Array
@@ -115,7 +115,7 @@ class Krylov(NamedTuple):
         return jnp.abs(self.target[self.number])
 
     def nearest(self) -> jax.Array:
-        """That combination (P,)."""
+        """The combination (P,) of the directions with the smallest residual, `left`."""
         width = len(self.turns)
 
         def substitute(number: jax.Array, found: jax.Array) -> jax.Array:
@@ -143,7 +143,7 @@ def krylov(rest: jax.Array) -> Krylov:
 
 
 def grown(space: Krylov, image: jax.Array) -> Krylov:
-    """The space with one more direction: the image (P,) of the last one."""
+    """The space with one more direction, from the image (P,) of `process.vector`."""
     count = space.number
     process = space.process.grown(count, image, on=False)
     column = process.hessenberg[count]
@@ -168,7 +168,7 @@ def _turned(turn: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
 
 
 def explored(times: Product, right: jax.Array) -> Krylov:
-    """All of the space that `times` leads to from `right` (P,), or as much of it as there is room for.
+    """The Krylov space of `times` from `right` (P,), all of it or as much as there is room for.
 
     The eigenvalues of its H are those of `times` within it, or near the outermost of these.
     """
@@ -181,7 +181,7 @@ def explored(times: Product, right: jax.Array) -> Krylov:
 
 
 def gmres(times: Product, right: jax.Array) -> jax.Array:
-    """The solution x (P,) of `times(x) = right`; NaN where none is found, with a residual below sqrt(eps) of it."""
+    """The solution x (P,) of `times(x) = right`; NaN where its relative residual exceeds sqrt(eps)."""
     return _good(*solved(times, right)[:2])
 
 
@@ -190,13 +190,13 @@ def _good(found: jax.Array, residual: jax.Array) -> jax.Array:
 
 
 def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What comes nearest to x (P,) in `times(x) = right` by restarted GMRES, and its residual relative to `right`; and
-    `times(right)`, which the first direction has told.
+    """The x (P,) of restarted GMRES for `times(x) = right`, and its residual relative to `right`; and `times(right)`, a
+    by-product of the first cycle.
 
-    From nothing, so that what a singular but consistent system leaves open stays 0. Each cycle builds an orthonormal
-    basis of at most `tuning.KRYLOV` directions and takes the combination with the smallest residual; cycles go on while
-    that at least halves. As exact as elimination where P is no larger than the basis. A program holds `times`, which
-    may be large, once.
+    It starts from 0, so that components which a singular but consistent system leaves open stay 0. Each cycle builds an
+    orthonormal basis of at most `tuning.KRYLOV` directions and takes the combination with the smallest residual; cycles
+    go on while the residual at least halves. As exact as elimination where P is no larger than the basis. A program
+    holds `times`, which may be large, once.
     Saad & Schultz (1986), GMRES, SIAM J. Scientific and Statistical Computing 7.
     """
     eps = jnp.finfo(right.dtype).eps
@@ -214,7 +214,7 @@ def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array, jax.
             image = times(jnp.where(known, found, space.process.vector))
             return jax.lax.cond(known, lambda: krylov(right - image), lambda: grown(space, image))
 
-        start = fresh._replace(number=-jnp.logical_not(first).astype(jnp.int32))  # the residual of nothing is known
+        start = fresh._replace(number=-jnp.logical_not(first).astype(jnp.int32))  # the residual of x = 0 is known
         space = jax.lax.while_loop(lambda space: space.open & useful(space), grow, start)
         better = (space.size < 0.5 * before) & (space.size > enough)
         along = space.size * product(space.process.hessenberg[0], space.process.directions, "m,mp->p")
@@ -228,11 +228,12 @@ def solved(times: Product, right: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 
 def gmres_in_range(times: Product, right: jax.Array) -> jax.Array:
-    """The same where only a part of `right` can be reached: the solution for that part, which is an image itself.
+    """`gmres` for a singular A where `right` may have a part in the null space: the x in the range of A that solves for
+    the part in the range.
 
-    It is what the transpose of `gmres` has to be: a matrix A that is singular, but none of whose powers lose more, has
-    one inverse within its range, whose transpose is that of Aᵀ. It solves A² x = A right, the rest of which is 0, and
-    is asked for only where A x = right has no solution: the square of a matrix costs digits.
+    The transpose of `gmres` has to be this: a singular A with rank A² = rank A has one inverse within its range, and
+    its transpose is that of Aᵀ. The x solves A² x = A right, in which the part in the null space is 0. That system is
+    solved only where A x = right has no solution, since squaring a matrix costs digits.
     (The group inverse; Ben-Israel & Greville, Generalized Inverses, section 4.4.)
     """
 

@@ -8,7 +8,7 @@ from .factorisations import floored_cholesky, inverse_lower
 
 
 def least_squares(gram: jax.Array, cross: jax.Array) -> jax.Array:
-    """gram⁻¹ cross (..., P), columns scaled to unit length; directions that the features lack stay where they are."""
+    """gram⁻¹ cross (..., P), by columns scaled to unit length; one that depends on those before it gets about 0."""
     scale, inverse = _whitening(gram)
     whitened = jnp.sum(inverse * (scale * cross)[..., None, :], axis=-1)
     return scale * jnp.sum(inverse * whitened[..., :, None], axis=-2)

@@ -30,8 +30,8 @@ def scattered(theta: jax.Array) -> jax.Array:
 def leading_pairs(matrix: jax.Array, count: int) -> tuple[jax.Array, ...]:
     """The `count` eigenvalues largest in size of a small matrix (M, M), if real, and unit eigenvectors (count, M).
 
-    By squaring the matrix until one direction is left, and taking that one out (Hotelling's deflation): products alone,
-    which stand still under no `vmap`.
+    By squaring the matrix until one direction dominates, and deflating by it (Hotelling): products alone, since LAPACK
+    calls can deadlock under `vmap` (see `factorisations`).
     """
 
     def one(matrix: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -49,7 +49,7 @@ def leading_pairs(matrix: jax.Array, count: int) -> tuple[jax.Array, ...]:
 
 
 def power_of(matrix: jax.Array, doublings: int) -> jax.Array:
-    """A power 2 ** doublings of a small matrix (M, M), up to its size."""
+    """The power 2 ** doublings of a small matrix (M, M), up to a positive factor."""
 
     def square(_: int, power: jax.Array) -> jax.Array:
         power = power / jnp.maximum(jnp.max(jnp.abs(power)), jnp.finfo(matrix.dtype).tiny)
@@ -79,7 +79,7 @@ def leading_eigenvalues(
 ) -> tuple[jax.Array, jax.Array]:
     """The `count` eigenvalues largest in size of a matrix with real ones, descending, and eigenvectors (count, P).
 
-    By Arnoldi's method, restarted from the sum of what it found until its residual is at most sqrt(eps); up to
+    By Arnoldi's method, restarted from the sum of the eigenvectors until its residual is at most sqrt(eps); up to
     `tuning.SPECTRUM` parameters its basis is complete, and the first cycle exact.
     """
     width, tolerance = max(tuning.SPECTRUM, 2 * count), jnp.sqrt(jnp.finfo(start.dtype).eps)

@@ -1,7 +1,7 @@
 """What depends on machines: sizes of blocks and lanes, what is written out, and from where on something pays.
 
 No number here is part of a model's or an algorithm's definition. Each says what it trades off, and which claims of
-which script in `benchmarks/` show what it is worth; where no benchmark does, by hand, with the shape to try.
+which script in `benchmarks/` measure its effect; where no benchmark does, what to time by hand.
 """
 
 # --- Fast memory.

@@ -34,9 +34,9 @@ def apply(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
 def affine_scan(matrix: jax.Array, inputs: jax.Array, start: jax.Array, *, reverse: bool = False) -> jax.Array:
     """m_t = matrix m_(t-1) + inputs_t from m_0 = start, for all t: (S, S), (T, S, B), (S, B) -> (T, S, B).
 
-    Where lanes are few, time is cut into pieces that stand side by side as lanes: a first run tells where each of them
-    ends when it starts from nothing, and so where the next one starts. reverse: m_t from m_(t+1), and `start` follows
-    the last.
+    Where lanes are few, time is cut into pieces that run side by side as lanes: a first run finds where each piece ends
+    if it starts from 0, and so where the next one starts. reverse: m_t from m_(t+1), and `start` is the vector after
+    the last step.
     """
     steps, states, lanes = inputs.shape
 

@@ -1,13 +1,13 @@
-"""One step of a linear-Gaussian chain: what is known of it, Bayes' rule, and how it is linked with the next.
+"""One step of a linear-Gaussian chain: its moments, its update by Bayes' rule, and its link with the next step.
 
 Square-root forms throughout: a covariance is carried as a root U with UᵀU = P, and roots are combined by
-orthogonalisation (modified Gram-Schmidt, in which a zero pivot stays zero), so that nothing positive is ever a
+orthogonalisation (modified Gram-Schmidt, in which a zero pivot stays zero), so that no covariance is ever a
 difference. Kailath, Sayed & Hassibi (2000), Linear Estimation, chapter 12; Yaghoobi, Corenflos, Hassan & Särkkä (2022),
 Parallel square-root statistical linear regression for inference in nonlinear state space models, arXiv:2207.00426.
 
 Letters: T steps, S states, D columns, P pseudo-observations a step; time first and lanes (sequences) last, so that
-arrays are (T, S, B). What sequences share has one lane, which broadcasts: a covariance recursion never sees
-observations. A dot stands for B lanes or one.
+arrays are (T, S, B). What sequences share has one lane, which broadcasts: covariances do not depend on the
+values observed. A dot stands for B lanes or one.
 """
 
 import jax
@@ -53,13 +53,13 @@ class Evidence:
 
 @record
 class Filtered:
-    """What is known of z_t given the steps up to t.
+    """The distribution of z_t given the steps up to t.
 
-    means        E(z_t | y_1..t)              (T, S, B)
-    roots        of cov(z_t | y_1..t)         (T, S, S, ·)
-    predicted    E(z_t | y_1..t-1)            (T, S, B)
-    log_prob     log p(y_t | y_1..t-1)        (T, B)
-    half_logdet  what of it no value enters   (T, ·), constants left out
+    means        E(z_t | y_1..t)                   (T, S, B)
+    roots        of cov(z_t | y_1..t)              (T, S, S, ·)
+    predicted    E(z_t | y_1..t-1)                 (T, S, B)
+    log_prob     log p(y_t | y_1..t-1)             (T, B)
+    half_logdet  log det cov(y_t | y_1..t-1) / 2   (T, ·)
     """
 
     means: jax.Array
@@ -71,15 +71,15 @@ class Filtered:
 
 @record
 class Link:
-    """z_t, t = 1 .. T - 1, given z_(t+1) and the steps up to t; and the process noise w that brings z_(t+1) about.
+    """z_t, t = 1 .. T - 1, given z_(t+1) and the steps up to t; and the process noise w in z_(t+1), given the same.
 
-    gain               G   (S, S, ·), E(z_t | z_(t+1)) = G z_(t+1) + offset
-    covariance             (S, S, ·), of z_t
-    noise_gain             (S, S, ·), of w about z_(t+1)
+    gain               G   (S, S, ·), E z_t = G z_(t+1) + offset
+    covariance             (S, S, ·), cov(z_t)
+    noise_gain             (S, S, ·), E w = noise_gain (z_(t+1) - its prediction)
     cross_covariance       (S, S, ·), cov(z_t, w)
-    noise_covariance       (S, S, ·), of w
+    noise_covariance       (S, S, ·), cov(w)
 
-    Where a sequence ends gain and noise_gain are 0 and 1: the neighbours do not know of each other.
+    Where a sequence ends gain is 0 and noise_gain I: z_t and z_(t+1) are independent.
     """
 
     gain: jax.Array
@@ -91,7 +91,7 @@ class Link:
 
 @record
 class Smoothed:
-    """What is known given all steps, of z_t and of the process noise w_t that brought it about, t = 2 .. T.
+    """The distribution, given all steps, of z_t, and of the process noise w_t in it, t = 2 .. T.
 
     means               E z_t               (T, S, B)
     covariances         cov(z_t)            (T, S, S, ·)
@@ -112,8 +112,8 @@ class Smoothed:
 def update(
     root: jax.Array, mean: jax.Array, matrix: jax.Array, values: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Bayes' rule for one step: the posterior's root and mean, the log-density of the values, less a constant, and of
-    it the half log-determinant.
+    """Bayes' rule for one step: the posterior's root and mean, the log-density of the values without its constant, and
+    log det of their covariance / 2.
 
     root (S, S, ·), mean (S, B), matrix (P, S, ·), values (P, B). Of [I; matrix Uᵀ] = Q R the first rows of Q are
     R⁻¹: the posterior's root is R⁻ᵀU. The quadratic form is that of ridge regression, a sum of squares.
@@ -128,11 +128,11 @@ def update(
 
 
 def update_root(root: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the update: the posterior's root (S, S, ·), the correction's gain (S, P, ·), half the log-determinant (·)."""
+    """`update` without values: the posterior's root (S, S, ·), G (S, P, ·) of gain rootᵀ G, and log det / 2 (·)."""
     states, seen = root.shape[0], lanewise.matmul(matrix, lanewise.transposed(root))
     lanes = seen.shape[-1]
     eye = jnp.broadcast_to(jnp.eye(states, dtype=root.dtype)[:, :, None], (states, states, lanes))
-    # The gain comes from the values as columns of their own: from Q it would carry the rounding of the start's size.
+    # The gain comes from unit values as further columns: from Q it would carry the rounding of a wide initial root.
     values = jnp.broadcast_to(jnp.eye(len(seen), dtype=root.dtype)[:, :, None], (len(seen), len(seen), lanes))
     others = jnp.concatenate([jnp.zeros_like(eye, shape=(states, len(seen), lanes)), values])
     directions, upper, along, _ = lanewise.orthogonalize(jnp.concatenate([eye, seen]), others)
@@ -143,7 +143,7 @@ def update_root(root: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def predicted_rows(transition: Transition, root: jax.Array, start: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Rows (S, S, ·) that z_t and that the process noise bring to the root of z_(t+1)."""
+    """Rows (S, S, ·) of z_t, and of the process noise, in a root of the predicted covariance of z_(t+1)."""
     carried = lanewise.matmul(root, transition.matrix.T[:, :, None])
     fresh = jnp.broadcast_to(transition.root[:, :, None], carried.shape)
     if start is None:

@@ -19,7 +19,7 @@ from . import normals
 
 @record
 class Factors:
-    """What complete rows tell of their factors: z | x ~ N(projection (x - mean), covariance).
+    """The posterior of the factors of complete rows: z | x ~ N(projection (x - mean), covariance).
 
     projection: (..., Q, D), covariance loadingsᵀ noise⁻¹.
     covariance: (..., Q, Q), (I + loadingsᵀ noise⁻¹ loadings)⁻¹, the same for all rows.
@@ -53,8 +53,8 @@ def factors(loadings: jax.Array, noise: jax.Array) -> Factors:
 def square(loadings: jax.Array, noise: jax.Array, means: jax.Array, deviations: jax.Array) -> jax.Array:
     """(x - mean)ᵀ (loadings loadingsᵀ + noise)⁻¹ (x - mean) of rows (..., D, N) with posterior means (..., Q, N).
 
-    As |noise^(-1/2) (x - mean - loadings m)|² + |m|², whose terms all add: a difference of squares would lose what
-    loadings far above the noise leave of it.
+    As |noise^(-1/2) (x - mean - loadings m)|² + |m|², a sum of squares: a difference would cancel
+    where loadings are far above the noise.
     """
     left = deviations - numerics.product(loadings, means, "...dq,...qn->...dn")
     return jnp.sum(jnp.square(left) / noise[..., None], axis=-2) + jnp.sum(jnp.square(means), axis=-2)
@@ -62,12 +62,12 @@ def square(loadings: jax.Array, noise: jax.Array, means: jax.Array, deviations: 
 
 @record
 class Cases:
-    """Rows about the mean, or what stands in place of rows: N of them, a few a unit of the data.
+    """Rows about the mean, or vectors with the second moments of rows: N of them, equally many a unit of the data.
 
     deviations: (D, N), x - mean, 0 where an entry is missing.
-    observed: (D, N), which entries are not; None where none is.
-    ones: (N,), 1 for a row, 0 for a row without any entry, or for what adds to second moments alone; None where all
-        are 1.
+    observed: (D, N), which entries are not missing; None where none is missing.
+    ones: (N,), 1 for a row, 0 for a row without any entry, or for a vector that adds to second moments alone; None
+        where all are 1.
     counts: (N,), how many of its kind a case stands for; None where each stands for itself.
     """
 
@@ -87,7 +87,7 @@ class Cases:
         return jnp.ones_like(self.deviations[0]) if self.ones is None else self.ones
 
     def there(self) -> jax.Array | None:
-        """1 where an entry is observed, 0 where it is missing: (D, N); None where none is."""
+        """1 where an entry is observed, 0 where it is missing: (D, N); None where none is missing."""
         return None if self.observed is None else self.observed.astype(self.deviations.dtype)
 
 
@@ -140,10 +140,10 @@ class FactorPosterior:
 
 
 def infer(loadings: jax.Array, noise: jax.Array, cases: Cases, units: int) -> FactorPosterior:
-    """The posterior of the factors given parameters (D, Q) and (D,), and the evidence of so many units.
+    """The posterior of the factors given loadings (D, Q) and noise variances (D,), and the evidence of `units` units.
 
-    Of complete rows D Q a row, all products of matrices. Rows with missing entries have covariances of their own: D Q²
-    a row in products of matrices, and Q³ to invert, rows as lanes.
+    A complete row costs D Q multiplications, all in matrix products. A row with missing entries has a covariance of its
+    own: D Q² in matrix products, and Q³ for its inversion, with rows as lanes.
     """
     there = cases.there()
     scaled = loadings / noise[:, None]
@@ -194,7 +194,7 @@ class Sums:
 def sums(
     loadings: jax.Array, noise: jax.Array, cases: Cases, posterior: FactorPosterior, weights: jax.Array | None
 ) -> Sums:
-    """Under any posterior of the factors; missing entries follow from the factors and the parameters."""
+    """The sums under any posterior of the factors, with missing entries from p(missing | factors)."""
     there, each, one, latents = cases.there(), cases.weights(weights), cases.feature(), loadings.shape[1]
     left = cases.deviations - _masked(there, numerics.product(loadings, posterior.means, "dq,qn->dn"))
     features = jnp.concatenate([posterior.means, one[None]])

@@ -9,7 +9,7 @@ from .elements import Evidence, Filtered, Transition, predicted_mean, predicted_
 
 
 def filtered(transition: Transition, evidence: Evidence, parallel: bool) -> Filtered:
-    """What is known of every state given the steps up to its own; parallel: all steps at once."""
+    """The moments of every state given the steps up to its own; parallel: by an associative scan over the steps."""
     return side_by_side.filter_steps(transition, evidence) if parallel else filter_steps(transition, evidence)[0]
 
 

@@ -30,11 +30,11 @@ class Forecast:
 
 @record
 class SteadyState:
-    """In the long run.
+    """The limit of the Kalman filter after many steps.
 
     predicted   (S, S), covariance of the state before it is observed
     filtered    (S, S), covariance of the state after that
-    gain        (S, D), that observations then have
+    gain        (S, D), the Kalman gain
     """
 
     predicted: jax.Array
@@ -43,7 +43,7 @@ class SteadyState:
 
 
 def forecast(system: System, means: jax.Array, covariances: jax.Array) -> Forecast:
-    """The steps after states (B, S) and covariances (B, S, S); the system's shifts are those of the steps ahead."""
+    """The steps after states of means (B, S) and covariances (B, S, S); the system's shifts are of the steps ahead."""
     lanes, steps = means.shape[0], system.dynamics_shift.shape[1]
     shifts = jnp.broadcast_to(system.dynamics_shift, (lanes, steps, means.shape[1]))
 

@@ -15,8 +15,8 @@ from .affine import apply
 class Noise:
     """The noise e of one equation, response = coefficients · features + e, at the T' steps that the equation is about.
 
-    means             E e              (T', O, B), or of what is white where there is a root: e = rootᵀ white
-    root                               (O, O), None where noise is as it is
+    means             E e              (T', O, B), or E white where there is a root: e = rootᵀ white
+    root                               (O, O), None where means are those of e itself
     counted                            (T', B), whether a step counts; None where all do
     covariance        of e             (O, O, ·), or (O, ·) of its columns alone; a dot is B or 1
     state_covariance  of the states among the features (S, S, ·), None where there are none
@@ -33,8 +33,8 @@ class Noise:
     cross_covariance: jax.Array | None
 
     def surprise(self, covariance: jax.Array) -> jax.Array:
-        """-E[log-density of the noise], of this covariance (O, O) or these variances (O,), over the steps that count:
-        (B,), or (1,) where all sequences have the same. Where noise is white, without half of its squares."""
+        """-E[log N(e; 0, covariance)], summed over the steps that count: (B,), or (1,) where all sequences have the
+        same; covariance (O, O), or variances (O,). Where noise is white, less |E white|² / 2."""
         factor = numerics.cholesky(jnp.diag(covariance) if covariance.ndim == 1 else covariance)
         whitener = numerics.inverse_lower(factor)
         precision = numerics.product(whitener, whitener, "ki,kj->ij")

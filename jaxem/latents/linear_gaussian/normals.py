@@ -13,7 +13,7 @@ from .system import StateMoments
 
 
 def entropy(covariance: jax.Array) -> jax.Array:
-    """In nats, from covariances (S, S, B): (B,)."""
+    """Entropies (B,) in nats of normal distributions with covariances (S, S, B)."""
     return 0.5 * len(covariance) * (1 + math.log(2 * math.pi)) + lanewise.inverse(covariance)[1]
 
 
@@ -26,10 +26,10 @@ def kl(away: jax.Array, covariance: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def written(q: Any, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means (S, B) as `like`, and covariances (S, S, B), of what a user gave as distribution of latents.
+    """Means (S, B), with shape and dtype of `like`, and covariances (S, S, B) of a distribution that a user gave.
 
-    Raises TypeError for anything but `StateMoments`, ValueError for other shapes, or for concrete covariances that are
-    none.
+    Raises TypeError for anything but `StateMoments`, ValueError for other shapes, or for concrete covariances that
+    are not positive definite.
     """
     if not isinstance(q, StateMoments):
         raise TypeError(

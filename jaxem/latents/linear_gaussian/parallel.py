@@ -1,7 +1,7 @@
 """Filter and smoother with all steps side by side: scans of associative operations, log T deep, for accelerators.
 
 Särkkä & García-Fernández (2021), Temporal parallelization of Bayesian smoothers, IEEE Transactions on Automatic Control
-66; in roots.
+66; here in square-root form.
 """
 
 import jax
@@ -25,8 +25,8 @@ from .elements import (
 
 @record
 class _Span:
-    """Some steps as one. Given the state z before them, the last state is A z + b + N(0, UᵀU), and what was seen in
-    them says exp(zᵀη - |H z|² / 2) of z.
+    """Some steps as one. Given the state z before them and their observations, the last state is A z + b + N(0, UᵀU);
+    the likelihood of z is proportional to exp(zᵀη - |H z|² / 2).
 
     carry         A   (S, S, ·)
     offset        b   (S, B)
@@ -52,7 +52,7 @@ def _follow(first: _Span, second: _Span) -> _Span:
     inverse = directions[states:]
     posterior = lanewise.matmul(lanewise.transposed(inverse), first.root)
     precision = lanewise.square(second.seen)
-    # What the second span says of the first one's end, taken in.
+    # Bayes' rule for the first span's last state, by the likelihood of the second span.
     update = lanewise.matmul(lanewise.square(posterior), precision)
     news = second.information - lanewise.times(precision, first.offset)
     end = first.offset + lanewise.times(lanewise.square(posterior), news)
@@ -126,7 +126,7 @@ def filter_steps(transition: Transition, evidence: Evidence) -> Filtered:
     first = jnp.broadcast_to(transition.start_root[:, :, None], ends.root.shape[1:])
     roots = jnp.concatenate([first[None], roots])
     means = jnp.concatenate([jnp.broadcast_to(transition.start_mean[:, None], (len(first), lanes))[None], means])
-    # One more update of every prediction: its rounding is that of one step, and it tells the densities.
+    # One more update of every prediction: its rounding is that of one step, and it gives the log-densities.
     posterior, after, log_prob, half_logdet = jax.vmap(update)(roots, means, evidence.matrix, evidence.values)
     return Filtered(
         means=after,

@@ -1,8 +1,7 @@
 """The posterior of a linear-Gaussian system: moments of its states, and of the noise in each of its three equations.
 
-Noise is carried beside the states, since it is found as sums of squares where a difference of their moments would
-lose most of its digits. What covariances contribute is summed over the steps of every sequence, and so serves any
-weights.
+Moments of the noise are computed directly, as sums of squares: differences of moments of states would lose most of
+their digits. Covariances are summed over the steps of every sequence, and so serve any weights of sequences.
 """
 
 import dataclasses
@@ -33,12 +32,12 @@ class Posterior:
     """All that statistics need of p(states, missing entries | x).
 
     states     E z_t   (T, S, B)
-    initial    noise z_1 - m            of first states, T' = 1; where lengths differ T' = T, and few count
+    initial    noise z_1 - m            T' = 1; where lengths differ or rows are packed T' = T, and only starts count
     dynamics   process noise w_t        T' = T - 1, from the second step on
     emission   observation noise v_t    T' = T
-    log_prob   log p(x) of every row    (B,); where noise is white without its squares, + |noise|² / 2: (B,) or (1,)
-    packed     log p(x)                 (num_sequences,), one by one where rows hold several; else None
-    params     whose noise this is
+    log_prob   log p(x) of every row    (B,); where noise is white, log p(x) + |noise|² / 2: (B,) or (1,)
+    packed     log p(x)                 (num_sequences,), of every sequence where rows hold several; else None
+    params     the parameters of this posterior, whose noise this is
     """
 
     states: jax.Array
@@ -115,7 +114,7 @@ def infer(params: Any, system: System, x: Sequences, expect: Expect, parallel: b
 def _shared(system: System, x: Sequences, parallel: bool) -> Posterior:
     """Of sequences that share their covariances.
 
-    In coordinates in which noise is white, log p(x) is the sum of its squares at the smoothed means, and
+    In coordinates in which noise is white, log p(x) is -|noise|² / 2 at the smoothed means, plus normalisers and
     log-determinants.
     """
     transition, white = whitened(system, x)
@@ -208,8 +207,12 @@ def _for_every_lane(posterior: Posterior) -> Posterior:
 
 @record
 class _Counted:
-    """Steps at which the equations hold, None where at all: of first states (T, B), of neighbours in one sequence
-    (T - 1, B), and of observations (T, B)."""
+    """Steps at which each equation holds; None where it holds at every step.
+
+    initial    (T, B), first steps of sequences
+    dynamics   (T - 1, B), from the second step on, those that go on from the one before
+    emission   (T, B), steps that are observed
+    """
 
     initial: jax.Array | None
     dynamics: jax.Array | None
@@ -286,7 +289,7 @@ def _per_sequence(system: System, x: Sequences, parallel: bool) -> Posterior:
 
 @record
 class DrawnPaths:
-    """Paths of states drawn from the posterior, each from its number.
+    """Paths of states drawn from the posterior, each determined by its number.
 
     chain         what paths are drawn with
     completed     the observations' noise, given the states
@@ -317,7 +320,7 @@ class DrawnPaths:
         return draw_path(jax.random.fold_in(self.key, number), self.chain)
 
     def moments(self, number: jax.Array | int) -> Posterior:
-        """One path as a posterior: all of it there."""
+        """One path as a posterior, in which states have covariance 0."""
         states, process_noise = self.path(number)
         size = states.shape[1]
         columns = len(self.completed.covariance)

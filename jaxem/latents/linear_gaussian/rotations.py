@@ -20,9 +20,9 @@ def canonical(loadings: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def varimax(loadings: jax.Array, *, normalize: bool = True) -> jax.Array:
-    """Loadings (D, Q) turned to be few and large: to the highest variance of their squares within factors, summed.
+    """Loadings (D, Q) rotated to the largest sum over factors of the variance of their squares: few of them are large.
 
-    normalize: rows of unit length while they are turned, so that columns of small communality count as much as others.
+    normalize: rotate rows of unit length, so that columns of the data with small communality count as much as others.
     Factors come in decreasing sums of squares, each with a sum of loadings of at least 0. A model with these loadings
     has the same likelihood: `dataclasses.replace(params, loadings=varimax(params.loadings))`.
     Planar rotations in turn, each to its own maximum (Kaiser 1958, The varimax criterion for analytic rotation in

@@ -1,7 +1,7 @@
-"""Sequences that share their covariances, of one length and nothing missing: one recursion of covariances serves all.
+"""Sequences of one length with nothing missing share their covariances: one recursion of covariances serves all.
 
-Once that has come to rest, as it does after some tens of steps, it is not carried on: from there means obey recursions
-with constant gains. `steady` functions use the constants, from the first steps on, `general` ones do not.
+Once the covariances are steady, as after some tens of steps, they are not computed any more: from there means obey
+recursions with constant gains. `steady` functions use these after the first steps; `general` ones do not.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ from .elements import Evidence, Filtered, Link, Smoothed, Transition, link, smoo
 from .filtering import filter_steps, filtered
 from .smoothing import smooth_steps, smoothed
 
-# Of how many times its rounding a covariance may still move and count as settled.
+# A covariance counts as settled if it changes by at most this multiple of its rounding error.
 _SETTLED = 32
 
 
 @record
 class SharedMoments:
-    """The posterior of all sequences: means of their own, and what they share, summed over time.
+    """The posterior of all sequences: means of each, and the covariances that they share, summed over time.
 
     means             E z_t                                  (T, S, B)
     process_noise     E w_t, w_t = z_t - E(z_t | z_(t-1))    (T - 1, S, B)
-    half_logdet       of all steps' observations             ()
+    half_logdet       sum of `Filtered.half_logdet`          ()
     initial           cov(z_1)                               (S, S)
     all_states        sum of cov(z_t), t = 1 .. T            (S, S)
     all_but_last      sum of cov(z_t), t = 1 .. T - 1        (S, S)
@@ -87,7 +87,7 @@ def shared_moments(
 def shared_filter(
     transition: Transition, matrix: jax.Array, values: jax.Array, *, parallel: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the same, filtered means (T, S, B) and roots (T, S, S, 1)."""
+    """Filtered means (T, S, B) and roots (T, S, S, 1); arguments as in `shared_moments`."""
     evidence = _evidence(matrix, values)
 
     def general() -> tuple[jax.Array, jax.Array]:
@@ -107,7 +107,7 @@ def shared_filter(
 def shared_smoother(
     transition: Transition, matrix: jax.Array, values: jax.Array, *, parallel: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the same, smoothed means (T, S, B) and covariances (T, S, S, 1)."""
+    """Smoothed means (T, S, B) and covariances (T, S, S, 1); arguments as in `shared_moments`."""
     evidence = _evidence(matrix, values)
 
     def general() -> tuple[jax.Array, jax.Array]:
@@ -129,7 +129,7 @@ def shared_smoother(
 def shared_log_prob(
     transition: Transition, matrix: jax.Array, values: jax.Array, constant: jax.Array, *, parallel: bool = False
 ) -> jax.Array:
-    """Of the same, the log-density (T, B) of every step given those before it; constant (T, B) as in `Evidence`."""
+    """The log-density (T, B) of every step given those before it; constant (T, B) as in `Evidence`."""
     evidence = _evidence(matrix, values, constant)
 
     def general() -> jax.Array:
@@ -156,8 +156,8 @@ def _steady_or_general(
     general: Callable[[], Any],
     back: bool = False,
 ) -> Any:
-    """What `steady` finds from the first steps, and from the way back where it goes there, if the covariances come to
-    rest on these; else what `general` does."""
+    """`steady(start)`, or `steady(start, back)` with `back`, if the covariances become steady within the first steps,
+    and on the way back; else `general()`."""
     head = _head(len(evidence.values))
     if parallel or head is None:
         return general()
@@ -167,7 +167,7 @@ def _steady_or_general(
 
 
 def _head(steps: int) -> int | None:
-    """Steps after which a covariance recursion is looked at whether it is at rest; None where that does not pay."""
+    """The number of first steps, after which covariances should be steady; None where the shortcut does not pay."""
     head = min(max(64, steps // 32), 256)
     return head if steps >= 4 * head else None
 
@@ -207,12 +207,12 @@ def _at_rest(before: jax.Array, after: jax.Array) -> jax.Array:
 class _Start:
     """The first steps, and the constants at which the covariance recursion has arrived after them.
 
-    filtered             the first steps
-    settled     ()       whether these are constants
-    predicted   (S, S, 1), root of the covariance before a step
-    posterior   (S, S, 1), root of the covariance after it
-    gain        (S, P, 1), of the correction, to the root before the step
-    half_logdet (1,)     of a step's observations
+    filtered      the first steps
+    settled       (), whether the covariances have become steady, so that what follows are constants
+    predicted     (S, S, 1), root of the predicted covariance
+    posterior     (S, S, 1), root of the filtered covariance
+    gain          (S, P, 1), of `update_root`: the Kalman gain is predictedᵀ gain
+    half_logdet   (1,), of a step, as in `Filtered`
     """
 
     filtered: Filtered
@@ -226,7 +226,7 @@ class _Start:
 def _start(transition: Transition, evidence: Evidence, head: int) -> _Start:
     few = jax.tree.map(lambda leaf: leaf[:head], evidence)
     early = dataclasses.replace(transition, shift=transition.shift[:head])
-    # Of what is predicted after the last of them only the root is right: the shift there is another's.
+    # Of the prediction after the last of them only the root is valid: its mean has the shift of another step.
     filtered, (root, _) = filter_steps(early, few)
     posterior, gain, half_logdet = update_root(root, evidence.matrix[0])
     settled = _at_rest(lanewise.square(filtered.roots[head - head // 4 - 1]), lanewise.square(filtered.roots[-1]))
@@ -257,11 +257,11 @@ def _tail(transition: Transition, start: _Start, matrix: jax.Array, values: jax.
 
 @record
 class _Back:
-    """The way back.
+    """The backward recursion of covariances, from the last step.
 
-    link                        of steps at rest
-    ends     (head + 1, S, S, 1), covariances given all steps, of the last one and, in turn, of those before it
-    settled  ()                 whether these came to rest, and those of the way there
+    link      of steps at which the filter is steady
+    ends      (head + 1, S, S, 1), smoothed covariances of the last step and, in turn, of those before it
+    settled   (), whether these become steady, and the filtered ones as well
     """
 
     link: Link
@@ -283,9 +283,9 @@ def _back(transition: Transition, start: _Start) -> _Back:
 
 
 def _late_and_early(transition: Transition, start: _Start, back: _Back, tail: _Tail) -> tuple[jax.Array, Smoothed]:
-    """Smoothed means of the steps after the first ones, and all of these with one more, the first after them.
+    """Smoothed means of the steps after the first ones; and the first ones smoothed, with one step more.
 
-    From the far end covariances come to rest, stay so, and meet the first steps.
+    From the last step backwards covariances become steady, and remain so until the first steps.
     """
     gain = back.link.gain[:, :, 0]
     offset = tail.means[:-1] - apply(gain, tail.predicted[1:])

@@ -19,7 +19,7 @@ from .elements import (
 
 
 def smoothed(transition: Transition, filtered: Filtered, parallel: bool) -> Smoothed:
-    """What is known of every state given all steps; parallel: all of them at once."""
+    """The moments of every state given all steps; parallel: by an associative scan over the steps."""
     return (side_by_side.smooth_steps if parallel else smooth_steps)(transition, filtered)
 
 
@@ -28,8 +28,8 @@ def smooth_steps(
 ) -> Smoothed:
     """The same, step by step, back from the last filtered one.
 
-    last: the mean (S, B), covariance (S, S, ·), and predicted mean (S, B) of one more step, to come back from there;
-    the results then have that step as well.
+    last: the smoothed mean (S, B), covariance (S, S, ·), and predicted mean (S, B) of one more step, to start from; the
+    results then include that step.
     """
     if last is None:
         final = (filtered.means[-1], lanewise.square(filtered.roots[-1]))

@@ -46,7 +46,7 @@ class System:
 def shared_or_per_sequence(shared: Callable, per_sequence: Callable, system: System, x: Sequences) -> Any:
     """One recursion of covariances for all sequences, or one for each, whichever the observations x allow.
 
-    Both are functions of (system, x) whose results have the same shapes.
+    shared, per_sequence: functions of (system, x) whose results have the same shapes.
     """
     if x.lengths is not None or x.ids is not None or x.complete is False:
         return per_sequence(system, x)
@@ -55,7 +55,7 @@ def shared_or_per_sequence(shared: Callable, per_sequence: Callable, system: Sys
 
     def attempt(system: System, x: Sequences) -> tuple[Any, jax.Array]:
         missing = jnp.isnan(x.values)
-        # Whatever is found then, its gradient must be finite: 0 of it counts.
+        # With missing entries this result is discarded, but its gradient is multiplied by 0 and must be finite.
         known = dataclasses.replace(x, values=jnp.where(missing, 0, x.values), complete=True)
         return shared(system, known), jnp.any(missing)
 
@@ -71,13 +71,13 @@ def transition_of(system: System, x: Sequences) -> Transition:
         start_mean=system.initial_mean,
         start_root=root_of(system.initial_covariance),
         shift=jnp.moveaxis(system.dynamics_shift, 0, -1),
-        # What is behind a sequence starts anew at every step: there nothing can grow.
+        # Every step of the padding is a start, so that nothing can grow there.
         starts=None if whole else (x.starts() | ~x.inside()).T,
     )
 
 
 def whitened(system: System, x: Sequences) -> tuple[Transition, whitening.Whitened]:
-    """Where all is seen: the chain, and observations in coordinates in which their noise is white."""
+    """For complete data: the chain, and observations in coordinates in which their noise is white."""
     residuals = x.values if system.emission_shift is None else x.values - system.emission_shift
     white = whitening.whiten(system.emission, system.emission_covariance, jnp.moveaxis(residuals, 0, -1))
     return transition_of(system, x), white
@@ -92,7 +92,7 @@ def seen_entries(x: Sequences) -> jax.Array:
 def filtered_per_sequence(
     system: System, x: Sequences, parallel: bool
 ) -> tuple[Transition, whitening.Completed, Filtered]:
-    """Where something is missing, or lengths differ: the chain, the observations' noise, and the filtered states."""
+    """For missing entries or different lengths: the chain, the observations' noise, and the filtered states."""
     seen = seen_entries(x)
     residuals = jnp.where(seen, x.values, 0)
     if system.emission_shift is not None:

@@ -18,7 +18,7 @@ class WeightsPosterior:
 
 @record
 class Predictive:
-    """Of responses to come: mean (N,), and variance (N,), that of the noise included."""
+    """Distribution of new responses: mean (N,), and variance (N,), noise included."""
 
     mean: jax.Array
     variance: jax.Array

@@ -1,4 +1,4 @@
-"""What is observed of linear-Gaussian states, in coordinates in which its noise is white."""
+"""Observations of linear-Gaussian states, in coordinates in which their noise is white."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from .elements import Evidence
 
 @record
 class Whitened:
-    """Observations that are all there, in coordinates in which their noise is white: y_t = C z_t + N(0, I).
+    """Complete observations, in coordinates in which their noise is white: y_t = C z_t + N(0, I).
 
     emission    C   (D, S)
     values      y   (T, D, B)
     normaliser      (), the constant of the log-density of a step
-    directions      (D, P), P = min(D, S), of the observations those that the state can explain; None where it is all
-    matrix          (P, S), what it sees of them, so that no step meets anything of the observations' size
+    directions      (D, P), P = min(D, S), orthonormal, spanning the range of C; None for all of them, P = D
+    matrix          (P, S), directionsᵀ C, so that no step of a recursion has anything of size D
     """
 
     emission: jax.Array
@@ -30,11 +30,11 @@ class Whitened:
 
     @property
     def compressed(self) -> jax.Array:
-        """What the state sees: (T, P, B)."""
+        """directionsᵀ y, the part of y that depends on the state: (T, P, B)."""
         return self.values if self.directions is None else apply(self.directions.T, self.values)
 
     def constant(self) -> jax.Array:
-        """The log-density of what it does not see: (T, B)."""
+        """The log-density of the rest of y, with the normaliser of all of it: (T, B)."""
         total = jnp.broadcast_to(self.normaliser, (len(self.values), self.values.shape[2]))
         if self.directions is None:
             return total
@@ -43,7 +43,7 @@ class Whitened:
 
 
 def whiten(emission: jax.Array, covariance: jax.Array, residuals: jax.Array) -> Whitened:
-    """Of residuals (T, D, B) = emission z_t + N(0, covariance): emission (D, S), covariance (D, D) or (D,)."""
+    """From residuals (T, D, B) = emission z_t + N(0, covariance), with emission (D, S), covariance (D, D) or (D,)."""
     columns, states = emission.shape
     if covariance.ndim == 1:
         scale = jax.lax.rsqrt(covariance)
@@ -65,11 +65,12 @@ def whiten(emission: jax.Array, covariance: jax.Array, residuals: jax.Array) -> 
 
 @record
 class Completed:
-    """The observations' noise where entries are missing: they are latent, and at a state z expected with the others.
+    """The observations' noise given a state z, where missing entries are latent: their noise is expected given that of
+    the entries seen.
 
-    filled      (T, D, B)             the noise is filled - loadings z
-    loadings    (T, D, S, B)          rows of the emission where an entry is seen
-    observed    (T, B)                whether a step is: whether any of its entries is seen
+    filled      (T, D, B)             the expected noise is filled - loadings z
+    loadings    (T, D, S, B)          rows of the emission where an entry is seen, else their regressions on those
+    observed    (T, B)                whether any entry of a step is seen
     covariance  (D, D, B), or (D, B)  of the noise given the state, summed over the steps that are observed
     """
 
@@ -82,8 +83,8 @@ class Completed:
 def compress(
     emission: jax.Array, covariance: jax.Array, residuals: jax.Array, seen: jax.Array
 ) -> tuple[Evidence, Completed]:
-    """The same for observations of which only the entries `seen` (T, D, B) are there; residuals (T, D, B) are 0
-    elsewhere."""
+    """The evidence on the states, and the noise, where only entries `seen` (T, D, B) are observed; residuals (T, D, B)
+    are 0 elsewhere."""
     columns, states = emission.shape
     dtype = residuals.dtype
 

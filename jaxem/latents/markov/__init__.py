@@ -1,11 +1,11 @@
-"""Markov chains of discrete states: what is known of the states, given what is observed of them.
+"""Markov chains of discrete states: the posterior of the states given the observations.
 
 Arrays are time-major, states before lanes: (T, K, L) for L sequences side by side, or (T, K) for one. One
-sequence without the axis compiles to a far tighter loop. `Posterior` and `ChainPosterior` show users the layout of
-their data instead, sequences first and states last.
+sequence without the axis L compiles to a far tighter loop. `Posterior` and `ChainPosterior` have the layout of the
+data instead, sequences first and states last.
 
-Two arithmetics. Scaled probabilities: a step is one matrix product, but what underflows beside a likelier state is
-lost, which only matters where no transition leads back to it. Logarithms: nothing is lost, at K² exponentials a step.
+Two arithmetics. Scaled probabilities: a step is one matrix product, but a state whose probability underflows is lost,
+which matters only where no transition leads back to it. Logarithms: nothing is lost, at K² exponentials a step.
 """
 
 from .chain import Chain as Chain

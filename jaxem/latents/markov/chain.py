@@ -12,7 +12,7 @@ class Chain:
     """Chains with their observations.
 
     initial (K,): p(z_1 = k)
-    transition (K, K): p(z_t+1 = j | z_t = i), rows from
+    transition (K, K): p(z_t+1 = j | z_t = i), row i, column j
     log_likelihood (T, K[, L]): log p(x_t | z_t = k), 0 where nothing is observed
     linked (T - 1[, L]): whether step t + 1 goes on from step t; None where all do
 
@@ -31,12 +31,12 @@ class Chain:
 
     @property
     def log_initial(self) -> jax.Array:
-        """log p(z_1 = k), to be added to (K[, L])."""
+        """log p(z_1 = k), in a shape that broadcasts against (K[, L])."""
         return self._beside_lanes(numerics.safe_log(self.initial), 1)
 
     @property
     def log_transition(self) -> jax.Array:
-        """log p(z_t+1 = j | z_t = i), to be added to (K, K[, L])."""
+        """log p(z_t+1 = j | z_t = i), in a shape that broadcasts against (K, K[, L])."""
         return self._beside_lanes(numerics.safe_log(self.transition), 2)
 
     def _beside_lanes(self, values: jax.Array, axes: int) -> jax.Array:

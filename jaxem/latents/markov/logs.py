@@ -23,7 +23,7 @@ def smoothed(chain: Chain) -> Found:
 
 
 def joined(chain: Chain, joint: jax.Array, after: jax.Array, arrive: jax.Array) -> Found:
-    """The posterior's parts from those of a forward and of a backward recursion."""
+    """The posterior's parts from `joint` of a forward recursion, and `after` and `arrive` of a backward one."""
     evidence = log_sum(joint, 1)
     filtered = less(joint, evidence)
     both = filtered + after
@@ -49,7 +49,7 @@ def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: ja
 
 
 def log_sum(logs: jax.Array, axis: int) -> jax.Array:
-    """log sum exp over an axis, which stays; -inf where there is nothing, with a zero gradient."""
+    """log sum exp over an axis, which is kept; -inf where all are -inf, with a zero gradient."""
     top = jax.lax.stop_gradient(jnp.max(logs, axis=axis, keepdims=True))
     top = jnp.where(jnp.isneginf(top), 0, top)
     return top + numerics.safe_log(jnp.sum(jnp.exp(logs - top), axis=axis, keepdims=True))
@@ -62,7 +62,7 @@ def less(logs: jax.Array, total: jax.Array) -> jax.Array:
 
 
 def lowest(logs: jax.Array) -> float:
-    """What stands for -inf in come and arrive: derivatives meet them times 0 where they are not in use."""
+    """Finite stand-in for -inf in come and arrive: where they are not used, derivatives multiply them by 0."""
     return -(float(jnp.finfo(logs.dtype).max) ** 0.5)
 
 
@@ -87,8 +87,8 @@ def _forward(chain: Chain) -> jax.Array:
 
 
 def _backward(chain: Chain) -> tuple[jax.Array, jax.Array]:
-    """log p(x_t+1.. | z_t = k) (T, K[, L]), up to a constant for every step, and log p(x_t.. | z_t = k) for those
-    after the first, up to the constant of the step before."""
+    """log p(x_t+1.. | z_t = k) (T, K[, L]), up to a constant for every step, and log p(x_t.. | z_t = k)
+    (T - 1, K[, L]) from the second step on, up to the constant of the step before."""
     moves = chain.log_transition
 
     def step(after: jax.Array, inputs: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

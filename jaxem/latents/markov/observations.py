@@ -1,4 +1,4 @@
-"""Observations along sequences, by a family that knows nothing of them: it sees rows."""
+"""Densities and statistics of observations along sequences: for the family every step is a row of its own."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ def log_likelihood(family: Family, emissions: Params, x: Sequences, num_states: 
     """log p(x_t | z_t = k) (T, K[, B]), 0 where nothing is observed."""
     rows, seen = x.rows()
     part = capabilities.complete("part", family)
-    # Else not by `without_missing`: the branch on missing entries keeps XLA from computing densities anew for each use.
+    # Families of uncorrelated columns keep their branch on missing entries: without it XLA would compute the densities
+    # anew for each use.
     family = part.without_missing() if x.complete and part.correlated else family
     size = _rows_at_a_time(family, emissions, rows, num_states)
     scores = tree.map_over_blocks(lambda rows: family.log_prob(emissions, rows).T, rows, size)
@@ -82,7 +83,7 @@ def params_like(family: Family, x: Sequences, num_states: int) -> Params:
 
 
 def _rows_at_a_time(family: Family, emissions: Params, rows: Data, num_states: int) -> int:
-    """All, or as many as fit fast memory once the temporaries of all would be large."""
+    """Rows in a block: all, or, where the temporaries of all would be large, as many as fit fast memory."""
     floats = 2 * num_states + family.floats_per_row(emissions)
     count, dtype = tree.num_rows(rows), tree.float_dtype(rows)
     large = count * floats * jnp.dtype(dtype).itemsize > tuning.BLOCKS_OF_STEPS_FROM

@@ -1,6 +1,7 @@
 """The recursions as products of whole transition matrices, in log T rounds and K times the work.
 
-Särkkä & García-Fernández (2021), Temporal parallelization of Bayesian smoothers, IEEE Trans. Signal Processing 69.
+Hassan, Särkkä & García-Fernández (2021), Temporal parallelization of inference in hidden Markov models, IEEE Trans.
+Signal Processing 69.
 """
 
 import jax
@@ -28,7 +29,7 @@ def smoothed(chain: Chain) -> Found:
 
 
 def _matrices(chain: Chain) -> jax.Array:
-    """log p(z_t = j, x_t | z_t-1 = i) of every step: (T, [L,] K, K); where one starts, the same from all."""
+    """log p(z_t = j, x_t | z_t-1 = i) of every step: (T, [L,] K, K); where a sequence starts, all rows i are equal."""
     scores = chain.log_likelihood
     scores = jnp.moveaxis(scores, 1, -1)[..., None, :]
     start = numerics.safe_log(chain.initial)
@@ -53,9 +54,9 @@ def _forward(chain: Chain) -> tuple[jax.Array, jax.Array]:
 
 
 def _rises(running: jax.Array) -> jax.Array:
-    """Evidence of single steps (T[, L]) from that of all up to each (T, 1[, L]), which goes on over starts.
+    """Evidence of single steps (T[, L]) from its running sums (T, 1[, L]), which go on across starts of sequences.
 
-    Products of matrices know no step's own evidence.
+    Products of matrices give these sums alone.
     """
     running = jnp.squeeze(running, 1)
     never = jnp.isneginf(running)

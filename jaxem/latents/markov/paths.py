@@ -11,7 +11,7 @@ from .chain import Chain
 
 
 def decode(chain: Chain) -> tuple[jax.Array, jax.Array]:
-    """The likeliest path (T[, L]) of states, and terms (T[, L]) that sum to its log-probability with the data.
+    """The likeliest path (T[, L]) of states, and terms (T[, L]) that sum to log p(path, data).
 
     Of equally likely states the first is taken. Viterbi (1967).
     """

@@ -1,7 +1,7 @@
 """Distributions of the states along sequences: the posterior, and any other that is a Markov chain.
 
-Three forms, for the time-major arrays of this room, promise one thing (`Form`); `Posterior` shows any of them in the
-layout of the data, and `ChainPosterior` is how users write one down.
+`Smoothed`, `Paths` and `Dense` hold time-major arrays and follow one protocol, `Form`. `Posterior` gives any of them in
+the layout of the data, and `ChainPosterior` is one that a user writes down.
 """
 
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from . import logs, scaled
 
 
 class Form(Protocol):
-    """A distribution of the states, in whatever way its pairs are kept."""
+    """A distribution of the states, however the joint distributions of neighbours (pairs) are stored."""
 
     @property
     def states(self) -> jax.Array:
@@ -29,7 +29,7 @@ class Form(Protocol):
         ...
 
     def moves(self, weights: jax.Array | None = None) -> jax.Array:
-        """Expected numbers of moves from i to j (K, K), over all steps and lanes x weights ([L])."""
+        """Expected numbers of moves from i to j (K, K), summed over steps and lanes x weights ([L])."""
         ...
 
     def expected_log(self, other: "Form", masks: "Masks", weights: jax.Array | None = None) -> jax.Array:
@@ -38,10 +38,10 @@ class Form(Protocol):
 
 
 class Distribution(Protocol):
-    """What statistics can be expected under: anything that can be laid along sequences, and has its `Form` there."""
+    """A distribution of the states under which a model can take expected statistics."""
 
     def along(self, x: Sequences) -> tuple[Form, Sequences | None]:
-        """The distribution by time, and the evidence of every step (B, T) of these sequences where it is known."""
+        """Its `Form` for these sequences, and the evidence of every step (B, T), None where it is unknown."""
         ...
 
 
@@ -65,12 +65,13 @@ class Smoothed:
     and their sum over steps is one product of matrices.
 
     states (T, K[, L]): p(z_t = k | x)
-    come (T - 1, K[, L]): p(z_t = i | x_1..t), over the evidence of what follows; 0 where the next step does not go on
-    arrive (T - 1, K[, L]): p(x_t+1.. | z_t+1 = j), up to the factor that come makes good
-    total (K, K): the moves, each lane counted once. What nobody asks for is not computed: come and arrive are for
-        lanes with weights, and for what is asked of the distribution itself
+    come (T - 1, K[, L]): p(z_t = i | x_1..t), divided by a factor that normalises the pairs of the step; 0 where the
+        next step does not go on
+    arrive (T - 1, K[, L]): p(x_t+1.. | z_t+1 = j), up to a factor for every step, which that of come cancels
+    total (K, K): the expected moves, all lanes with weight 1. XLA drops what is not used: come and arrive are for
+        lanes with weights, and for pairs, entropies and divergences
     transition (K, K): the chain's, tempered where the posterior is
-    in_logs (): 1 where come and arrive had to be logarithms, 0 where not; None where `logarithmic` tells
+    in_logs (): 1 where come and arrive had to be logarithms, 0 where not; None where `logarithmic` says so for all
     logarithmic: whether come and arrive are logarithms
     """
 
@@ -98,7 +99,7 @@ class Smoothed:
         return jnp.exp(come[:, :, None] + moves.reshape(1, *moves.shape, *(1,) * (come.ndim - 2)) + arrive[:, None])
 
     def expected_log(self, other: Form, masks: Masks, weights: jax.Array | None = None) -> jax.Array:
-        """As `Form` says: log p(first state), and log p(next state | state), whose parts are one state's each."""
+        """As `Form` says: log p(z_t+1 = j | z_t = i) is a term of i, plus log transition(i, j), plus a term of j."""
         come, arrive = self._log_factors()
         own, states = numerics.safe_log(self.states), scaled.weighted(other.states, weights)
         leave = logs.less(come, own[:-1])
@@ -131,8 +132,8 @@ class Paths:
     """An average over whole paths: the likeliest one, or draws.
 
     path (T[, L], n): states; -1 where none is possible
-    mass (n,): the probability of each path, in sum 1
-    linked (T - 1[, L]): as of the chain
+    mass (n,): the probability of each path; they sum to 1
+    linked (T - 1[, L]): as in `Chain`
     num_states: K
     """
 
@@ -237,8 +238,8 @@ class Posterior:
 
     @property
     def evidence(self) -> jax.Array:
-        """log p(x) of every sequence: (B,), or (num_sequences,) where they are packed. Under `Hard()` and a temperature
-        what stands in its place."""
+        """log p(x) of every sequence: (B,), or (num_sequences,) where they are packed. Under `Hard()`, log p(path, x);
+        at a temperature T, T log sum_z p(x, z)^(1/T)."""
         return self.terms.per_sequence(self.terms.values)
 
     @property
@@ -250,7 +251,7 @@ class Posterior:
     def pairs(self) -> jax.Array:
         """p(z_t = i, z_t+1 = j | x): (T - 1, K, K), or (B, T - 1, K, K), 0 where step t + 1 does not go on from step t.
 
-        K times as large as the states, which is why nothing else makes use of it.
+        K times as large as the states, which is why no E-step computes it.
         """
         pairs = self.form.pairs()
         pairs = jnp.moveaxis(pairs, -1, 0) if self.terms.num_rows > 1 else pairs[None]
@@ -291,7 +292,7 @@ class Posterior:
         return Posterior(form=form, terms=self.terms, alone=self.alone)
 
     def along(self, x: Sequences) -> tuple[Form, Sequences | None]:
-        """The distribution by time, and the evidence of every step of these sequences."""
+        """The form, and the evidence of every step; ValueError for sequences of other numbers or lengths."""
         if (x.num_rows, x.num_steps) != self.terms.values.shape:
             raise ValueError(
                 f"a posterior of {self.terms.num_rows} sequences of {self.terms.num_steps} steps was given with "
@@ -321,7 +322,7 @@ class ChainPosterior:
     pairs: jax.Array
 
     def along(self, x: Sequences) -> tuple[Form, Sequences | None]:
-        """The distribution by time, for these sequences; of evidence it knows nothing.
+        """The distribution as a `Form` for these sequences, and None in place of evidence.
 
         Raises TypeError or ValueError for arrays of another shape, or for concrete ones that are no distribution.
         """
@@ -346,7 +347,7 @@ class ChainPosterior:
 
 
 def _check(states: np.ndarray, pairs: np.ndarray, inside: np.ndarray, follows: np.ndarray) -> None:
-    """Raise ValueError for states and pairs that are no distribution, or not of the same one."""
+    """Raise ValueError for states or pairs that are no distributions, or that contradict each other."""
     checks.distributions("q.states", states[inside])
     inner = np.broadcast_to(follows[..., None], states[:, 1:].shape)
     for axis, part, what in ((3, states[:, :-1], "j"), (2, states[:, 1:], "i")):

@@ -21,9 +21,9 @@ from .posterior import Posterior
 
 
 class ChainModel(Protocol):
-    """A model whose latents are a Markov chain over states, as these methods of it see it.
+    """What these functions need of a model whose latents are a Markov chain over states.
 
-    form, parallel: the arithmetic of the recursions, as `HMM` has them.
+    form, parallel: the arithmetic of the recursions, as in `HMM`.
     """
 
     @property
@@ -46,7 +46,7 @@ class ChainModel(Protocol):
         ...
 
     def tables(self, params: Params, read: Callable[[Dirichlet], jax.Array] = ...) -> tuple[jax.Array, jax.Array]:
-        """Where chains start (K,), and the rows of transitions (K, K); of distributions, what `read` makes of them."""
+        """Initial probabilities (K,) and transitions (K, K); of Dirichlet distributions, what `read` gives."""
         ...
 
     def check_count(self, params: Params) -> None:
@@ -116,7 +116,7 @@ def forecast(model: ChainModel, params: Params, x: Data, steps: int) -> jax.Arra
 
 
 def sample(model: ChainModel, key: jax.Array, params: Params, n: int, num_sequences: int | None = None) -> Data:
-    """A sequence of n steps (n, ...), or num_sequences of them (B, n, ...). `sample_with_states` tells states."""
+    """A sequence of n steps (n, ...), or num_sequences of them (B, n, ...); states come with `sample_with_states`."""
     return sample_with_states(model, key, params, n, num_sequences)[0]
 
 

@@ -1,5 +1,5 @@
-"""The recursions in scaled probabilities. What underflows beside a likelier state is lost; where that may matter, the
-chain is said to be lossy.
+"""The recursions in scaled probabilities. A state whose probability underflows beside a likelier one is lost; where
+that may change the posterior, the chain is called lossy.
 
 Rabiner (1989), A tutorial on hidden Markov models, Proc. IEEE 77.
 """
@@ -43,7 +43,7 @@ def moves(transition: jax.Array, come: jax.Array, arrive: jax.Array, weights: ja
         return weighted(transition * jnp.dot(come.T, arrive, precision=_HIGHEST), weights)
     apart = transition.ndim > 2
 
-    # As one product it would transpose both first.
+    # One product over all steps and lanes would transpose both factors first.
     def add(total: jax.Array, both: Any) -> tuple[jax.Array, None]:
         come, arrive = both
         if weights is not None:  # what a lane of weight 0 holds may be NaN
@@ -89,11 +89,11 @@ def _relative(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _forward(chain: Chain, likelihood: jax.Array, peak: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """p(z_t = k, x_t | x_1..t-1) (T, K[, L]) relative to peaks (T, 1[, L]), and whether a path may have been lost.
 
-    What underflows beside a likelier state is lost, and counts for nothing as long as every state stays in reach
-    of the likelier ones: none is predicted with a probability near the least number, or 0.
+    A state that underflows beside a likelier one is lost. This is negligible as long as the likelier ones lead to every
+    state: a path may have been lost where a state is predicted with probability 0, or near the least normal number.
     """
     onto, scores, linked = jnp.swapaxes(chain.transition, 0, 1), chain.log_likelihood, chain.linked
-    # Where a sequence starts, likelihoods count relative to those of states that it can start in.
+    # Where a sequence starts, the peak is that of p(z_t = k, x_t): the likeliest state may be impossible as the first.
     begun, height = _relative(chain.log_initial[None] + (scores[:1] if linked is None else scores))
     if linked is None:
         peak = jnp.concatenate([height, peak[1:]])
@@ -132,7 +132,7 @@ def _backward(chain: Chain, likelihood: jax.Array) -> jax.Array:
 
 
 def _moved(matrix: jax.Array, mass: jax.Array) -> jax.Array:
-    """matrix (K, K[, L]) times the distribution of mass (K[, L]): the sum is found beside the product, not before."""
+    """matrix (K, K[, L]) times mass (K[, L]) / sum of mass: the sum is computed beside the product, not before it."""
     total = jnp.sum(mass, axis=0)
     if matrix.ndim > 2 and matrix.size > tuning.WIDE_TRANSITIONS:
         moved = functools.reduce(jnp.add, [matrix[:, i] * mass[None, i] for i in range(len(mass))])
@@ -141,7 +141,7 @@ def _moved(matrix: jax.Array, mass: jax.Array) -> jax.Array:
         moved = jnp.sum(matrix * mass[None], axis=1)
     else:
         moved = jnp.dot(matrix, mass, precision=_HIGHEST)
-    # A barrier: what is carried on and what is stored would each be computed.
+    # Without the barrier it would be computed twice, for the carry and for the stored result.
     return jax.lax.optimization_barrier(numerics.safe_divide(moved, total))
 
 
@@ -153,7 +153,7 @@ def _smoothed_alone(chain: Chain) -> tuple[Found, jax.Array]:
 
 @_smoothed_alone.defjvp
 def _slope(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-    return jax.jvp(_smoothed, primals, tangents)  # a vmap of one's own has no reverse mode
+    return jax.jvp(_smoothed, primals, tangents)  # `custom_vmap` has no reverse mode
 
 
 @jax.custom_batching.custom_vmap
@@ -163,7 +163,7 @@ def _one_or_many(chain: Chain) -> tuple[Found, jax.Array]:
 
 @_one_or_many.def_vmap
 def _many(size: int, batched: Any, chain: Chain) -> tuple[Any, Any]:
-    """Chains of few states side by side as lanes, the last axis: `vmap` would put them first, and the states last."""
+    """Chains of few states, with transitions of their own, as lanes, the last axis; `vmap` would put them first."""
     (is_batched,) = batched
     if chain.log_likelihood.shape[-1] > tuning.STATES_OF_LANES or not is_batched.transition:
         leaves, structure = jax.tree.flatten(chain)

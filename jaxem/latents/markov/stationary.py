@@ -1,4 +1,4 @@
-"""Markov chains that start from their stationary distribution: that distribution, and the M-step that knows of it."""
+"""Markov chains that start from their stationary distribution: that distribution, and their M-step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from ... import capabilities, numerics, parameters
 from ...parts import Probabilities
 from ...record import record
 
-# Newton steps at most, and the longest one, in logarithms of probabilities.
+# Newton steps at most, and the largest change of a log-probability in one of them.
 _STEPS, _LONGEST = 100, 4.0
 
 
@@ -19,7 +19,9 @@ _STEPS, _LONGEST = 100, 4.0
 class StationaryTransitions:
     """Transitions A (K, K) of chains that start from their stationary distribution pi(A); a part with two statistics.
 
-    table: what is known of the transitions beforehand. Statistics: (starts (K,), moves (K, K)), expected numbers.
+    table: the part of transitions alone, with their prior.
+
+    Statistics: (starts (K,), moves (K, K)), expected numbers.
     """
 
     table: Probabilities
@@ -57,7 +59,7 @@ class StationaryTransitions:
 
 
 def stationary_distribution(transition: jax.Array) -> jax.Array:
-    """The distribution (K,) that transitions (K, K) leave as it is; of one of them, where there are several.
+    """The distribution (K,) that transitions (K, K) leave as it is; where there are several, one of these.
 
     States are eliminated one by one, the quickest to leave first. Nothing is subtracted, so that every entry is
     exact up to rounding, however small it is (Grassmann, Taksar & Heyman 1985, Operations Research 33).
@@ -76,8 +78,9 @@ def stationary_maximum(moves: jax.Array, starts: jax.Array) -> jax.Array:
 
     moves (K, K): a count of 0 is a transition that cannot be; starts (K,). The sum is concave in the flows
     pi_i A_ij where no state has more moves than starts, and may have several maxima otherwise: Newton's method in
-    the logarithms of A, within a trust region (Steihaug 1983, SIAM J. Numerical Analysis 20), runs from the shares of
-    the moves, from a chain that forgets, and from one that looks the same backwards; the highest end is returned.
+    the logarithms of A, within a trust region (Steihaug 1983, SIAM J. Numerical Analysis 20), starts from the moves,
+    from the moves plus the same counts in every row, and from the symmetrised moves, each with rows normalised; the
+    highest of the three maxima is returned.
     """
     count, support = len(starts), moves > 0
     total = jnp.sum(starts)
@@ -92,9 +95,9 @@ class _Round(NamedTuple):
     """The elimination of one state.
 
     state (): its number
-    into (K,): its mass for every unit of mass of each state left
-    onward (K,): probabilities of where it leads to
-    leave (): the probability that it is left
+    into (K,): its stationary mass per unit of mass of each remaining state
+    onward (K,): its transition probabilities to the remaining states
+    leave (): the sum of these
     right (L,): its right-hand sides
     """
 
@@ -131,7 +134,7 @@ def _eliminate(transition: jax.Array, right: jax.Array | None = None) -> tuple[_
 
 
 def _inverse(transition: jax.Array, stationary: jax.Array) -> jax.Array:
-    """X (K, K) with (I - transition) X = I - 1 stationary, of which there is one up to a number for every column."""
+    """X (K, K) with (I - transition) X = I - 1 stationary, unique up to a constant in every column."""
     rounds, _ = _eliminate(transition, jnp.eye(len(stationary), dtype=stationary.dtype) - stationary[None])
 
     def back(found: jax.Array, one: _Round) -> tuple[jax.Array, None]:
@@ -146,7 +149,7 @@ class _Point(NamedTuple):
     transition (K, K): its transitions
     radius (): of the trust region
     steps (): how many were made
-    done (): whether nothing more is to be gained
+    done (): whether the climb is over
     """
 
     transition: jax.Array
@@ -156,7 +159,7 @@ class _Point(NamedTuple):
 
 
 def _climb(transition: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where Newton's method leads to from a chain, and the height there."""
+    """The transitions (K, K) that Newton's method reaches from a start, and the objective there, the height."""
     eps = jnp.finfo(moves.dtype).eps
     size = jnp.sum(moves) + jnp.sum(starts)
 
@@ -169,7 +172,7 @@ def _climb(transition: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple[
         hoped = jnp.sum(move * (slope + 0.5 * bend(move)))
         after = _after(chain, move)
         gained = _gain(chain, after, stationary, move, moves, starts)
-        # What is too small to be seen is taken as it is: Newton's last step is its best.
+        # A predicted gain within rounding cannot be compared with the actual one: that step is taken, as the last.
         last = hoped <= 4 * eps * (
             len(starts) * jnp.sum(starts) + jnp.sum(jnp.where(moves > 0, moves * jnp.abs(move), 0))
         )
@@ -191,9 +194,10 @@ def _climb(transition: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple[
 
 
 def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, starts: jax.Array) -> tuple:
-    """Slope (K, K) and curvature, a function from (K, K) to (K, K), of the height along logarithms of transitions.
+    """Gradient (K, K) of the height in logarithms of transitions, and its Hessian as a function from (K, K) to (K, K).
 
-    And weights (K, K) of a metric in which the curvature is near to -1: moves, and what starts pull beside them.
+    And weights (K, K) of a metric in which the Hessian is near -I: transitions times the row sums of the moves and of
+    `pull`, what starts add to the moves in the gradient.
     """
     inverse = _inverse(transition, stationary)
     ratio = numerics.safe_divide(starts, stationary)
@@ -219,7 +223,7 @@ def _model(transition: jax.Array, stationary: jax.Array, moves: jax.Array, start
 def _trust_region_step(
     slope: jax.Array, bend: Callable, weight: jax.Array, radius: jax.Array, size: jax.Array
 ) -> jax.Array:
-    """The move (K, K) within a radius that raises slope + curvature / 2 the most, by conjugate gradients."""
+    """The move m (K, K) within a radius that maximises slope · m + m · bend(m) / 2, by conjugate gradients."""
 
     def dot(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.sum(a * b)
