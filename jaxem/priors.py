@@ -87,9 +87,12 @@ class Dirichlet:
         return numerics.safe_divide(counts, jnp.sum(counts, axis=-1, keepdims=True))
 
     def mode(self) -> jax.Array:
-        """The likeliest probabilities; below 1 a concentration counts as 1."""
+        """The likeliest probabilities; below 1 a concentration counts as 1, and where all do, they are all the same."""
         concentration = jnp.asarray(self.concentration)
-        return self.posterior_mode(jnp.zeros_like(concentration), concentration)
+        above = jnp.maximum(concentration - 1, 0)
+        flat = jnp.sum(above, axis=-1, keepdims=True) == 0
+        above = jnp.where(flat, jnp.where(concentration > 0, 1, above), above)
+        return above / jnp.sum(above, axis=-1, keepdims=True)
 
     def expected(self) -> jax.Array:
         """The mean: shares of the concentration."""
@@ -174,9 +177,8 @@ class Beta:
         return numerics.safe_divide(successes, successes + failures)
 
     def mode(self) -> jax.Array:
-        """The likeliest probability; below 1, a and b count as 1."""
-        a, b = _together(self.a, self.b)
-        return Beta(a, b).posterior_mode((jnp.zeros_like(a), jnp.zeros_like(b)))
+        """The likeliest probability; below 1, a and b count as 1, and where both do, it is 1/2."""
+        return self._as_dirichlet().mode()[..., 0]
 
     def expected(self) -> jax.Array:
         """The mean, a / (a + b)."""

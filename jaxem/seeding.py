@@ -127,7 +127,7 @@ def estimates(
 def params_from_responsibilities(
     model: Any, x: Data, responsibilities: jax.Array, weights: jax.Array | None = None
 ) -> Params:
-    """The parameters of a mixture that responsibilities (N, K), or whole-number labels (N,), lead to: one M-step."""
+    """The parameters of a mixture by M-steps at given responsibilities (N, K), or whole-number labels (N,)."""
     x, weights = checks.native((x, weights))
     model.check(x, weights)
     given = checks.responsibilities("responsibilities", responsibilities, tree.num_rows(x), model.num_weights)
@@ -137,7 +137,7 @@ def params_from_responsibilities(
 
 @functools.partial(jax.jit, static_argnames="smoothing")
 def estimated(model: Any, x: Data, membership: jax.Array, weights: jax.Array | None, smoothing: float) -> Params:
-    """The parameters of a mixture by one M-step from the components of its rows; those of labelled rows are known.
+    """The parameters of a mixture by M-steps at given components of its rows; those of labelled rows are known.
 
     membership: numbers (N,) or responsibilities (N, K); smoothing: the part of every row that is spread over all.
     """

@@ -546,3 +546,18 @@ def test_hyperparameters_below_0_are_refused():
 def test_what_cannot_be_variational_says_so(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("concentration", "mode"),
+    [
+        ([3.0, 2.0, 1.0], [2 / 3, 1 / 3, 0]),
+        ([3.0, 0.5, 0.2], [1, 0, 0]),
+        ([1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3]),  # flat: every point is one
+        ([0.5, 0.0, 0.7], [1 / 2, 0, 1 / 2]),
+    ],
+)
+def test_modes_of_probabilities_are_probabilities(concentration, mode):
+    np.testing.assert_allclose(Dirichlet(jnp.array(concentration)).mode(), mode, rtol=1e-6)
+    pair = jnp.array(concentration)[:2]
+    np.testing.assert_allclose(Beta(*pair).mode(), Dirichlet(pair).mode()[0], rtol=1e-6)

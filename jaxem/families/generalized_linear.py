@@ -263,8 +263,8 @@ class PoissonRegression:
 
     The M-step is a Newton step, weighted least squares with weights exp(eta), whose curvature is raised by the factor
     2 (e - 2) = 1.44. That bounds the log-likelihood from below while no row's eta moves by more than 1; a longer step
-    is shortened to that, so that every step is monotone. Data are a pair (features (N, P) or (N,), response (N,) of
-    whole numbers), nothing missing. Features of about unit scale converge fastest.
+    is shortened to that, so that every step is monotone where row weights are at least 1. Data are a pair (features
+    (N, P) or (N,), response (N,) of whole numbers), nothing missing. Features of about unit scale converge fastest.
     McCullagh & Nelder, Generalized Linear Models, section 2.5; Wedel et al. (1993), J. Applied Econometrics 8.
     """
 
