@@ -57,25 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
-# Memory maps of a process, of which the system grants some 65 thousand, from which on compiled programs are dropped.
-_MANY_MAPS = 12_000
-
-
-def _maps() -> int:
-    try:
-        with open("/proc/self/maps", "rb") as maps:
-            return sum(1 for _ in maps)
-    except OSError:
-        return _MANY_MAPS
-
-
 @pytest.fixture(autouse=True, scope="module")
-def _few_compiled_programs() -> Iterator[None]:
-    """Every compiled program holds memory maps and memory: after a file none is kept where there are many."""
+def _compiled_programs_of_this_file_only() -> Iterator[None]:
+    """Every compiled program holds memory maps, of which a process has only so many: none outlives its file."""
     yield
-    if _maps() >= _MANY_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
