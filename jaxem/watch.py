@@ -117,7 +117,7 @@ def moved(watch: Watch, before: Params, after: Params) -> tuple[Watch, jax.Array
     dtype = watch.record.dtype
     now = _scale(after, dtype)
     scale = jnp.maximum(watch.scale, now)
-    per_unit = 1 / jnp.where(scale > 0, scale, 1)
+    per_unit = 1 / jnp.where(scale > jnp.finfo(dtype).tiny, scale, 1)
     rounding = jnp.finfo(dtype).tiny + jnp.sum(jnp.square(jnp.finfo(dtype).eps * now * per_unit))
     total = jnp.zeros((), dtype)
     for a, b, factor in zip(_floats(before), _floats(after), per_unit, strict=True):
